@@ -1,0 +1,72 @@
+# Two targets do everything: `make demo` and `make test`. Both make .venv/ and the model's cache first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+REQUIREMENTS := requirements/cpu.txt
+TORCH := torch==2.13.0
+STAMP := $(VENV)/ready
+DEMO_ARGS ?=
+PYTEST_ARGS ?=
+SGLANG_VERSIONS ?= 0.5.17 0.5.23
+LOAD_HOST ?= http://127.0.0.1:30000
+APT = DEBIAN_FRONTEND=noninteractive apt-get -q -y
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-fast test-sglang-versions bench loadtest lint format env model tools clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-22s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: env ## serve a real model on this CPU and show what the bound costs (DEMO_ARGS="--once --json")
+	@$(BIN)/vattn demo $(DEMO_ARGS)
+
+test: env tools lint ## lint, types and every test; pytest's summary is printed last
+	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-fast: env ## tests that start no server
+	@$(BIN)/python -m pytest -m "not e2e" $(PYTEST_ARGS)
+
+test-sglang-versions: $(SGLANG_VERSIONS:%=test-sglang-%) ## the end-to-end tests with the oldest and newest SGLang
+
+test-sglang-%: requirements/sglang-%.txt
+	@$(MAKE) --no-print-directory env VENV=.venv-sglang-$* OVERLAY=$<
+	@echo "== SGLang $*" && .venv-sglang-$*/bin/python -m pytest -m e2e tests/e2e $(PYTEST_ARGS)
+
+bench: env ## decode speed against SGLang's torch_native, both in one run
+	@$(BIN)/python kernels/benchmarks/serve_cpu.py
+
+loadtest: env ## load a running server for a minute (LOAD_HOST=http://127.0.0.1:30000)
+	@$(BIN)/python -m locust -f loadtest/locustfile.py --headless --host $(LOAD_HOST) --users 4 --spawn-rate 2 --run-time 1m
+
+lint: env ## format, lint and types
+	@$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy
+
+format: env ## format and fix
+	@$(BIN)/ruff format . && $(BIN)/ruff check --fix .
+
+model: env ## fetch the demonstration model into the cache
+	@$(BIN)/vattn model fetch
+
+env: $(STAMP) ## make the environment in .venv/
+
+$(STAMP): $(REQUIREMENTS) $(OVERLAY) pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=python3.11")'
+	@command -v g++ >/dev/null || $(MAKE) --no-print-directory apt-g++
+	@echo "== environment in $(VENV) (about two minutes, once)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/pip install -qq --disable-pip-version-check $(TORCH)
+	@$(BIN)/pip install -qq --disable-pip-version-check --no-deps -r $(REQUIREMENTS) $(if $(OVERLAY),&& $(BIN)/pip install -qq --disable-pip-version-check --no-deps -r $(OVERLAY))
+	@$(BIN)/pip install -qq --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@$(BIN)/python -c "from vattn_sgl.cpu import torchvision_ops; torchvision_ops.install()"
+	@touch $@
+
+tools: ## promtool, which checks the alert rules
+	@command -v promtool >/dev/null || $(MAKE) --no-print-directory apt-prometheus
+
+apt-%:
+	@echo "== installing $* with apt"
+	@test "$$(id -u)" = 0 || { echo "$* is missing: run apt-get install $* as root" >&2; exit 1; }
+	@$(APT) update >/dev/null && $(APT) install --no-install-recommends $* >/dev/null
+
+clean: ## remove environments and build leftovers; the model's cache stays
+	@rm -rf .venv .venv-sglang-* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

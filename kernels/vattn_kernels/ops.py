@@ -1,0 +1,163 @@
+"""Custom ops of vAttention: contract, fake and dispatch by device.
+
+Importing this module registers ``torch.ops.vattn.decode`` and ``torch.ops.vattn.encode``. Implementations stand in
+`vattn_kernels.cpu`; the truth, in float64, in `vattn_kernels.reference`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from vattn_kernels import cpu
+
+SAMPLERS = ("proportional", "uniform")
+TARGETS = ("output", "denominator")
+SELECTORS = ("sketch", "oracle")
+OUTCOMES = ("certified", "uncertified", "capped", "dense")
+READ_KINDS = ("sink", "window", "top_k", "sample", "dense")
+# Columns of ``stats``: realized density, budget b in tokens, relative half-width, index into OUTCOMES, tokens read,
+# share of the softmax mass that was estimated rather than read for certain.
+STATS = ("density", "budget", "half_width", "outcome", "read", "residual_mass")
+
+_LIBRARY = torch.library.Library("vattn", "DEF")
+_LIBRARY.define(
+    "decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor kv_indices, Tensor seq_lens, "
+    "Tensor? codes, Tensor? norms, Tensor? valid, Tensor? mean, Tensor? query_basis, Tensor? steps, Tensor? fields, "
+    "Tensor params, Tensor covered, Tensor budget_edges, Tensor error_edges, Tensor audit_edges, "
+    "Tensor(a!) out, Tensor(b!) stats, Tensor(c!) counters, int[] counter_offsets, "
+    "float sm_scale, int layer_id, int seed, str sampler, str target, str selector, "
+    "int sink, int window, int dense_below, int top_k_count, float top_k_share, "
+    "float pilot, int pilot_min, float cap, float floor, float audit_rate) -> ()"
+)
+_LIBRARY.define(
+    "encode(Tensor k_cache, Tensor v_cache, Tensor slots, Tensor mean, Tensor key_basis, Tensor steps, Tensor fields, "
+    "Tensor(a!) codes, Tensor(b!) norms, Tensor(c!) valid) -> ()"
+)
+
+
+def decode(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    kv_indices: torch.Tensor,
+    seq_lens: torch.Tensor,
+    codes: torch.Tensor | None,
+    norms: torch.Tensor | None,
+    valid: torch.Tensor | None,
+    mean: torch.Tensor | None,
+    query_basis: torch.Tensor | None,
+    steps: torch.Tensor | None,
+    fields: torch.Tensor | None,
+    params: torch.Tensor,
+    covered: torch.Tensor,
+    budget_edges: torch.Tensor,
+    error_edges: torch.Tensor,
+    audit_edges: torch.Tensor,
+    out: torch.Tensor,
+    stats: torch.Tensor,
+    counters: torch.Tensor,
+    counter_offsets: list[int],
+    **settings: Any,
+) -> None:
+    """One decode step of one layer with a certified error, for every request of the batch.
+
+    Requests shorter than ``dense_below``, longer than ``covered`` or with too small a range are served densely and
+    counted as such. The estimator is `vattn_kernels.reference.decode`.
+
+    Parameters
+    ----------
+    q : torch.Tensor
+        ``[batch, num_qo_heads, head_dim]``, float32 or bfloat16, contiguous.
+    k_cache, v_cache : torch.Tensor
+        ``[num_slots, num_kv_heads, head_dim]`` of q's dtype, contiguous.
+    kv_indices : torch.Tensor
+        int32 ``[batch, max_len]``; row r holds the slots of request r by position.
+    seq_lens : torch.Tensor
+        int32 or int64 ``[batch]``, tokens in each cache, the current one included; 0 is a padded row.
+    codes : torch.Tensor, optional
+        int32 ``[num_slots, num_kv_heads, words]`` sketch of every slot's key. The seven sketch arguments are
+        required by selector ``sketch`` and ignored by ``oracle``.
+    norms : torch.Tensor, optional
+        uint8 ``[num_slots, num_kv_heads, 2]``: coding error and norm of v, ``2^((byte - 128) / 8)``.
+    valid : torch.Tensor, optional
+        uint8 ``[num_slots]``; a token whose byte is 0 has no usable sketch and is read for certain.
+    mean, query_basis, steps, fields : torch.Tensor, optional
+        One layer of `vattn_kernels.sketch.SketchTables`.
+    params : torch.Tensor
+        float32 ``[PARAMS_WIDTH]``, see `vattn_kernels.params`.
+    covered : torch.Tensor
+        int32 ``[1]``, longest context the sketch's calibration covers; longer ones are served densely.
+    budget_edges, error_edges, audit_edges : torch.Tensor
+        float32, upper bucket borders of the three histograms.
+    out : torch.Tensor
+        ``[batch, num_qo_heads, head_dim]`` of q's dtype, written.
+    stats : torch.Tensor
+        float32 ``[batch, num_qo_heads, 6]``, written; columns `STATS`.
+    counters : torch.Tensor
+        float64 ``[width]``, added to. Blocks begin at ``counter_offsets``: context tokens; tokens read by
+        `READ_KINDS`; head-steps by `OUTCOMES`; budget histogram; error histogram; audits and violations; audited
+        error histogram. A histogram is its sum followed by one count a bucket, the last for overflow.
+    counter_offsets : list of int
+        Seven block starts.
+    **settings
+        ``sm_scale, layer_id, seed, sampler, target, selector, sink, window, dense_below, top_k_count`` (-1: use
+        ``top_k_share``), ``top_k_share, pilot, pilot_min, cap, floor, audit_rate``; see `vattn_sgl.config.Settings`.
+
+    Raises
+    ------
+    ValueError
+        If a shape, dtype or setting is not supported; the message names it.
+    """
+    torch.ops.vattn.decode(
+        q, k_cache, v_cache, kv_indices, seq_lens, codes, norms, valid, mean, query_basis, steps, fields,
+        params, covered, budget_edges, error_edges, audit_edges, out, stats, counters, counter_offsets, **settings,
+    )  # fmt: skip
+
+
+def encode(
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slots: torch.Tensor,
+    mean: torch.Tensor,
+    key_basis: torch.Tensor,
+    steps: torch.Tensor,
+    fields: torch.Tensor,
+    codes: torch.Tensor,
+    norms: torch.Tensor,
+    valid: torch.Tensor,
+) -> None:
+    """Compute the sketch of cache slots by reading K and V back from the pool, and mark them valid.
+
+    Parameters
+    ----------
+    k_cache, v_cache : torch.Tensor
+        ``[num_slots, num_kv_heads, head_dim]``, float32 or bfloat16.
+    slots : torch.Tensor
+        int64 ``[num_new]`` slots to encode.
+    mean, key_basis, steps, fields : torch.Tensor
+        One layer of `vattn_kernels.sketch.SketchTables`.
+    codes, norms, valid : torch.Tensor
+        Side data as in `decode`; the given slots are overwritten.
+
+    Raises
+    ------
+    ValueError
+        If a shape or dtype is not supported.
+    """
+    torch.ops.vattn.encode(k_cache, v_cache, slots, mean, key_basis, steps, fields, codes, norms, valid)
+
+
+_LIBRARY.impl("decode", cpu.decode, "CPU")
+_LIBRARY.impl("encode", cpu.encode, "CPU")
+
+
+@torch.library.register_fake("vattn::decode", lib=_LIBRARY)
+def _decode_fake(*args: Any, **kwargs: Any) -> None:
+    return None
+
+
+@torch.library.register_fake("vattn::encode", lib=_LIBRARY)
+def _encode_fake(*args: Any, **kwargs: Any) -> None:
+    return None

@@ -1,0 +1,71 @@
+"""Formulas of the bound: what a sample supports, and what it would take."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from vattn_kernels import params as layout
+
+FIRST_ROUND_QUANTILE = 1.2
+GUARD_SHARE = 8.0
+
+
+def quantile(row: torch.Tensor, nu: float) -> float:
+    """Quantile of the bound at ``nu`` degrees of freedom, as the table of one layer gives it.
+
+    Parameters
+    ----------
+    row : torch.Tensor
+        ``[PARAMS_WIDTH]``, see `vattn_kernels.params`.
+    nu : float
+        Degrees of freedom; below 2 the value at 2 is taken.
+    """
+    x = min(0.0 if math.isinf(nu) else layout.TABLE_STEPS_PER_UNIT / nu, layout.TABLE_POINTS - 1)
+    j = min(int(x), layout.TABLE_POINTS - 2)
+    low, high = float(row[layout.TABLE + j]), float(row[layout.TABLE + j + 1])
+    return low + (x - j) * (high - low)
+
+
+def variance(deviation2: torch.Tensor, share: torch.Tensor, read_at: float, at: float) -> float:
+    """``V(c) = sum over what was read of (1/pi_i(c0)) (1 - pi_i(c))/pi_i(c) d_i^2``: Poisson sampling at scale ``at``.
+
+    Parameters
+    ----------
+    deviation2 : torch.Tensor
+        ``d_i^2 = y_i^2 |v_i - o|^2`` (target output) or ``y_i^2`` (denominator), float64 ``[m]``.
+    share : torch.Tensor
+        Scores ``a_i``, float64 ``[m]``.
+    read_at, at : float
+        Scale ``c0`` at which the tokens were read, and ``c``.
+    """
+    weight = 1 / (read_at * share).clamp(max=1)
+    return float((weight * (1 / (at * share).clamp(max=1) - 1) * deviation2).sum())
+
+
+def degrees_of_freedom(deviation2: torch.Tensor, share: torch.Tensor, scale: float) -> float:
+    """``nu = 2 V^2 / Var(V)``, both from the sample (``algorithm.md``, quantile ``f8``)."""
+    weight = 1 / (scale * share).clamp(max=1)
+    terms = weight * (weight - 1) * deviation2
+    spread = float((terms.square() * (1 - 1 / weight)).sum())
+    return math.inf if spread == 0 else 2 * float(terms.sum()) ** 2 / spread
+
+
+def least_scale(deviation2: torch.Tensor, share: torch.Tensor, scale: float, aim: float) -> float:
+    """Least ``c >= scale`` with ``sqrt(V(c)) <= aim``, by bisection; V falls in c."""
+    if variance(deviation2, share, scale, scale) <= aim**2:
+        return scale
+    low, high = scale, 2 * scale
+    while variance(deviation2, share, scale, high) > aim**2 and high < 1e29:
+        high *= 2
+    for _ in range(60):
+        middle = 0.5 * (low + high)
+        low, high = (low, middle) if variance(deviation2, share, scale, middle) <= aim**2 else (middle, high)
+    return high
+
+
+def sample_size(sigma: float, tau: float, z: float, population: int) -> float:
+    """Paper's budget ``(z N sigma / tau)^2`` (Lemma 4.1) with the finite-population correction."""
+    infinite = (z * population * sigma / tau) ** 2 if tau > 0 else math.inf
+    return float(population) if math.isinf(infinite) else population * infinite / (population + infinite)

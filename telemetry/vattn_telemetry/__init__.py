@@ -1,0 +1,1 @@
+"""Counters, metrics and exporters of vattn-sgl; knows neither SGLang nor Triton."""

@@ -1,0 +1,126 @@
+"""Inputs of the decode op, shared by the kernel tests."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from vattn_kernels import ops, params, quantiles, sketch
+
+EDGES = torch.tensor([0.01, 0.05, 0.1])
+BUDGET_EDGES = torch.tensor([64.0, 256.0, 1024.0])
+OFFSETS = [0, 1, 6, 10, 15, 20, 22]
+WIDTH = 27
+UNLIMITED = 2**31 - 1
+
+
+@dataclass
+class DecodeCase:
+    """One call of the op: a paged cache in random slot order with heavy-tailed scores, and its settings."""
+
+    batch: int = 2
+    context: int = 1000
+    num_qo_heads: int = 6
+    num_kv_heads: int = 2
+    head_dim: int = 64
+    dtype: torch.dtype = torch.float32
+    seed: int = 0
+    epsilon: float = 0.1
+    delta: float = 0.05
+    bits: int = 64
+    covered: int = UNLIMITED
+    value_mean: float = 1.0
+    score_scale: float = 2.0
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        g = torch.Generator().manual_seed(self.seed)
+        slots = self.batch * self.context + 7
+        shape = (slots, self.num_kv_heads, self.head_dim)
+        spread = torch.logspace(0.5, -1.0, self.head_dim)
+        self.k_cache = (torch.randn(shape, generator=g) * spread).to(self.dtype)
+        self.v_cache = (torch.randn(shape, generator=g) + self.value_mean).to(self.dtype)
+        q = torch.randn(self.batch, self.num_qo_heads, self.head_dim, generator=g)
+        self.q = (q * self.score_scale / spread.norm() * self.head_dim**0.5).to(self.dtype)
+        order = torch.randperm(slots, generator=g)[: self.batch * self.context]
+        self.kv_indices = order.view(self.batch, self.context).to(torch.int32).contiguous()
+        self.seq_lens = torch.full((self.batch,), self.context, dtype=torch.int64)
+        self.side: tuple[torch.Tensor | None, ...] = (None,) * 7
+        self.step = {
+            "sm_scale": self.head_dim**-0.5,
+            "layer_id": 3,
+            "seed": self.seed,
+            "sampler": "proportional",
+            "target": "output",
+            "selector": "oracle",
+            "sink": 16,
+            "window": 64,
+            "dense_below": 0,
+            "top_k_count": -1,
+            "top_k_share": 0.025,
+            "pilot": 0.02,
+            "pilot_min": 32,
+            "cap": 1.0,
+            "floor": 0.05,
+            "audit_rate": 0.0,
+        } | self.settings
+        if self.step["selector"] == "sketch":
+            self.side = self.sketched()
+
+    @property
+    def bound(self) -> str:
+        """Default bound of the sampler and target."""
+        return quantiles.default_bound(self.step["sampler"], self.step["target"])
+
+    def calibrate(self) -> sketch.SketchTables:
+        """Tables of one layer from the case's own queries and keys."""
+        moments = sketch.Moments.zeros(1, self.num_kv_heads, self.head_dim, "cpu")
+        moments.add(0, self.q, self.k_cache)
+        return sketch.solve(moments, self.k_cache[None, :512], self.bits)
+
+    def sketched(self) -> tuple[torch.Tensor, ...]:
+        """Side data of every slot and the tables that made them, as the op takes them."""
+        tables = self.calibrate()
+        slots = self.k_cache.shape[0]
+        codes = torch.zeros(slots, self.num_kv_heads, self.bits // 32, dtype=torch.int32)
+        norms = torch.zeros(slots, self.num_kv_heads, 2, dtype=torch.uint8)
+        valid = torch.zeros(slots, dtype=torch.uint8)
+        self.encode_arguments = (self.k_cache, self.v_cache, torch.arange(slots), tables.mean[0], tables.key_basis[0])
+        self.encode_arguments += (tables.steps[0], tables.fields[0], codes, norms, valid)
+        ops.encode(*self.encode_arguments)
+        return codes, norms, valid, tables.mean[0], tables.query_basis[0], tables.steps[0], tables.fields[0]
+
+    def arguments(self) -> tuple[Any, ...]:
+        """Positional arguments with fresh, NaN-poisoned outputs."""
+        out = torch.full_like(self.q, float("nan"))
+        stats = torch.full((self.batch, self.num_qo_heads, len(ops.STATS)), float("nan"))
+        counters = torch.zeros(WIDTH, dtype=torch.float64)
+        row = torch.tensor(params.pack(self.epsilon, self.delta, self.bound))
+        covered = torch.tensor([self.covered], dtype=torch.int32)
+        read = (self.q, self.k_cache, self.v_cache, self.kv_indices, self.seq_lens, *self.side, row, covered)
+        return (*read, BUDGET_EDGES, EDGES, EDGES, out, stats, counters, OFFSETS)
+
+    def run(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Output, stats and counters of one call."""
+        arguments = self.arguments()
+        ops.decode(*arguments, **self.step)
+        return arguments[-4], arguments[-3], arguments[-2]
+
+    def exact(self) -> torch.Tensor:
+        """Dense attention in float64, ``[batch, num_qo_heads, head_dim]``."""
+        group = self.num_qo_heads // self.num_kv_heads
+        rows = []
+        for b, length in enumerate(self.seq_lens.tolist()):
+            slots = self.kv_indices[b, :length].long()
+            k = self.k_cache[slots].double().repeat_interleave(group, 1)
+            v = self.v_cache[slots].double().repeat_interleave(group, 1)
+            p = torch.softmax(torch.einsum("hd,nhd->hn", self.q[b].double(), k) * self.step["sm_scale"], -1)
+            rows.append(torch.einsum("hn,nhd->hd", p, v))
+        return torch.stack(rows)
+
+    def errors(self, out: torch.Tensor) -> torch.Tensor:
+        """Relative error of every head, float64 ``[batch, num_qo_heads]``."""
+        exact = self.exact()
+        return (out.double() - exact).norm(dim=-1) / exact.norm(dim=-1)

@@ -1,0 +1,76 @@
+"""The CPU implementation against the float64 reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from decode_case import DecodeCase
+
+from vattn_kernels import ops, reference
+
+SHAPES = [
+    pytest.param({"batch": 1, "context": 1000, "num_qo_heads": 3, "num_kv_heads": 1}, id="B1-N1000-H3-1"),
+    pytest.param({"batch": 2, "context": 511, "num_qo_heads": 9, "num_kv_heads": 3}, id="B2-N511-H9-3"),
+    pytest.param(
+        {"batch": 1, "context": 2049, "num_qo_heads": 4, "num_kv_heads": 1, "head_dim": 128}, id="B1-N2049-H4-1-D128"
+    ),
+    pytest.param({"batch": 3, "context": 145, "num_qo_heads": 2, "num_kv_heads": 2}, id="B3-N145-H2-2"),
+    pytest.param({"batch": 2, "context": 111, "num_qo_heads": 2, "num_kv_heads": 1}, id="B2-N111-H2-1-dense"),
+]
+READ = ops.STATS.index("read")
+OUTCOME = ops.STATS.index("outcome")
+
+
+def relative_rms(a: torch.Tensor, b: torch.Tensor) -> float:
+    """``|a - b| / |b|`` over all elements."""
+    return float((a.double() - b).norm() / b.norm())
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("target", ops.TARGETS)
+@pytest.mark.parametrize("selector", ops.SELECTORS)
+@pytest.mark.parametrize("sampler", ops.SAMPLERS)
+def test_decode(shape, sampler, selector, target):
+    case = DecodeCase(**shape, epsilon=0.2, settings={"sampler": sampler, "selector": selector, "target": target})
+    out, stats, _ = case.run()
+    expected, expected_stats = reference.decode(*case.arguments()[:14], **case.step)
+    same_sample = stats[..., READ].double() == expected_stats[..., READ]
+    # A token whose rank lies within rounding of the scale may be drawn by one and not by the other.
+    assert same_sample.double().mean() >= 0.6
+    close = (stats[..., READ].double() - expected_stats[..., READ]).abs() <= 0.02 * expected_stats[..., READ] + 2
+    assert close.all()
+    assert relative_rms(out[same_sample], expected[same_sample]) < 1e-4
+    assert torch.allclose(stats[same_sample].double(), expected_stats[same_sample], rtol=2e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize("cap", [0.05, 0.3])
+@pytest.mark.parametrize("sampler", ops.SAMPLERS)
+def test_cap(sampler, cap):
+    case = DecodeCase(context=2000, epsilon=0.02, settings={"sampler": sampler, "cap": cap})
+    _, stats, _ = case.run()
+    _, expected = reference.decode(*case.arguments()[:14], **case.step)
+    assert torch.equal(stats[..., OUTCOME].double(), expected[..., OUTCOME])
+    assert torch.allclose(stats[..., READ].double(), expected[..., READ], rtol=0.02, atol=2)
+
+
+def test_invalid_slots_agree():
+    case = DecodeCase(context=1500, epsilon=0.2, settings={"selector": "sketch"})
+    case.side[2][case.kv_indices[:, 200:300].reshape(-1).long()] = 0
+    out, stats, _ = case.run()
+    expected, expected_stats = reference.decode(*case.arguments()[:14], **case.step)
+    same = stats[..., READ].double() == expected_stats[..., READ]
+    assert same.double().mean() >= 0.6
+    assert relative_rms(out[same], expected[same]) < 1e-4
+
+
+@pytest.mark.parametrize("bits", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 96, 128])
+def test_encode(bits, head_dim):
+    case = DecodeCase(batch=1, context=400, head_dim=head_dim, bits=bits, settings={"selector": "sketch"})
+    codes, norms, valid = case.encode_arguments[-3:]
+    expected = [torch.zeros_like(t) for t in (codes, norms, valid)]
+    reference.encode(*case.encode_arguments[:-3], *expected)
+    # float32 against float64: a coordinate within rounding of a step's border may fall to either side.
+    assert (codes == expected[0]).double().mean() > 0.998
+    assert (norms == expected[1]).double().mean() > 0.99
+    assert torch.equal(valid, expected[2])

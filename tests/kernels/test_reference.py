@@ -1,0 +1,144 @@
+"""The reference itself: random numbers, unbiasedness, and its limits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from decode_case import DecodeCase
+from scipy import stats as distributions
+
+from vattn_kernels import ops, params, quantiles, reference
+from vattn_kernels.reference import budget, rng, scores
+from vattn_kernels.reference.estimate import Head, estimate
+
+
+def test_permutation_is_a_bijection():
+    for n in [*range(1, 301), 1023, 1024, 1025, 4097, 65537]:
+        assert torch.equal(rng.permutation(n, key=n * 7919).sort().values, torch.arange(n)), n
+
+
+def test_permutations_of_different_keys_differ():
+    first = [rng.permutation(1000, key)[:50] for key in range(20)]
+    assert len({tuple(p.tolist()) for p in first}) == 20
+
+
+def test_first_image_is_uniform():
+    """Chi-square of the first image over 8,000 keys and 40 values; level .001."""
+    images = torch.tensor([int(rng.permutation(40, rng.stream_key(0, 0, 0, n))[0]) for n in range(8000)])
+    counts = torch.bincount(images, minlength=40)
+    assert distributions.chisquare(counts.numpy()).pvalue > 0.001
+
+
+def test_uniforms_are_uniform_and_keys_independent():
+    """Chi-square over 100 bins and 200,000 draws; correlation of two keys below five standard errors."""
+    positions = torch.arange(200_000)
+    u = rng.uniform(positions, rng.stream_key(1, 2, 0, 777))
+    other = rng.uniform(positions, rng.stream_key(1, 2, 1, 777))
+    assert u.min() >= 0 and u.max() < 1
+    assert distributions.chisquare(torch.histc(u, 100, 0, 1).numpy()).pvalue > 0.001
+    assert abs(float(torch.corrcoef(torch.stack([u, other]))[0, 1])) < 5 / 200_000**0.5
+
+
+@pytest.mark.parametrize("population", ["gaussian", "duplicated maximum", "one heavy token", "all equal"])
+@pytest.mark.parametrize("kind", ["good scores", "bad scores"])
+def test_poisson_estimate_is_unbiased(population, kind):
+    """Mean of D and Nv over 4,000 seeds within 4.5 standard errors of the exact sums, at a fixed scale."""
+    n, dim, seeds, scale = 400, 4, 4000, 60.0
+    g = torch.Generator().manual_seed(3)
+    logits = torch.randn(n, generator=g).double()
+    if population == "duplicated maximum":
+        logits[:20] = 3.0
+    elif population == "one heavy token":
+        logits[7] = 7.0
+    elif population == "all equal":
+        logits[:] = 0.5
+    values = torch.randn(n, dim, generator=g).double()
+    guess = logits if kind == "good scores" else torch.randn(n, generator=g).double()
+    usable = torch.ones(n, dtype=torch.bool)
+    share = torch.softmax(guess, 0)
+    d, nv = torch.zeros(seeds).double(), torch.zeros(seeds, dim).double()
+    for seed in range(seeds):
+        score, rank = scores.ranks(share, usable, 0.05, 0, rng.stream_key(seed, 0, 0, n))
+        inside = rank < scale
+        weighted = inside / (scale * score).clamp(max=1) * logits.exp()
+        d[seed], nv[seed] = weighted.sum(), weighted @ values
+    exact = torch.cat([logits.exp().sum()[None], logits.exp() @ values])
+    drawn = torch.cat([d[:, None], nv], 1)
+    error = drawn.std(0) / seeds**0.5
+    assert ((drawn.mean(0) - exact).abs() <= 4.5 * error + 1e-9 * exact.abs()).all()
+
+
+@pytest.mark.parametrize("size", [1, 40, 399, 400])
+def test_uniform_sample_is_unbiased_and_distinct(size):
+    """As above for the first ``size`` images of the permutation; without replacement, so size = N is exact."""
+    n, seeds = 400, 2000
+    y = torch.randn(n, generator=torch.Generator().manual_seed(1)).double().exp()
+    sums = torch.zeros(seeds).double()
+    for seed in range(seeds):
+        drawn = rng.permutation(n, rng.stream_key(seed, 1, 0, n))[:size]
+        assert drawn.unique().numel() == size
+        sums[seed] = n / size * y[drawn].sum()
+    assert abs(float(sums.mean() - y.sum())) <= 4.5 * float(sums.std()) / seeds**0.5 + 1e-9 * float(y.sum())
+
+
+def test_variance_formula_matches_the_spread():
+    """Relative gap of V(c) and the empirical variance of D over 6,000 seeds: below five standard errors (9 %)."""
+    n, seeds, scale = 300, 6000, 80.0
+    logits = torch.randn(n, generator=torch.Generator().manual_seed(5)).double()
+    share, usable = torch.full((n,), 1 / n).double(), torch.ones(n, dtype=torch.bool)
+    sums, variances = torch.zeros(seeds).double(), torch.zeros(seeds).double()
+    for seed in range(seeds):
+        score, rank = scores.ranks(share, usable, 0.05, 0, rng.stream_key(seed, 2, 0, n))
+        inside = rank < scale
+        sums[seed] = (logits.exp()[inside] / (scale * score[inside]).clamp(max=1)).sum()
+        variances[seed] = budget.variance(logits[inside].exp().square(), score[inside], scale, scale)
+    assert float(variances.mean() / sums.var()) == pytest.approx(1, abs=5 * (2 / seeds) ** 0.5)
+
+
+def test_least_scale_is_least():
+    g = torch.Generator().manual_seed(9)
+    deviation2, share = torch.rand(200, generator=g).double(), torch.rand(200, generator=g).double()
+    scale = 0.3
+    now = budget.variance(deviation2, share, scale, scale) ** 0.5
+    for aim in (0.9 * now, 0.3 * now, 0.01 * now):
+        c = budget.least_scale(deviation2, share, scale, aim)
+        assert budget.variance(deviation2, share, scale, c) <= aim**2 * (1 + 1e-9)
+        assert budget.variance(deviation2, share, scale, 0.999 * c) > aim**2
+
+
+@pytest.mark.parametrize("bound", quantiles.BOUNDS)
+@pytest.mark.parametrize("nu", [2.0, 3.7, 16.0, 100.0, float("inf")])
+def test_table_is_the_quantile_or_above_it(bound, nu):
+    row = torch.tensor(params.pack(0.05, 0.05, bound))
+    exact = quantiles.quantile(bound, 0.05, nu)
+    assert exact * (1 - 1e-6) <= budget.quantile(row, nu) <= exact * 1.02
+
+
+def test_published_quantiles():
+    assert quantiles.quantile("f8", 0.05, float("inf")) == pytest.approx(1.39, abs=0.005)
+    assert quantiles.quantile("f8", 0.05, 16) == pytest.approx(1.61, abs=0.005)
+    assert quantiles.quantile("clt", 0.05, 1) == pytest.approx(1.96, abs=0.001)
+    with pytest.raises(ValueError, match="unknown bound"):
+        quantiles.quantile("chebyshev", 0.05, 1)
+
+
+def test_finite_population_correction():
+    assert budget.sample_size(1.0, 1e-12, 2.0, 1000) == pytest.approx(1000)
+    assert budget.sample_size(0.0, 1.0, 2.0, 1000) == 0
+    small = budget.sample_size(1.0, 1000.0, 2.0, 1000)
+    assert small == pytest.approx(1000 * 4 / 1004)
+
+
+@pytest.mark.parametrize("sampler", ops.SAMPLERS)
+def test_reference_becomes_dense(sampler):
+    case = DecodeCase(batch=1, context=300, num_qo_heads=2, num_kv_heads=1, epsilon=1e-7, settings={"sampler": sampler})
+    out, _ = reference.decode(*case.arguments()[:14], **case.step)
+    assert case.errors(out).max() < 1e-6
+
+
+def test_ratio_estimate_with_everything_read_is_exact():
+    g = torch.Generator().manual_seed(2)
+    logits, values = torch.randn(50, generator=g).double(), torch.randn(50, 8, generator=g).double()
+    fixed = torch.arange(50) < 10
+    result = estimate(Head(logits, values, fixed), torch.arange(10, 50), torch.ones(40).double(), "output")
+    assert torch.allclose(result.out, torch.softmax(logits, 0) @ values)

@@ -1,0 +1,56 @@
+"""Differences between SGLang's versions, on the installed one."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from vattn_sgl import compat
+
+
+class Mode:
+    """Stands for SGLang's forward mode."""
+
+    def __init__(self, extend):
+        self.extend = extend
+
+    def is_extend(self):
+        return self.extend
+
+
+@pytest.mark.parametrize(
+    ("version", "numbers"), [("0.5.20", (0, 5, 20)), ("0.5.17.post1", (0, 5, 17)), ("0.6", (0, 6))]
+)
+def test_version_tuple(version, numbers):
+    assert compat.version_tuple(version) == numbers
+
+
+def test_host_seq_lens():
+    extend = SimpleNamespace(forward_mode=Mode(True), extend_prefix_lens_cpu=[5, 0], extend_seq_lens_cpu=[3, 7])
+    assert compat.host_seq_lens(extend) == [8, 7]
+    decode = SimpleNamespace(forward_mode=Mode(False), seq_lens_cpu=torch.tensor([4, 9]))
+    assert compat.host_seq_lens(decode) == [4, 9]
+    without = SimpleNamespace(forward_mode=Mode(False), seq_lens_cpu=None, seq_lens=torch.tensor([4, 9]))
+    assert compat.host_seq_lens(without) == [4, 9]
+
+
+def test_metric_labels_are_sglangs():
+    args = SimpleNamespace(served_model_name=None, model_path="m", disaggregation_mode="null")
+    labels = compat.metric_labels(SimpleNamespace(server_args=args, tp_rank=0, pp_rank=0, moe_ep_rank=0, dp_rank=None))
+    assert labels == {"model_name": "m", "engine_type": "unified", "tp_rank": "0", "pp_rank": "0", "moe_ep_rank": "0"}
+
+
+def test_foreign_writes_are_told_after_the_fact():
+    calls = []
+
+    class Pool:
+        def move_kv_cache(self, tgt_loc, src_loc):
+            calls.append("moved")
+
+    pool = Pool()
+    compat.watch_foreign_writes(pool, lambda slots: calls.append(slots))
+    pool.move_kv_cache([1], [2])
+    pool.move_kv_cache(tgt_loc=[3], src_loc=[4])
+    assert calls == ["moved", [1], "moved", [3]]

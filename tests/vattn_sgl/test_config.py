@@ -1,0 +1,228 @@
+"""Settings: every mistake at once, with its line, its value and what is allowed."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from vattn_sgl.cli import app
+from vattn_sgl.config import (
+    ALLOWED,
+    RUNTIME_FIELDS,
+    ConfigError,
+    PatchError,
+    Settings,
+    check_file,
+    load_settings,
+    load_with_sources,
+    validate_patch,
+)
+
+SIX_MISTAKES = """\
+epsilon: 3
+delta: half
+samplr: uniform
+window: 0
+top_k: 1.5
+layers:
+  0-4: {epsilon: 0.1}
+  7: {epsilon: 0}
+"""
+VALID = {
+    "epsilon": st.floats(1e-6, 1),
+    "delta": st.floats(1e-6, 0.49),
+    "sampler": st.sampled_from(["proportional", "uniform"]),
+    "target": st.sampled_from(["output", "denominator"]),
+    "bound": st.sampled_from(["f8", "student", "clt", None]),
+    "sink": st.integers(0, 4096),
+    "window": st.integers(1, 4096),
+    "top_k": st.one_of(st.integers(0, 4096), st.floats(0, 1)),
+    "pilot": st.floats(1e-4, 1),
+    "pilot_min": st.integers(4, 512),
+    "cap": st.floats(1e-3, 1),
+    "dense_below": st.integers(0, 1 << 20),
+    "selector": st.sampled_from(["sketch", "oracle"]),
+    "sketch_bits": st.sampled_from([64, 128]),
+    "floor": st.floats(1e-3, 1),
+    "seed": st.integers(0, 2**32 - 1),
+    "audit_rate": st.floats(0, 1),
+    "calibration_tokens": st.integers(512, 1 << 20),
+    "prefill_backend": st.sampled_from([None, "torch_native"]),
+    "layers": st.dictionaries(
+        st.sampled_from(["0", "3", "4-9"]), st.fixed_dictionaries({"epsilon": st.floats(1e-6, 1)})
+    ),
+}
+WRONG = {
+    "epsilon": [0, -0.1, 1.5, "x", None, [0.1]],
+    "delta": [0, 0.5, 1, "x"],
+    "sampler": ["random", 1],
+    "target": ["sum", None],
+    "bound": ["t", 1],
+    "sink": [-1, 1.5, "x"],
+    "window": [0, -1, 2.5],
+    "top_k": [-1, 1.5, "x"],
+    "pilot": [0, 1.1],
+    "pilot_min": [3, 4.5],
+    "cap": [0, 2],
+    "dense_below": [-1, 0.5],
+    "selector": ["quest"],
+    "sketch_bits": [96, "64"],
+    "floor": [0, 2],
+    "seed": [-1, 2**32],
+    "audit_rate": [-0.1, 1.1],
+    "calibration_tokens": [511],
+    "prefill_backend": [1],
+    "layers": [{"a": {}}, {"4-2": {}}, 3, {"3": {"sink": 4}}],
+}
+quick = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=50)
+
+
+def write(tmp_path, text):
+    file = tmp_path / "vattn.yaml"
+    file.write_text(text)
+    return file
+
+
+def test_every_field_is_covered_here_and_says_what_is_allowed():
+    assert set(VALID) == set(WRONG) == set(ALLOWED) == set(Settings.model_fields)
+    assert set(RUNTIME_FIELDS) < set(ALLOWED)
+
+
+def test_six_mistakes_give_six_messages_and_exit_status_2(tmp_path):
+    file = write(tmp_path, SIX_MISTAKES)
+    result = CliRunner().invoke(app, ["config", "check", str(file)])
+    lines = result.stdout.splitlines()
+    assert result.exit_code == 2
+    assert len(lines) == 6
+    keys = ("epsilon", "delta", "samplr", "window", "top_k", "layers.7.epsilon")
+    for line, number, key, value in zip(
+        lines, (1, 2, 3, 4, 5, 8), keys, (3, "half", "uniform", 0, 1.5, 0), strict=True
+    ):
+        assert line.startswith(f"{file}: line {number}: {key}: got {value!r}; expected ")
+    assert "did you mean 'sampler'?" in lines[2]
+
+
+@quick
+@given(values=st.fixed_dictionaries({}, optional=VALID))
+def test_a_right_file_is_read_as_written(tmp_path, values):
+    file = write(tmp_path, yaml.safe_dump(values))
+    assert check_file(file) == []
+    assert load_settings(file, {}) == Settings(**values)
+
+
+@quick
+@given(field=st.sampled_from(sorted(WRONG)), data=st.data(), before=st.integers(0, 5))
+def test_a_wrong_value_is_named_once_with_its_line(tmp_path, field, data, before):
+    value = data.draw(st.sampled_from(WRONG[field]))
+    file = write(
+        tmp_path, "# comment\n" * before + yaml.safe_dump({field: value}, default_flow_style=True, width=1000)[1:-2]
+    )
+    mistakes = check_file(file)
+    assert len(mistakes) == 1
+    assert mistakes[0].key.split(".")[0] == field
+    assert mistakes[0].line == before + 1
+    assert mistakes[0].allowed
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("epsilon: 0.1\nepsilon: 0.2\n", "line 2: epsilon: got 'a second entry'; expected one entry; the first is on"),
+        ("- 1\n", "line 1: file: got 'list'; expected a mapping of settings"),
+        ("epsilon: [\n", "expected valid YAML"),
+    ],
+)
+def test_a_file_that_is_no_mapping(tmp_path, text, expected):
+    mistakes = check_file(write(tmp_path, text))
+    assert len(mistakes) == 1
+    assert expected in str(mistakes[0])
+
+
+def test_a_missing_or_binary_file(tmp_path):
+    assert "readable" in check_file(tmp_path / "none.yaml")[0].allowed
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    assert "readable" in check_file(tmp_path / "binary")[0].allowed
+
+
+def test_the_environment_overrides_the_file_and_says_so(tmp_path):
+    file = write(tmp_path, "epsilon: 0.2\nsink: 8\n")
+    found, sources = load_with_sources(None, {"VATTN_CONFIG": str(file), "VATTN_EPSILON": "0.3"})
+    assert (found.epsilon, found.sink, found.window) == (0.3, 8, 64)
+    assert (sources["epsilon"], sources["sink"], sources["window"]) == ("VATTN_EPSILON", str(file), "default")
+
+
+def test_every_mistake_of_the_environment_is_told_at_once():
+    env = {
+        "VATTN_EPSILON": "7",
+        "VATTN_WINDOWS": "3",
+        "VATTN_LAYERS": "{3: {delta: 2}}",
+        "OTHER": "1",
+        "VATTN_CACHE": "x",
+    }
+    with pytest.raises(ConfigError) as caught:
+        load_settings(env=env)
+    assert len(caught.value.mistakes) == 3
+    assert "did you mean 'VATTN_WINDOW'?" in str(caught.value)
+
+
+def test_show_prints_settings_that_can_be_read_again(monkeypatch):
+    monkeypatch.setenv("VATTN_EPSILON", "0.25")
+    result = CliRunner().invoke(app, ["config", "show"])
+    assert result.exit_code == 0
+    assert Settings(**yaml.safe_load(result.stdout)) == Settings(epsilon=0.25)
+    assert "# VATTN_EPSILON" in result.stdout
+
+
+def test_layer_ranges_and_the_later_entry_wins():
+    found = Settings(layers={"0-2": {"epsilon": 0.1}, "2": {"delta": 0.01}})
+    overrides = found.layer_overrides()
+    assert sorted(overrides) == [0, 1, 2]
+    assert overrides[1].epsilon == 0.1
+    assert (overrides[2].epsilon, overrides[2].delta) == (None, 0.01)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "target", "bound"),
+    [
+        ("proportional", "output", "f8"),
+        ("proportional", "denominator", "student"),
+        ("uniform", "output", "student"),
+        ("uniform", "denominator", "student"),
+    ],
+)
+def test_default_bound(sampler, target, bound):
+    assert Settings(sampler=sampler, target=target).effective_bound == bound
+    assert Settings(sampler=sampler, target=target, bound="clt").effective_bound == "clt"
+
+
+@pytest.mark.parametrize(
+    ("patch", "fields"),
+    [
+        ({}, ["body"]),
+        ([1], ["body"]),
+        (None, ["body"]),
+        ({"epsilon": 0}, ["epsilon"]),
+        ({"epsilon": float("nan")}, ["epsilon"]),
+        ({"epsilon": True}, ["epsilon"]),
+        ({"epsilon": "0.1"}, ["epsilon"]),
+        ({"epsilon": None}, ["epsilon"]),
+        ({"delta": 0.5, "epsilon": 2}, ["delta", "epsilon"]),
+        ({"sink": 3, "nonsense": 1, "epsilon": 0.1}, ["nonsense", "sink"]),
+    ],
+)
+def test_a_wrong_patch_names_every_field(patch, fields):
+    with pytest.raises(PatchError) as caught:
+        validate_patch(patch)
+    detail = caught.value.detail()
+    assert sorted(entry["field"] for entry in detail) == fields
+    assert all(entry["allowed"] for entry in detail)
+
+
+@given(st.fixed_dictionaries({}, optional={f: VALID[f] for f in RUNTIME_FIELDS}).filter(bool))
+def test_a_right_patch_comes_back_as_floats(patch):
+    assert validate_patch(json.loads(json.dumps(patch))) == patch

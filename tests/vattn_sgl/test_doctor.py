@@ -1,0 +1,76 @@
+"""``vattn doctor``: what can be served and why not."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from vattn_kernels.cpu import build
+from vattn_sgl import doctor, model
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 576,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+}
+
+
+def report(path):
+    return [(finding.ok, finding.what, finding.mend) for finding in doctor.findings(path)]
+
+
+@pytest.fixture
+def built(monkeypatch):
+    """Kernels that need no compiling; one test compiles them."""
+    monkeypatch.setattr(build, "build", lambda: Path("kernels.so"))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A model's folder without weights."""
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    return tmp_path
+
+
+def test_a_model_that_can_be_served(folder):
+    lines = report(folder)
+    assert all(ok for ok, _, _ in lines)
+    assert any("9 query and 3 KV heads of 64" in what for _, what, _ in lines)
+    assert any("no calibration yet" in what and "2048" in what for _, what, _ in lines)
+
+
+def test_a_model_that_cannot(folder, built):
+    (folder / "config.json").write_text(json.dumps(LLAMA | {"hidden_size": 9 * 72}))
+    wrong = [what for ok, what, _ in report(folder) if not ok]
+    assert len(wrong) == 1
+    assert "head_dim 72" in wrong[0]
+
+
+def test_no_model(tmp_path, built):
+    assert (False, f"model {model.NAME} is not in the cache", "vattn model fetch") in report(None)
+    wrong = [(what, mend) for ok, what, mend in report(tmp_path) if not ok]
+    assert wrong == [(f"{tmp_path} holds no config.json", "give a model's folder")]
+
+
+def test_wrong_settings_are_told(folder, built, monkeypatch):
+    monkeypatch.setenv("VATTN_EPSILON", "9")
+    assert any("VATTN_EPSILON: got 9" in what for ok, what, _ in report(folder) if not ok)
+
+
+def test_a_plugin_list_that_leaves_us_out(folder, built, monkeypatch):
+    monkeypatch.setenv("SGLANG_PLUGINS", "other")
+    assert any("leaves the plugin out" in what for ok, what, _ in report(folder) if not ok)
+
+
+def test_no_compiler(folder, monkeypatch):
+    monkeypatch.setenv("PATH", str(Path(shutil.which("true")).parent / "nowhere"))
+    monkeypatch.delenv("CXX", raising=False)
+    wrong = [what for ok, what, _ in report(folder) if not ok]
+    assert len(wrong) == 1
+    assert "g++" in wrong[0]

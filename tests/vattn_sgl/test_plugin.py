@@ -1,0 +1,96 @@
+"""The plugin's own check, and its hooks on SGLang's scheduler."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+from sglang.srt.managers.io_struct import SetInternalStateReq
+
+from vattn_sgl import control, plugin
+from vattn_sgl.config import Settings
+
+
+@pytest.fixture
+def loaded(monkeypatch):
+    """The plugin, loaded by SGLang."""
+    from sglang.srt.plugins import load_plugins
+
+    load_plugins()
+    monkeypatch.setattr(plugin, "_registered", [plugin.SET_STATE])
+
+
+def test_a_whole_plugin_passes(loaded, monkeypatch):
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    monkeypatch.setattr(HookRegistry, "_patched", {plugin.SET_STATE})
+    plugin.self_check()
+
+
+def test_a_hook_that_was_not_applied_stops_the_server(loaded, monkeypatch):
+    monkeypatch.setattr(plugin, "_registered", ["sglang.srt.no.such.target"])
+    with pytest.raises(plugin.PluginError, match=r"sglang\.srt\.no\.such\.target"):
+        plugin.self_check()
+
+
+def test_a_plugin_that_was_never_loaded_stops_the_server(monkeypatch):
+    monkeypatch.setattr(plugin, "_registered", [])
+    with pytest.raises(plugin.PluginError, match="not called"):
+        plugin.self_check()
+
+
+def test_a_failed_load_is_kept_and_stops_the_server(monkeypatch):
+    def broken():
+        raise ImportError("no such module")
+
+    monkeypatch.setattr(plugin, "_load", broken)
+    monkeypatch.setattr(plugin, "_failure", None)
+    with pytest.raises(ImportError):
+        plugin.load()
+    with pytest.raises(plugin.PluginError, match="no such module"):
+        plugin.self_check()
+
+
+@pytest.mark.parametrize("name", ["attention_backend", "decode_attention_backend", "prefill_attention_backend"])
+def test_another_backend_is_left_alone(name, monkeypatch):
+    monkeypatch.setattr(plugin, "_failure", ImportError("broken"))
+    plugin._before_http_server(SimpleNamespace(**{name: "torch_native"}))
+    with pytest.raises(plugin.PluginError):
+        plugin._before_http_server(SimpleNamespace(**{name: "vattention"}))
+
+
+def set_state(values):
+    request = SetInternalStateReq(server_args=values)
+    return plugin._set_internal_state(lambda scheduler, req: "sglang's", None, request)
+
+
+def test_our_values_are_staged_and_others_left_to_sglang():
+    current = control.create(Settings(), 2, "cpu")
+    assert set_state({"other": 1}) == "sglang's"
+    assert set_state({"vattention_epsilon": 0.2}).updated
+    assert current.config()["staged"] == {"epsilon": 0.2}
+
+
+def test_what_a_scheduler_refuses_changes_nothing():
+    assert not set_state({"vattention_epsilon": 0.2}).updated
+    current = control.create(Settings(), 2, "cpu")
+    assert not set_state({"vattention_epsilon": 7}).updated
+    assert not set_state({"vattention_epsilon": 0.2, "other": 1}).updated
+    assert current.config()["staged"] == {}
+    assert current.changes["rejected"] == 1
+
+
+def test_a_request_rejected_by_the_http_server_is_counted():
+    current = control.create(Settings(), 2, "cpu")
+    assert set_state({"vattention_rejected": 1}).updated
+    assert current.changes == {"applied": 0, "rejected": 1}
+    assert current.config()["staged"] == {}
+
+
+def test_the_state_is_added_to_sglangs_own():
+    result = SimpleNamespace(internal_state={"a": 1})
+    assert plugin._get_internal_state(result, None, None).internal_state == {"a": 1}
+    control.create(Settings(), 2, "cpu")
+    state = plugin._get_internal_state(result, None, None).internal_state
+    assert state["a"] == 1
+    assert state["vattention"]["config"]["in_force"] == {"epsilon": 0.05, "delta": 0.05}

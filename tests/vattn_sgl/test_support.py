@@ -1,0 +1,119 @@
+"""Everything that is refused, each with the reason and what to do."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from vattn_sgl import support
+
+ARGUMENTS = [
+    ({"device": "cuda"}, "device cuda"),
+    ({"page_size": 16}, "use --page-size 1"),
+    ({"kv_cache_dtype": "fp8_e4m3"}, "leave it at auto"),
+    ({"decode_attention_backend": "vattention"}, "use --attention-backend vattention alone"),
+    ({"prefill_attention_backend": "torch_native", "decode_attention_backend": "vattention"}, "bypasses the index"),
+    ({"speculative_algorithm": "EAGLE"}, "remove --speculative-algorithm"),
+    ({"enable_hierarchical_cache": True}, "remove --enable-hierarchical-cache"),
+    ({"enable_deterministic_inference": True}, "batch-invariant"),
+    ({"enable_dp_attention": True}, "DP attention"),
+    ({"enable_two_batch_overlap": True}, "two-batch"),
+    ({"enable_unified_memory": True}, "translates slots"),
+    ({"enable_lmcache": True}, "LMCache"),
+    ({"enable_double_sparsity": True}, "double sparsity"),
+    ({"encoder_only": True}, "no decode step"),
+    ({"disaggregation_mode": "decode"}, "--disaggregation-mode decode"),
+    ({"tokenizer_worker_num": 2}, "use 1"),
+    ({"tp_size": 2}, "--tp-size 2"),
+    ({"pp_size": 2}, "--pp-size 2"),
+    ({"dp_size": 2}, "--dp-size 2"),
+]
+MODELS = [
+    ({"attention_arch": SimpleNamespace(name="MLA")}, "MLA"),
+    ({"is_encoder_decoder": True}, "cross attention"),
+    ({"is_generation": False}, "not a generating model"),
+    ({"is_hybrid_swa": True}, "sliding-window"),
+    ({"hf_text_config": SimpleNamespace(attn_logit_softcapping=50.0)}, "logits capped at 50"),
+    ({"head_dim": 64, "v_head_dim": 128}, "differ"),
+    ({"head_dim": 72, "v_head_dim": 72}, "multiples of 16"),
+    ({"head_dim": 512, "v_head_dim": 512}, "up to 256"),
+    ({"num_attention_heads": 7, "num_key_value_heads": 2}, "groups must be whole"),
+    ({"num_attention_heads": 64, "num_key_value_heads": 2}, "at most 16"),
+]
+LAYERS = [
+    ({"sliding_window_size": 4096}, "sliding window of 4096"),
+    ({"logit_cap": 30.0}, "logits capped at 30"),
+    ({"is_cross_attention": True}, "cross attention"),
+    ({"attn_type": SimpleNamespace(value="encoder_only")}, "only decoder attention"),
+    ({"sinks": torch.zeros(1)}, "learned attention sinks"),
+]
+
+
+class RadixAttention(torch.nn.Module):
+    """Stands for SGLang's layer, which is known by its class's name."""
+
+    def __init__(self, **attributes):
+        super().__init__()
+        for name, value in attributes.items():
+            setattr(self, name, value)
+
+
+class MHATokenToKVPool:
+    """Stands for SGLang's pool."""
+
+
+class MLATokenToKVPool:
+    """Stands for another pool."""
+
+
+def test_a_plain_server_is_served():
+    assert list(support.argument_reasons(SimpleNamespace(device="cpu"))) == []
+    assert list(support.model_reasons(SimpleNamespace(head_dim=64, num_attention_heads=9, num_key_value_heads=3))) == []
+    assert list(support.pool_reasons(MHATokenToKVPool())) == []
+    assert support.layer_reasons(torch.nn.Sequential(RadixAttention(sliding_window_size=-1, logit_cap=0.0))) == []
+
+
+@pytest.mark.parametrize(("attributes", "expected"), ARGUMENTS)
+def test_arguments(attributes, expected):
+    reasons = list(support.argument_reasons(SimpleNamespace(**{"device": "cpu"} | attributes)))
+    assert len(reasons) == 1
+    assert expected in reasons[0]
+
+
+@pytest.mark.parametrize(("attributes", "expected"), MODELS)
+def test_models(attributes, expected):
+    reasons = list(support.model_reasons(SimpleNamespace(**attributes)))
+    assert len(reasons) == 1
+    assert expected in reasons[0]
+
+
+@pytest.mark.parametrize(("attributes", "expected"), LAYERS)
+def test_layers(attributes, expected):
+    model = torch.nn.Sequential(RadixAttention(), RadixAttention(**attributes), RadixAttention(**attributes))
+    reasons = support.layer_reasons(model)
+    assert len(reasons) == 1
+    assert expected in reasons[0]
+
+
+def test_pools(monkeypatch):
+    assert "MLATokenToKVPool" in next(support.pool_reasons(MLATokenToKVPool()))
+    pool = MHATokenToKVPool()
+    pool.kv_cache_layout = "hnd"
+    assert "layout" in next(support.pool_reasons(pool))
+    monkeypatch.setenv("SGLANG_USE_HND_KVCACHE", "1")
+    assert "HND" in next(support.argument_reasons(SimpleNamespace(device="cpu")))
+
+
+def test_all_reasons_are_told_at_once():
+    runner = SimpleNamespace(
+        server_args=SimpleNamespace(device="cpu", page_size=64, tp_size=2),
+        model_config=SimpleNamespace(is_encoder_decoder=True),
+        token_to_kv_pool=MLATokenToKVPool(),
+        model=RadixAttention(logit_cap=30.0),
+    )
+    with pytest.raises(support.Unsupported) as caught:
+        support.check(runner)
+    assert len(caught.value.reasons) == 5
+    assert all(f"- {reason}" in str(caught.value) for reason in caught.value.reasons)

@@ -1,0 +1,59 @@
+"""``vattn calibrate``: make a model's calibration ahead of its first traffic."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from pathlib import Path
+
+from rich.console import Console
+
+from vattn_sgl import texts
+from vattn_sgl.server import Server
+
+RESERVE = 8
+console = Console(stderr=True)
+
+
+class CalibrationError(RuntimeError):
+    """The server did not calibrate itself on the text."""
+
+
+def run(model_path: Path, arguments: tuple[str, ...] = ("--dtype", "float32")) -> int:
+    """Serve the model once, let it calibrate itself on the shipped text, and keep the result.
+
+    Parameters
+    ----------
+    model_path : pathlib.Path
+        Folder of the model; must be the path that the later server is given.
+    arguments : tuple of str
+        Of ``sglang serve``, as for the later server.
+
+    Returns
+    -------
+    int
+        Longest context that the calibration covers, in tokens.
+
+    Raises
+    ------
+    CalibrationError
+        If nothing was calibrated.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    began = time.monotonic()
+    limit = AutoConfig.from_pretrained(model_path).max_position_embeddings - RESERVE
+    ids = AutoTokenizer.from_pretrained(model_path)(texts.load(texts.CALIBRATION), verbose=False).input_ids[:limit]
+    server = Server(model_path, "vattention", arguments, admin_key=secrets.token_urlsafe(12))
+    with console.status("starting SGLang") as status:
+        server.start(lambda seconds: status.update(f"starting SGLang: {seconds:.0f} s"))
+    with server, console.status(f"prefilling {len(ids)} tokens"):
+        server.generate([int(i) for i in ids], 4)
+        covered = int(server.admin("GET", "status")["ranks"][0]["calibrated_positions"])
+        if covered < len(ids):
+            raise CalibrationError(
+                f"{len(ids)} tokens were prefilled but contexts up to {covered} are covered; "
+                f"the server's log:\n{server.tail()}"
+            )
+    console.print(f"covers contexts up to {covered} tokens; {time.monotonic() - began:.0f} s")
+    return covered

@@ -1,0 +1,108 @@
+"""Console script ``vattn``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="Decode attention with a stated error.")
+config_app = typer.Typer(no_args_is_help=True, help="Settings: show them, check a file.")
+model_app = typer.Typer(no_args_is_help=True, help="The demonstration model.")
+app.add_typer(config_app, name="config")
+app.add_typer(model_app, name="model")
+
+MISTAKE = 2
+
+
+def _fail(error: Exception, status: int = 1) -> NoReturn:
+    typer.echo(str(error), err=True)
+    raise typer.Exit(status)
+
+
+@config_app.command("show")
+def config_show() -> None:
+    """Print the settings in force at start and where each comes from."""
+    import yaml
+
+    from vattn_sgl.config import ConfigError, load_with_sources
+
+    try:
+        settings, sources = load_with_sources()
+    except ConfigError as error:
+        _fail(error, MISTAKE)
+    for name, value in settings.model_dump(exclude_none=False, mode="json").items():
+        scalar = yaml.safe_dump(value, default_flow_style=True, sort_keys=False).removesuffix("...\n").rstrip()
+        line = f"{name}: {scalar}"
+        typer.echo(f"{line:<32}  # {sources[name]}")
+
+
+@config_app.command("check")
+def config_check(file: Annotated[Path, typer.Argument(help="YAML file of settings")]) -> None:
+    """Name every mistake of a settings file with its line; exit status 2 when there is one."""
+    from vattn_sgl.config import check_file
+
+    mistakes = check_file(file)
+    for mistake in mistakes:
+        typer.echo(f"{file}: {mistake}")
+    if mistakes:
+        raise typer.Exit(MISTAKE)
+    typer.echo(f"{file}: fine")
+
+
+@model_app.command("fetch")
+def model_fetch() -> None:
+    """Make the model's folder in the cache, and print its path last."""
+    from vattn_sgl import model
+
+    try:
+        typer.echo(str(model.fetch()))
+    except model.ModelError as error:
+        _fail(error)
+
+
+@app.command()
+def demo(
+    once: Annotated[bool, typer.Option(help="End by itself instead of serving until Ctrl-C.")] = False,
+    json: Annotated[bool, typer.Option(help="Print one JSON object last, on standard output.")] = False,
+    model: Annotated[Path | None, typer.Option(help="Folder of another model.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port of the server; default a free one.")] = None,
+    epsilon: Annotated[float, typer.Option(min=1e-6, max=1.0, help="Bound on the relative error at first.")] = 0.05,
+) -> None:
+    """Serve a real model on this CPU: what the bound costs per layer, agreement with dense, epsilon changed live."""
+    from vattn_sgl import demo as demonstration
+    from vattn_sgl.model import ModelError
+    from vattn_sgl.server import ServerError
+
+    try:
+        demonstration.run(once, json, model, port, epsilon)
+    except (ModelError, ServerError) as error:
+        _fail(error)
+
+
+@app.command()
+def doctor(model: Annotated[Path | None, typer.Argument(help="Folder of a model.")] = None) -> None:
+    """Say whether this machine and model can be served, and why not."""
+    from vattn_sgl import doctor as checks
+
+    if not checks.run(model):
+        raise typer.Exit(1)
+
+
+@app.command()
+def calibrate(model: Annotated[Path, typer.Argument(help="Folder of a model.")]) -> None:
+    """Calibrate the sketch of a model ahead of its first traffic."""
+    from vattn_sgl import calibrate as calibration
+    from vattn_sgl.server import ServerError
+
+    if not (model / "config.json").exists():
+        _fail(ValueError(f"{model} is not a model's folder: it holds no config.json"), MISTAKE)
+    try:
+        calibration.run(model)
+    except (ServerError, calibration.CalibrationError) as error:
+        _fail(error)
+
+
+if __name__ == "__main__":
+    app()

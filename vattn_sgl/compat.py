@@ -1,0 +1,129 @@
+"""Every difference between the supported versions of SGLang, 0.5.17 to 0.5.x, in one place."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from sglang.srt.layers.radix_attention import RadixAttention
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+
+MINIMUM, BELOW = (0, 5, 17), (0, 6)
+
+
+def version_tuple(version: str) -> tuple[int, ...]:
+    """Leading numbers of a version, ``0.5.20.post1`` -> ``(0, 5, 20)``."""
+    return tuple(int(part) for part in version.split(".")[:3] if part.isdigit())
+
+
+def cpu_platform_base() -> type:
+    """SGLang's CPU platform; 0.5.17 has only its parts."""
+    try:
+        from sglang.srt.platforms.cpu import CpuSRTPlatform
+    except ImportError:
+        from sglang.srt.platforms.interface import SRTPlatform
+
+        return SRTPlatform
+    return CpuSRTPlatform
+
+
+def paged_allocator_class() -> type:
+    """The paged allocator."""
+    from sglang.srt.mem_cache.allocator import PagedTokenToKVPoolAllocator
+
+    return PagedTokenToKVPoolAllocator
+
+
+@functools.cache
+def _write_location() -> Callable[[torch.Tensor], Any]:
+    from sglang.srt.mem_cache import memory_pool
+
+    location = getattr(memory_pool, "KVWriteLoc", None)
+    return (lambda slots: slots) if location is None else (lambda slots: location(slots, None))
+
+
+def write_kv(pool: Any, layer: RadixAttention, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    """Store K and V of new tokens.
+
+    Parameters
+    ----------
+    pool : KVCache
+        SGLang's pool.
+    layer : RadixAttention
+        SGLang's layer.
+    slots : torch.Tensor
+        int64 ``[num_tokens]``.
+    k, v : torch.Tensor
+        ``[num_tokens, num_kv_heads * head_dim]`` or with heads apart.
+    """
+    k = k.view(-1, layer.tp_k_head_num, layer.qk_head_dim)
+    v = v.view(-1, layer.tp_v_head_num, layer.v_head_dim)
+    pool.set_kv_buffer(layer, _write_location()(slots), k, v)
+
+
+def watch_foreign_writes(pool: Any, invalidate: Callable[[torch.Tensor], None]) -> None:
+    """Call ``invalidate(slots)`` when SGLang writes slots without going through a backend.
+
+    Parameters
+    ----------
+    pool : KVCache
+        SGLang's pool; its methods ``move_kv_cache(target, source)`` and ``load_cpu_copy(copy, slots)`` are wrapped.
+    invalidate : callable
+        Receives the slots written.
+    """
+    for name, position in (("move_kv_cache", 0), ("load_cpu_copy", 1)):
+        original = getattr(pool, name, None)
+        if original is None:
+            continue
+
+        def wrapped(*args: Any, _original: Any = original, _position: int = position, **kwargs: Any) -> Any:
+            result = _original(*args, **kwargs)
+            slots = args[_position] if len(args) > _position else next(iter(kwargs.values()))
+            invalidate(slots)
+            return result
+
+        setattr(pool, name, wrapped)
+
+
+def host_seq_lens(forward_batch: ForwardBatch) -> list[int]:
+    """Contexts of a batch, the new tokens included, without waiting for a device.
+
+    Parameters
+    ----------
+    forward_batch : ForwardBatch
+        The batch.
+    """
+    if forward_batch.forward_mode.is_extend():
+        pairs = zip(forward_batch.extend_prefix_lens_cpu, forward_batch.extend_seq_lens_cpu, strict=True)
+        return [int(prefix) + int(new) for prefix, new in pairs]
+    lengths = forward_batch.seq_lens_cpu
+    if lengths is None:
+        lengths = forward_batch.seq_lens
+        if lengths.device.type != "cpu":
+            return [0]
+    return [int(n) for n in lengths.tolist()]
+
+
+def metric_labels(model_runner: Any) -> dict[str, str]:
+    """SGLang's labels of its own scheduler metrics.
+
+    Parameters
+    ----------
+    model_runner : ModelRunner
+        SGLang's runner.
+    """
+    args = model_runner.server_args
+    parallel = getattr(model_runner, "ps", model_runner)
+    labels = {
+        "model_name": args.served_model_name or args.model_path,
+        "engine_type": {"prefill": "prefill", "decode": "decode"}.get(args.disaggregation_mode, "unified"),
+        "tp_rank": str(getattr(parallel, "tp_rank", 0)),
+        "pp_rank": str(getattr(parallel, "pp_rank", 0)),
+        "moe_ep_rank": str(getattr(parallel, "moe_ep_rank", 0)),
+    }
+    dp_rank = getattr(parallel, "dp_rank", None)
+    return labels if dp_rank is None else labels | {"dp_rank": str(dp_rank)}

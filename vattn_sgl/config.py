@@ -1,0 +1,398 @@
+"""Settings: the only place of defaults, limits and their messages.
+
+A YAML file named by ``VATTN_CONFIG`` is overridden by ``VATTN_<FIELD>`` variables. Every mistake is reported at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError, field_validator
+
+from vattn_kernels.quantiles import BOUNDS, default_bound
+
+PREFIX = "VATTN_"
+NOT_SETTINGS = ("VATTN_CONFIG", "VATTN_CACHE")
+RUNTIME_FIELDS = ("epsilon", "delta")
+
+Epsilon = Annotated[float, Field(gt=0, le=1)]
+Delta = Annotated[float, Field(gt=0, lt=0.5)]
+Share = Annotated[float, Field(ge=0, le=1)]
+PositiveShare = Annotated[float, Field(gt=0, le=1)]
+Count = Annotated[StrictInt, Field(ge=0)]
+_LAYERS = re.compile(r"(\d+)(?:-(\d+))?")
+
+
+class LayerOverride(BaseModel):
+    """What may differ in a layer."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    epsilon: Epsilon | None = None
+    delta: Delta | None = None
+
+
+class Settings(BaseModel):
+    """Settings of the backend; names are those of the paper.
+
+    Attributes
+    ----------
+    epsilon, delta : float
+        The relative error exceeds ``epsilon`` with probability at most ``delta``, per head and step.
+    sampler : {"proportional", "uniform"}
+        Poisson sampling by estimated weight (ours), or the paper's top-k and uniform sample.
+    target : {"output", "denominator"}
+        What the bound is about.
+    bound : {"f8", "student", "clt"} or None
+        Quantile of the bound; None takes `vattn_kernels.quantiles.default_bound`.
+    sink, window : int
+        Tokens at the start and at the end that are always read.
+    top_k : int or float
+        Count, or share of the range; sampler ``uniform`` only.
+    pilot, pilot_min : float, int
+        First sample, as a share of the range, and its least size in tokens.
+    cap : float
+        Largest share of the range that a sample may read; a budget it cuts is not certified.
+    dense_below : int
+        Contexts shorter than this are served densely.
+    selector : {"sketch", "oracle"}
+        Source of estimated weights.
+    sketch_bits : {64, 128}
+        Size of a token's code per KV head.
+    floor : float
+        Least score, as a share of the mean score; keeps every inclusion probability above 0.
+    seed : int
+        Of the sample; equal seeds and inputs give equal outputs.
+    audit_rate : float
+        Share of (request, layer, KV head, step) whose exact output is computed too and compared.
+    calibration_tokens : int
+        Prefilled tokens after which an uncalibrated server calibrates itself.
+    prefill_backend : str or None
+        SGLang backend that computes new tokens; None takes our own.
+    layers : dict
+        Overrides of epsilon and delta by layer, ``"3"`` or ``"0-4"``.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    epsilon: Epsilon = 0.05
+    delta: Delta = 0.05
+    sampler: Literal["proportional", "uniform"] = "proportional"
+    target: Literal["output", "denominator"] = "output"
+    bound: Literal["f8", "student", "clt"] | None = None
+    sink: Count = 16
+    window: Annotated[StrictInt, Field(ge=1)] = 64
+    top_k: Annotated[StrictInt, Field(ge=0)] | Annotated[float, Field(ge=0, le=1)] = 0.025
+    pilot: PositiveShare = 0.02
+    pilot_min: Annotated[StrictInt, Field(ge=4)] = 32
+    cap: PositiveShare = 1.0
+    dense_below: Count = 2048
+    selector: Literal["sketch", "oracle"] = "sketch"
+    sketch_bits: Literal[64, 128] = 64
+    floor: PositiveShare = 0.05
+    seed: Annotated[StrictInt, Field(ge=0, lt=2**32)] = 0
+    audit_rate: Share = 0.0
+    calibration_tokens: Annotated[StrictInt, Field(ge=512)] = 2048
+    prefill_backend: str | None = None
+    layers: dict[str, LayerOverride] = Field(default_factory=dict)
+
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _layer_keys(cls, value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            return value
+        keys = {str(key): override for key, override in value.items()}
+        for key in keys:
+            match = _LAYERS.fullmatch(key)
+            if match is None or (match[2] is not None and int(match[2]) < int(match[1])):
+                raise ValueError(f"layer key {key!r} is not a layer such as 3 or a range such as 0-4")
+        return keys
+
+    @property
+    def effective_bound(self) -> str:
+        """The bound in force."""
+        return self.bound or default_bound(self.sampler, self.target)
+
+    def layer_overrides(self) -> dict[int, LayerOverride]:
+        """Overrides by layer number; a later entry wins over an earlier one."""
+        overrides = {}
+        for key, override in self.layers.items():
+            match = _LAYERS.fullmatch(key)
+            assert match is not None
+            for layer in range(int(match[1]), int(match[2] or match[1]) + 1):
+                overrides[layer] = override
+        return overrides
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """One thing wrong with the settings.
+
+    Attributes
+    ----------
+    key : str
+        Dotted name of the setting.
+    value : Any
+        What was found.
+    allowed : str
+        What is allowed.
+    line : int or None
+        Line of the file, from 1; None for an environment variable.
+    """
+
+    key: str
+    value: Any
+    allowed: str
+    line: int | None = None
+
+    def __str__(self) -> str:
+        where = f"line {self.line}: " if self.line is not None else ""
+        return f"{where}{self.key}: got {self.value!r}; expected {self.allowed}"
+
+
+class ConfigError(ValueError):
+    """The settings are wrong; `mistakes` lists everything at once."""
+
+    def __init__(self, source: str, mistakes: list[Mistake]) -> None:
+        self.source = source
+        self.mistakes = mistakes
+        lines = "\n".join(f"  {mistake}" for mistake in mistakes)
+        super().__init__(f"{len(mistakes)} mistake(s) in {source}:\n{lines}")
+
+
+def _finite(value: Any) -> Any:
+    """The value with NaN and infinities as text, because JSON has none."""
+    return json.loads(json.dumps(value, default=str), parse_constant=str)
+
+
+class PatchError(ValueError):
+    """A runtime change is wrong; nothing was changed."""
+
+    def __init__(self, mistakes: list[Mistake]) -> None:
+        self.mistakes = mistakes
+        super().__init__("; ".join(str(mistake) for mistake in mistakes))
+
+    def detail(self) -> list[dict[str, Any]]:
+        """One ``{"field", "value", "allowed"}`` a mistake, for the answer 422."""
+        return [{"field": m.key, "value": _finite(m.value), "allowed": m.allowed} for m in self.mistakes]
+
+
+ALLOWED = {
+    "epsilon": "a number above 0 and at most 1",
+    "delta": "a number above 0 and below 0.5",
+    "sampler": "'proportional' or 'uniform'",
+    "target": "'output' or 'denominator'",
+    "bound": ", ".join(repr(b) for b in BOUNDS) + " or null",
+    "sink": "a whole number of tokens, 0 or more",
+    "window": "a whole number of tokens, 1 or more",
+    "top_k": "a whole number of tokens, or a share from 0.0 to 1.0",
+    "pilot": "a share above 0 and at most 1 (a pilot of 0 would be top-k alone, without a bound)",
+    "pilot_min": "a whole number of tokens, 4 or more",
+    "cap": "a share above 0 and at most 1",
+    "dense_below": "a whole number of tokens, 0 or more",
+    "selector": "'sketch' or 'oracle'",
+    "sketch_bits": "64 or 128",
+    "floor": "a share above 0 and at most 1",
+    "seed": "a whole number from 0 to 4294967295",
+    "audit_rate": "a share from 0 to 1",
+    "calibration_tokens": "a whole number of tokens, 512 or more",
+    "prefill_backend": "the name of an SGLang attention backend, or null",
+    "layers": "a mapping from a layer (3) or a range (0-4) to epsilon and delta",
+}
+
+
+def _unknown(name: str, choices: list[str]) -> str:
+    near = difflib.get_close_matches(name, choices, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return f"{hint}known settings are {', '.join(choices)}"
+
+
+def _mistakes(error: ValidationError) -> list[Mistake]:
+    found: dict[str, Mistake] = {}
+    for item in error.errors():
+        path = [str(part) for part in item["loc"]]
+        if path[0] == "top_k":
+            path = path[:1]
+        key = ".".join(path)
+        leaf = path[-1]
+        if item["type"] == "extra_forbidden":
+            choices = list(LayerOverride.model_fields if len(path) > 1 else Settings.model_fields)
+            allowed = _unknown(leaf, choices)
+        elif item["type"] == "value_error":
+            allowed = f"{ALLOWED['layers']} ({item['msg'].removeprefix('Value error, ')})"
+        else:
+            allowed = ALLOWED.get(leaf, ALLOWED.get(path[0], item["msg"]))
+        found.setdefault(key, Mistake(key, item["input"], allowed))
+    return list(found.values())
+
+
+def _lines(node: yaml.Node | None, prefix: str = "") -> tuple[dict[str, int], list[Mistake]]:
+    """Line of every key of a mapping node, and keys that stand twice."""
+    lines: dict[str, int] = {}
+    twice: list[Mistake] = []
+    if not isinstance(node, yaml.MappingNode):
+        return lines, twice
+    for key_node, value_node in node.value:
+        key = f"{prefix}{key_node.value}"
+        line = key_node.start_mark.line + 1
+        if key in lines:
+            twice.append(Mistake(key, "a second entry", f"one entry; the first is on line {lines[key]}", line))
+        lines[key] = line
+        below, below_twice = _lines(value_node, f"{key}.")
+        lines |= below
+        twice += below_twice
+    return lines, twice
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, int], list[Mistake]]:
+    """Values, lines and structural mistakes of a file."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        return {}, {}, [Mistake("file", str(path), f"a readable UTF-8 text file ({error})", 1)]
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        values = yaml.safe_load(text)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        return {}, {}, [Mistake("file", error.problem, "valid YAML", mark.line + 1 if mark else 1)]
+    except yaml.YAMLError as error:
+        return {}, {}, [Mistake("file", str(error), "valid YAML", 1)]
+    if values is None:
+        return {}, {}, []
+    if not isinstance(values, dict):
+        return {}, {}, [Mistake("file", type(values).__name__, "a mapping of settings", 1)]
+    lines, twice = _lines(node)
+    return {str(k): v for k, v in values.items()}, lines, twice
+
+
+def check_file(path: str | Path) -> list[Mistake]:
+    """Everything wrong with a settings file, in the order of its lines.
+
+    Parameters
+    ----------
+    path : str or pathlib.Path
+        YAML file.
+
+    Returns
+    -------
+    list of Mistake
+        Empty when the file is right.
+    """
+    values, lines, mistakes = _read(Path(path))
+    try:
+        Settings.model_validate(values)
+    except ValidationError as error:
+        for mistake in _mistakes(error):
+            line = lines.get(mistake.key, lines.get(mistake.key.split(".")[0], 1))
+            mistakes.append(Mistake(mistake.key, mistake.value, mistake.allowed, line))
+    return sorted(mistakes, key=lambda m: m.line or 0)
+
+
+def load_settings(path: str | Path | None = None, env: Mapping[str, str] | None = None) -> Settings:
+    """Settings in force for a process.
+
+    Parameters
+    ----------
+    path : str or pathlib.Path, optional
+        YAML file; default ``VATTN_CONFIG``, or none.
+    env : mapping, optional
+        Environment; default `os.environ`.
+
+    Returns
+    -------
+    Settings
+
+    Raises
+    ------
+    ConfigError
+        With every mistake of the file, or else of the environment.
+    """
+    return load_with_sources(path, env)[0]
+
+
+def load_with_sources(
+    path: str | Path | None = None, env: Mapping[str, str] | None = None
+) -> tuple[Settings, dict[str, str]]:
+    """As `load_settings`, with where each value came from: ``default``, a file's name or a variable's."""
+    env = os.environ if env is None else env
+    path = path or env.get("VATTN_CONFIG") or None
+    values: dict[str, Any] = {}
+    sources = dict.fromkeys(Settings.model_fields, "default")
+    if path is not None:
+        wrong = check_file(path)
+        if wrong:
+            raise ConfigError(str(path), wrong)
+        values = _read(Path(path))[0]
+        sources |= dict.fromkeys(values, str(path))
+    mistakes = []
+    for name in sorted(env):
+        if not name.startswith(PREFIX) or name in NOT_SETTINGS:
+            continue
+        field = name.removeprefix(PREFIX).lower()
+        if field not in Settings.model_fields:
+            known = [PREFIX + f.upper() for f in Settings.model_fields] + list(NOT_SETTINGS)
+            mistakes.append(Mistake(name, env[name], _unknown(name, known).replace("settings", "variables")))
+            continue
+        try:
+            values[field] = yaml.safe_load(env[name])
+        except yaml.YAMLError:
+            values[field] = env[name]
+        sources[field] = name
+    try:
+        settings = Settings.model_validate(values)
+    except ValidationError as error:
+        for mistake in _mistakes(error):
+            source = sources.get(mistake.key.split(".")[0], mistake.key)
+            mistakes.append(Mistake(source, mistake.value, mistake.allowed))
+    if mistakes:
+        raise ConfigError("the environment", mistakes)
+    return settings, sources
+
+
+def validate_patch(patch: Any) -> dict[str, float]:
+    """Check a runtime change.
+
+    Parameters
+    ----------
+    patch : Any
+        Parsed body; must be a mapping of `RUNTIME_FIELDS`.
+
+    Returns
+    -------
+    dict
+        The values as floats.
+
+    Raises
+    ------
+    PatchError
+        With every field that is unknown, not changeable at runtime or out of range.
+    """
+    if not isinstance(patch, Mapping) or not patch:
+        raise PatchError([Mistake("body", patch, f"a JSON object with one or more of {', '.join(RUNTIME_FIELDS)}")])
+    mistakes = []
+    for field, value in patch.items():
+        if field not in RUNTIME_FIELDS:
+            reason = "it needs a restart; " if field in Settings.model_fields else ""
+            mistakes.append(
+                Mistake(str(field), value, f"{reason}changeable at runtime are {', '.join(RUNTIME_FIELDS)}")
+            )
+        elif isinstance(value, bool) or not isinstance(value, (int, float)):
+            mistakes.append(Mistake(field, value, ALLOWED[field]))
+    clean = {k: v for k, v in patch.items() if k in RUNTIME_FIELDS}
+    try:
+        LayerOverride.model_validate(clean)
+    except ValidationError as error:
+        known = {m.key for m in mistakes}
+        mistakes += [m for m in _mistakes(error) if m.key not in known]
+    if mistakes:
+        raise PatchError(mistakes)
+    return {k: float(v) for k, v in clean.items()}

@@ -1,0 +1,1 @@
+"""What a plain CPU needs: a platform for SGLang and a prefill."""

@@ -1,0 +1,202 @@
+"""``vattn doctor``: can this machine and model be served, and if not, why."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
+
+from vattn_sgl import compat, model, support
+from vattn_sgl.config import ConfigError, Settings, load_settings
+
+LEAST_MEMORY_GIB = 6.0
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report.
+
+    Attributes
+    ----------
+    ok : bool
+        False stops serving.
+    what : str
+        What was looked at and found.
+    mend : str
+        What to do, when not ok.
+    """
+
+    ok: bool
+    what: str
+    mend: str = ""
+
+
+def run(model_path: Path | None) -> bool:
+    """Print the report.
+
+    Parameters
+    ----------
+    model_path : pathlib.Path, optional
+        Folder of the model; default the demonstration's.
+
+    Returns
+    -------
+    bool
+        Whether everything needed is there.
+    """
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    fine = True
+    for finding in findings(model_path):
+        fine = fine and finding.ok
+        mark = "[green]ok  [/green]" if finding.ok else "[red]FAIL[/red]"
+        console.print(f"{mark} {finding.what}" + (f"\n     -> {finding.mend}" if finding.mend else ""), soft_wrap=True)
+    console.print("This machine can serve." if fine else "This machine cannot serve yet.")
+    return fine
+
+
+def findings(model_path: Path | None) -> Iterator[Finding]:
+    """Every check in turn.
+
+    Parameters
+    ----------
+    model_path : pathlib.Path, optional
+        As for `run`.
+    """
+    for check in (_python, _packages, _plugin, _kernels, _memory):
+        yield _guard(check)
+    settings = Settings()
+    try:
+        settings = load_settings()
+        yield Finding(
+            True, f"settings: epsilon {settings.epsilon}, delta {settings.delta}, selector {settings.selector}"
+        )
+    except ConfigError as error:
+        yield Finding(False, f"settings: {error}", "vattn config check FILE shows every mistake with its line")
+    yield from _model(model_path, settings)
+
+
+def _guard(check: Callable[[], Finding]) -> Finding:
+    try:
+        return check()
+    except Exception as error:
+        return Finding(False, f"{check.__name__.strip('_')}: {error}", "mend what the message names")
+
+
+def _python() -> Finding:
+    version = ".".join(map(str, sys.version_info[:3]))
+    return Finding(
+        sys.version_info >= (3, 11), f"Python {version}", "" if sys.version_info >= (3, 11) else "use 3.11 or newer"
+    )
+
+
+def _packages() -> Finding:
+    sglang, torch = importlib.metadata.version("sglang"), importlib.metadata.version("torch")
+    low, below = (".".join(map(str, v)) for v in (compat.MINIMUM, compat.BELOW))
+    inside = compat.MINIMUM <= compat.version_tuple(sglang) < compat.BELOW
+    return Finding(inside, f"sglang {sglang}, torch {torch}", "" if inside else f"install sglang >={low},<{below}")
+
+
+def _plugin() -> Finding:
+    names = {e.name for e in importlib.metadata.entry_points(group="sglang.srt.plugins")}
+    allowed = os.environ.get("SGLANG_PLUGINS")
+    if "vattention" not in names:
+        return Finding(False, "the plugin is not registered", "install this package: pip install --no-deps -e .")
+    if allowed and "vattention" not in [name.strip() for name in allowed.split(",")]:
+        return Finding(False, f"SGLANG_PLUGINS={allowed} leaves the plugin out", "add vattention to it, or unset it")
+    return Finding(True, "the plugin is registered with SGLang")
+
+
+def _kernels() -> Finding:
+    import torch
+
+    if torch.cuda.is_available():
+        name = torch.cuda.get_device_name()
+        return Finding(False, f"GPU {name}", "the GPU kernels are not part of this version; serve with --device cpu")
+    from vattn_kernels.cpu import build
+
+    return Finding(True, f"CPU kernels compiled by {build.compiler()}: {build.build()}")
+
+
+def _memory() -> Finding:
+    free = psutil.virtual_memory().available / 2**30
+    enough = free >= LEAST_MEMORY_GIB
+    mend = (
+        ""
+        if enough
+        else f"a server of the demonstration model wants {LEAST_MEMORY_GIB:.0f} GiB; lower --max-total-tokens"
+    )
+    return Finding(enough, f"{free:.1f} GiB of memory free, {os.cpu_count()} cores", mend)
+
+
+def _model(path: Path | None, settings: Settings) -> Iterator[Finding]:
+    if path is None:
+        path = model.folder()
+        if not model.is_whole(path):
+            yield Finding(False, f"model {model.NAME} is not in the cache", "vattn model fetch")
+            return
+    if not (path / "config.json").exists():
+        yield Finding(False, f"{path} holds no config.json", "give a model's folder")
+        return
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(path)
+    described = describe(config)
+    reasons = [*support.argument_reasons(SimpleNamespace(device="cpu")), *support.model_reasons(described)]
+    if reasons:
+        for reason in reasons:
+            yield Finding(False, f"model {path.name}: {reason}")
+        return
+    heads = f"{described.num_attention_heads} query and {described.num_key_value_heads} KV heads"
+    yield Finding(True, f"model {path.name}: {heads} of {described.head_dim}")
+    yield _calibration(path, config, described, settings)
+
+
+def describe(config: Any) -> Any:
+    """What `vattn_sgl.support.model_reasons` looks at, from a Hugging Face configuration."""
+    text = config.get_text_config()
+    heads = text.num_attention_heads
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+    latent = getattr(text, "kv_lora_rank", None) is not None
+    kinds = set(getattr(text, "layer_types", None) or [])
+    return SimpleNamespace(
+        attention_arch=SimpleNamespace(name="MLA" if latent else "MHA"),
+        is_encoder_decoder=getattr(config, "is_encoder_decoder", False),
+        is_hybrid_swa="sliding_attention" in kinds,
+        hf_text_config=text,
+        head_dim=head_dim,
+        v_head_dim=getattr(text, "v_head_dim", None) or head_dim,
+        num_attention_heads=heads,
+        num_key_value_heads=getattr(text, "num_key_value_heads", None) or heads,
+    )
+
+
+def _calibration(path: Path, config: Any, described: Any, settings: Settings) -> Finding:
+    if settings.selector != "sketch":
+        return Finding(True, f"selector {settings.selector} needs no calibration")
+    import torch
+
+    from vattn_sgl.selectors import CacheGeometry
+    from vattn_sgl.selectors.calibration import COVERAGE_SLACK, CalibrationStore, model_key
+
+    layers = config.get_text_config().num_hidden_layers
+    geometry = CacheGeometry(layers, 0, described.num_key_value_heads, described.head_dim, torch.device("cpu"))
+    store = CalibrationStore(model_key(str(path)), geometry, settings.sketch_bits)
+    loaded = store.load()
+    if loaded is None:
+        advice = (
+            f"a server calibrates itself on the first {settings.calibration_tokens} prefilled tokens, dense until then"
+        )
+        return Finding(True, f"no calibration yet: {advice}; vattn calibrate {path} makes one ahead")
+    longest = int(loaded[2]["longest"] * COVERAGE_SLACK)
+    return Finding(
+        True, f"calibrated on {loaded[2]['tokens']} tokens, covers contexts up to {longest} tokens ({store.path})"
+    )

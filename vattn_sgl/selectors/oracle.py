@@ -1,0 +1,41 @@
+"""Exact scores from the whole cache: the yardstick of every other selector, and no faster than dense."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from vattn_sgl.config import Settings
+from vattn_sgl.selectors.base import UNLIMITED, CacheGeometry, SideArguments
+
+
+class OracleSelector:
+    """Selector without side data; see `vattn_sgl.selectors.base.Selector`."""
+
+    name = "oracle"
+
+    def __init__(self, settings: Settings, geometry: CacheGeometry, layer_ids: Sequence[int], model_key: str) -> None:
+        self.covered = torch.tensor([UNLIMITED], dtype=torch.int32, device=geometry.device)
+
+    def begin_forward(self, longest: int, num_tokens: int, pool: Any) -> None:
+        """Nothing to prepare."""
+
+    def after_write(self, layer: int, q: torch.Tensor, slots: torch.Tensor, pool: Any) -> None:
+        """Nothing to keep."""
+
+    def arguments(self, layer: int) -> SideArguments:
+        """No side data."""
+        return None, None, None, None, None, None, None
+
+    def invalidate(self, slots: torch.Tensor) -> None:
+        """Nothing can be stale."""
+
+    def bytes_per_token(self) -> int:
+        """Zero."""
+        return 0
+
+    def covered_positions(self) -> int:
+        """Every position."""
+        return UNLIMITED

@@ -1,0 +1,200 @@
+"""Starts a real SGLang server as a child process, for the demonstration, calibration and benchmarks."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import psutil
+import requests
+
+START_LIMIT_S = 300.0
+REQUEST_LIMIT_S = 600.0
+# SGLang takes further ports near the one it is given.
+PORT_SPAN = 20
+
+
+class ServerError(RuntimeError):
+    """The server did not start or died; the message ends with the last lines of its log."""
+
+
+def free_port() -> int:
+    """A port on 127.0.0.1 behind which some more are free too."""
+    for _ in range(50):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port: int = probe.getsockname()[1]
+        if port + PORT_SPAN < 65536 and all(_is_free(port + i) for i in range(1, PORT_SPAN)):
+            return port
+    raise ServerError("no free ports found on 127.0.0.1")
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) != 0
+
+
+class Server:
+    """``sglang serve`` on 127.0.0.1; a context manager that stops the whole process tree.
+
+    Parameters
+    ----------
+    model_path : pathlib.Path or str
+        Folder of the model.
+    backend : str
+        Attention backend.
+    arguments : sequence of str
+        Further arguments of ``sglang serve``.
+    env : dict
+        Added to the environment.
+    port : int, optional
+        Default: a free one.
+    """
+
+    def __init__(
+        self,
+        model_path: Path | str,
+        backend: str,
+        arguments: tuple[str, ...] = (),
+        env: dict[str, str] | None = None,
+        port: int | None = None,
+        admin_key: str | None = None,
+    ) -> None:
+        self.port = port or free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.admin_key = admin_key
+        self.log = Path(tempfile.mkstemp(prefix=f"vattn-{backend}-", suffix=".log")[1])
+        sglang = Path(sys.executable).with_name("sglang")
+        self.command = [str(sglang), "serve", "--model-path", str(model_path), "--attention-backend", backend]
+        self.command += ["--host", "127.0.0.1", "--port", str(self.port), "--enable-metrics"]
+        # Otherwise an idle server keeps a core busy.
+        self.command += ["--sleep-on-idle", *arguments]
+        if admin_key is not None:
+            self.command += ["--admin-api-key", admin_key]
+        self.env = {**os.environ, **(env or {})}
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self, waiting: Callable[[float], None] | None = None) -> None:
+        """Start and wait until the server answers.
+
+        Parameters
+        ----------
+        waiting : callable, optional
+            Called now and then with the seconds waited.
+
+        Raises
+        ------
+        ServerError
+            If it exits or is not ready in time.
+        """
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                self.command, stdout=log, stderr=subprocess.STDOUT, env=self.env, start_new_session=True
+            )
+        try:
+            self._wait(waiting or (lambda seconds: None))
+        except BaseException:
+            self.stop()
+            raise
+
+    def _wait(self, waiting: Callable[[float], None]) -> None:
+        assert self.process is not None
+        began = time.monotonic()
+        while True:
+            elapsed = time.monotonic() - began
+            waiting(elapsed)
+            if self.process.poll() is not None:
+                raise ServerError(f"the server exited with {self.process.returncode}:\n{self.tail()}")
+            if elapsed > START_LIMIT_S:
+                raise ServerError(f"the server was not ready after {START_LIMIT_S:.0f} s:\n{self.tail()}")
+            try:
+                if requests.get(f"{self.url}/health", timeout=25).status_code == 200:
+                    return
+            except requests.RequestException:
+                pass
+            time.sleep(0.5)
+
+    def tail(self, lines: int = 30) -> str:
+        """Last lines of the log."""
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+
+    def stop(self) -> None:
+        """Stop the process and its children by their process ids."""
+        if self.process is None:
+            return
+        try:
+            tree = [psutil.Process(self.process.pid), *psutil.Process(self.process.pid).children(recursive=True)]
+        except psutil.NoSuchProcess:
+            tree = []
+        for process in tree:
+            _signal(process, signal.SIGTERM)
+        for process in psutil.wait_procs(tree, timeout=5)[1]:
+            _signal(process, signal.SIGKILL)
+        self.process.wait()
+        self.process = None
+
+    def __enter__(self) -> Server:
+        if self.process is None:
+            self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def generate(self, input_ids: list[int], max_new_tokens: int) -> dict[str, Any]:
+        """Greedy continuation by ``/generate``, past any end token; SGLang's answer."""
+        answer = requests.post(
+            f"{self.url}/generate", json=_request(input_ids, max_new_tokens), timeout=REQUEST_LIMIT_S
+        )
+        answer.raise_for_status()
+        return dict(answer.json())
+
+    def stream(self, input_ids: list[int], max_new_tokens: int) -> Iterator[float]:
+        """Times at which the tokens of a greedy continuation arrive, in seconds of `time.perf_counter`."""
+        body = _request(input_ids, max_new_tokens) | {"stream": True}
+        with requests.post(f"{self.url}/generate", json=body, stream=True, timeout=REQUEST_LIMIT_S) as answer:
+            answer.raise_for_status()
+            for line in answer.iter_lines():
+                if line.startswith(b"data:") and not line.endswith(b"[DONE]"):
+                    yield time.perf_counter()
+
+    def chat(self, question: str, max_tokens: int = 48) -> str:
+        """Greedy answer by the OpenAI route."""
+        body: dict[str, Any] = {
+            "model": "default",
+            "messages": [{"role": "user", "content": question}],
+            "max_tokens": max_tokens,
+            "temperature": 0,
+        }
+        answer = requests.post(f"{self.url}/v1/chat/completions", json=body, timeout=REQUEST_LIMIT_S)
+        answer.raise_for_status()
+        return str(answer.json()["choices"][0]["message"]["content"])
+
+    def admin(self, method: str, route: str, body: Any = None) -> dict[str, Any]:
+        """Call ``/vattention/<route>`` with the admin key."""
+        headers = {"Authorization": f"Bearer {self.admin_key}"}
+        answer = requests.request(method, f"{self.url}/vattention/{route}", headers=headers, json=body, timeout=60)
+        answer.raise_for_status()
+        return dict(answer.json())
+
+
+def _request(input_ids: list[int], max_new_tokens: int) -> dict[str, Any]:
+    sampling = {"temperature": 0, "max_new_tokens": max_new_tokens, "ignore_eos": True}
+    return {"input_ids": input_ids, "sampling_params": sampling}
+
+
+def _signal(process: psutil.Process, number: signal.Signals) -> None:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process.send_signal(number)

@@ -1,0 +1,183 @@
+"""What the backend cannot serve, with the reason and what to do; checked at start, never found out under load."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from vattn_kernels.cpu import MAX_GROUP, MAX_HEAD_DIM
+
+DENSE_ADVICE = "serve this model with another --attention-backend"
+
+
+class Unsupported(ValueError):
+    """The server cannot start with this backend.
+
+    Attributes
+    ----------
+    reasons : list of str
+        Everything that stands in the way, each with what to do.
+    """
+
+    def __init__(self, reasons: list[str]) -> None:
+        self.reasons = reasons
+        lines = "\n".join(f"  - {reason}" for reason in reasons)
+        super().__init__(f"--attention-backend vattention cannot serve this:\n{lines}")
+
+
+def check(model_runner: Any) -> None:
+    """Refuse what cannot be served.
+
+    Parameters
+    ----------
+    model_runner : ModelRunner
+        SGLang's runner with its pools built.
+
+    Raises
+    ------
+    Unsupported
+        With every reason at once.
+    """
+    reasons = [
+        *argument_reasons(model_runner.server_args),
+        *model_reasons(model_runner.model_config),
+        *pool_reasons(model_runner.token_to_kv_pool),
+    ]
+    model = getattr(model_runner, "model", None)
+    if model is not None:
+        reasons += layer_reasons(model)
+    if reasons:
+        raise Unsupported(reasons)
+
+
+def argument_reasons(args: Any) -> Iterator[str]:
+    """Reasons in the server's arguments.
+
+    Parameters
+    ----------
+    args : ServerArgs
+        SGLang's arguments; missing attributes count as off.
+    """
+
+    def given(name: str) -> Any:
+        return getattr(args, name, None)
+
+    device = str(given("device") or "cpu")
+    if device.split(":")[0] != "cpu":
+        yield f"device {device}: the GPU kernels are not part of this version; start with --device cpu"
+    if (given("page_size") or 1) != 1:
+        yield f"--page-size {given('page_size')}: slots are addressed one by one; use --page-size 1"
+    if given("kv_cache_dtype") not in (None, "auto", "bfloat16", "bf16", "float32"):
+        yield f"--kv-cache-dtype {given('kv_cache_dtype')}: only float32 and bfloat16 caches are read; leave it at auto"
+    for phase in ("prefill", "decode"):
+        name = f"{phase}_attention_backend"
+        if given(name) and not (
+            given("prefill_attention_backend") == given("decode_attention_backend") == "vattention"
+        ):
+            yield (
+                f"--{name.replace('_', '-')} {given(name)}: SGLang's split of backends bypasses the index of new "
+                "tokens; use --attention-backend vattention alone, which delegates prefill itself"
+            )
+            break
+    flags = {
+        "speculative_algorithm": "speculative decoding: several queries a step have no bound yet",
+        "enable_hierarchical_cache": "HiCache writes slots behind the backend's back",
+        "enable_deterministic_inference": "deterministic inference asks for batch-invariant kernels",
+        "enable_dp_attention": "DP attention is untested with this backend",
+        "enable_two_batch_overlap": "two-batch overlap splits a step between backends",
+        "enable_unified_memory": "a unified memory pool translates slots",
+        "enable_lmcache": "LMCache writes slots behind the backend's back",
+        "enable_double_sparsity": "double sparsity is another sparse attention",
+        "encoder_only": "an encoder has no decode step",
+    }
+    for name, reason in flags.items():
+        if given(name):
+            yield f"{reason}; remove --{name.replace('_', '-')}"
+    if given("disaggregation_mode") not in (None, "null"):
+        yield (
+            f"--disaggregation-mode {given('disaggregation_mode')}: transferred slots arrive without an index; "
+            "serve prefill and decode in one server"
+        )
+    if (given("tokenizer_worker_num") or 1) > 1:
+        yield "--tokenizer-worker-num above 1: the admin routes do not exist there; use 1"
+    for name in ("tp_size", "pp_size", "dp_size"):
+        if (given(name) or 1) > 1 and device == "cpu":
+            yield f"--{name.replace('_', '-')} {given(name)}: on a CPU one process serves; use 1"
+    if os.environ.get("SGLANG_USE_HND_KVCACHE", "").lower() in ("1", "true"):
+        yield "SGLANG_USE_HND_KVCACHE: the HND cache layout is not read; unset the variable"
+
+
+def model_reasons(config: Any) -> Iterator[str]:
+    """Reasons in a model's configuration.
+
+    Parameters
+    ----------
+    config : ModelConfig
+        SGLang's configuration of the model; missing attributes count as absent.
+    """
+    arch = getattr(getattr(config, "attention_arch", None), "name", "MHA")
+    if arch != "MHA":
+        yield f"attention architecture {arch}: only MHA, MQA and GQA keep the K and V that are sampled; {DENSE_ADVICE}"
+    if getattr(config, "is_encoder_decoder", False):
+        yield f"an encoder-decoder model: cross attention is not covered; {DENSE_ADVICE}"
+    if getattr(config, "is_generation", True) is False:
+        yield f"not a generating model: there is no decode step; {DENSE_ADVICE}"
+    if getattr(config, "is_hybrid_swa", False) or getattr(config, "is_hybrid", False):
+        yield f"sliding-window layers beside full ones: their pool is laid out differently; {DENSE_ADVICE}"
+    text = getattr(config, "hf_text_config", None)
+    cap = getattr(text, "attn_logit_softcapping", None)
+    if cap:
+        yield f"logits capped at {cap}: the bound holds for plain softmax only; {DENSE_ADVICE}"
+    head_dim, value_dim = getattr(config, "head_dim", None), getattr(config, "v_head_dim", None)
+    if head_dim and value_dim and head_dim != value_dim:
+        yield f"head_dim {head_dim} of K and {value_dim} of V differ: the kernels expect one; {DENSE_ADVICE}"
+    if head_dim and (head_dim > MAX_HEAD_DIM or head_dim % 16):
+        yield f"head_dim {head_dim}: the kernels serve multiples of 16 up to {MAX_HEAD_DIM}; {DENSE_ADVICE}"
+    heads, kv_heads = getattr(config, "num_attention_heads", None), getattr(config, "num_key_value_heads", None)
+    if heads and kv_heads and (heads % kv_heads or heads // kv_heads > MAX_GROUP):
+        yield f"{heads} query over {kv_heads} KV heads: groups must be whole and at most {MAX_GROUP}; {DENSE_ADVICE}"
+
+
+def pool_reasons(pool: Any) -> Iterator[str]:
+    """Reasons in the KV pool that SGLang built.
+
+    Parameters
+    ----------
+    pool : KVCache
+        SGLang's pool.
+    """
+    kind = type(pool).__name__
+    if kind != "MHATokenToKVPool":
+        yield f"KV pool {kind}: only SGLang's plain MHATokenToKVPool is read; {DENSE_ADVICE}"
+    elif getattr(pool, "kv_cache_layout", "nhd") != "nhd" or getattr(pool, "use_hnd", False):
+        yield "KV cache layout is not [slot, head, dim]; unset SGLANG_USE_HND_KVCACHE"
+
+
+def layer_reasons(model: Any) -> list[str]:
+    """Reasons in a built model's attention layers.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        SGLang's model.
+    """
+    reasons: list[str] = []
+    for layer in model.modules():
+        if type(layer).__name__ != "RadixAttention":
+            continue
+        window = getattr(layer, "sliding_window_size", None) or -1
+        if window > 0:
+            reasons.append(f"sliding window of {window} tokens: the sample covers whole contexts; {DENSE_ADVICE}")
+        cap = getattr(layer, "logit_cap", 0)
+        if cap:
+            reasons.append(f"logits capped at {cap}: the bound holds for plain softmax only; {DENSE_ADVICE}")
+        if getattr(layer, "is_cross_attention", False):
+            reasons.append(f"cross attention: its cache is not sampled; {DENSE_ADVICE}")
+        kind = getattr(layer, "attn_type", None)
+        kind = getattr(kind, "value", kind)
+        if kind not in (None, "decoder"):
+            reasons.append(f"attention of type {kind}: only decoder attention is causal; {DENSE_ADVICE}")
+        if getattr(layer, "sinks", None) is not None:
+            reasons.append(f"learned attention sinks: they are not part of the estimate; {DENSE_ADVICE}")
+    return list(dict.fromkeys(reasons))
