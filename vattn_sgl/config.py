@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError, ValidationInfo, field_validator
 
 from vattn_kernels.quantiles import BOUNDS, default_bound
 
@@ -63,10 +63,14 @@ class Settings(BaseModel):
         Largest share of the range that a sample may read; a budget it cuts is not certified.
     dense_below : int
         Contexts shorter than this are served densely.
-    selector : {"sketch", "oracle"}
+    hash_weights : str or None
+        File of HashAttention's learned weights; selector ``hash`` needs it.
+    selector : {"sketch", "oracle", "quest", "sign", "hash"}
         Source of estimated weights.
-    sketch_bits : {64, 128}
-        Size of a token's code per KV head.
+    sketch_bits : {32, 64, 128}
+        Size of a token's code per KV head; selectors ``sketch`` and ``sign``.
+    group_score : {"max", "mean"}
+        How the query heads of a KV head share one score.
     floor : float
         Least score, as a share of the mean score; keeps every inclusion probability above 0.
     seed : int
@@ -95,8 +99,10 @@ class Settings(BaseModel):
     pilot_min: Annotated[StrictInt, Field(ge=4)] = 32
     cap: PositiveShare = 1.0
     dense_below: Count = 2048
-    selector: Literal["sketch", "oracle"] = "sketch"
-    sketch_bits: Literal[64, 128] = 64
+    hash_weights: str | None = None
+    selector: Literal["sketch", "oracle", "quest", "sign", "hash"] = "sketch"
+    sketch_bits: Literal[32, 64, 128] = 64
+    group_score: Literal["max", "mean"] = "max"
     floor: PositiveShare = 0.05
     seed: Annotated[StrictInt, Field(ge=0, lt=2**32)] = 0
     audit_rate: Share = 0.0
@@ -115,6 +121,13 @@ class Settings(BaseModel):
             if match is None or (match[2] is not None and int(match[2]) < int(match[1])):
                 raise ValueError(f"layer key {key!r} is not a layer such as 3 or a range such as 0-4")
         return keys
+
+    @field_validator("selector")
+    @classmethod
+    def _hash_needs_weights(cls, value: str, info: ValidationInfo) -> str:
+        if value == "hash" and info.data.get("hash_weights", "wrong already") is None:
+            raise ValueError("'hash' needs hash_weights, a file of the model's weights")
+        return value
 
     @property
     def effective_bound(self) -> str:
@@ -198,8 +211,10 @@ ALLOWED = {
     "pilot_min": "a whole number of tokens, 4 or more",
     "cap": "a share above 0 and at most 1",
     "dense_below": "a whole number of tokens, 0 or more",
-    "selector": "'sketch' or 'oracle'",
-    "sketch_bits": "64 or 128",
+    "selector": "'sketch', 'oracle', 'quest', 'sign' or 'hash'",
+    "sketch_bits": "32, 64 or 128",
+    "hash_weights": "the path of a file of HashAttention weights, or null",
+    "group_score": "'max' or 'mean'",
     "floor": "a share above 0 and at most 1",
     "seed": "a whole number from 0 to 4294967295",
     "audit_rate": "a share from 0 to 1",
@@ -227,7 +242,7 @@ def _mistakes(error: ValidationError) -> list[Mistake]:
             choices = list(LayerOverride.model_fields if len(path) > 1 else Settings.model_fields)
             allowed = _unknown(leaf, choices)
         elif item["type"] == "value_error":
-            allowed = f"{ALLOWED['layers']} ({item['msg'].removeprefix('Value error, ')})"
+            allowed = f"{ALLOWED[path[0]]} ({item['msg'].removeprefix('Value error, ')})"
         else:
             allowed = ALLOWED.get(leaf, ALLOWED.get(path[0], item["msg"]))
         found.setdefault(key, Mistake(key, item["input"], allowed))

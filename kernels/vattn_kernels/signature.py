@@ -165,7 +165,8 @@ def sample_features(
     mean: torch.Tensor,
     query_nets: torch.Tensor,
     key_nets: torch.Tensor,
-    widths: list[int],
+    query_widths: list[int],
+    key_widths: list[int],
     angular: bool,
     sm_scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -179,7 +180,7 @@ def sample_features(
         ``[head_dim]`` mean key; nets of an angular selector see the keys less it.
     query_nets, key_nets : torch.Tensor
         ``[group, parameters]`` and ``[1 or group, parameters]``.
-    widths : list of int
+    query_widths, key_widths : list of int
         Of the nets.
     angular, sm_scale
         As in `features`.
@@ -190,11 +191,11 @@ def sample_features(
         ``[n * group, m]`` twice, ``[n * group]``.
     """
     source = k - mean if angular else k
-    key_bits = [outputs(source, net, widths) > 0 for net in key_nets]
+    key_bits = [outputs(source, net, key_widths) > 0 for net in key_nets]
     norm = (k - mean).norm(dim=-1)
     per_head = []
     for g, net in enumerate(query_nets):
-        signs = outputs(q[:, g], net, widths) > 0
+        signs = outputs(q[:, g], net, query_widths) > 0
         per_head.append(features(q[:, g], signs, key_bits[g % len(key_bits)][None], norm, mean, angular, sm_scale))
     raw, unit, base = (torch.stack(parts, 1).flatten(0, 1) for parts in zip(*per_head, strict=True))
     return raw, unit, base

@@ -138,7 +138,7 @@ class DecodeCase:
 
         def features(layer, head, q, k, mean):  # type: ignore[no-untyped-def]
             nets = query_nets[head * group : (head + 1) * group], key_nets[head * per_head : (head + 1) * per_head]
-            return signature.sample_features(q, k, mean, *nets, sizes, angular, self.step["sm_scale"])
+            return signature.sample_features(q, k, mean, *nets, sizes, sizes, angular, self.step["sm_scale"])
 
         tables = self.calibrate_line(features)
         codes = torch.zeros(slots, self.num_kv_heads, per_head * sizes[-1] // 32, dtype=torch.int32)

@@ -170,7 +170,7 @@ def test_invalid_slots_are_read_for_certain_whatever_their_side_data(selector):
 
 
 def test_mean_over_the_group_lies_below_the_largest():
-    """Where one head dominates, its mean with others is smaller and relative scores differ: other reads, same answer."""
+    """Where one head dominates, its mean with others is smaller: other tokens are read, the answer holds."""
     runs = {}
     for group_score in ops.GROUP_SCORES:
         case = DecodeCase(context=8000, epsilon=0.1, settings={"group_score": group_score})

@@ -23,8 +23,8 @@ BATCH, KV_HEADS, CONTEXT, HEAD_DIM = 30, 16, 1200, 32
 TRIALS = BATCH * KV_HEADS
 MOST = int(binom.ppf(0.99, TRIALS, DELTA))
 WEAK_SELECTORS = ("quest", "sign", "hash")
-# Slots lie in random order and keys are isotropic here, so a page of `quest` bounds nothing and 64 sign bits say little:
-# what the score misses is left to the sample, which misses heavy tokens as the paper's sampler does.
+# Slots lie in random order and keys are isotropic here, so a page of `quest` bounds nothing and 64 sign bits say
+# little: what the score misses is left to the sample, which misses heavy tokens as the paper's sampler does.
 WEAK_WITH = {
     ("proportional", "output", "quest", "heavy-tailed"),
     ("proportional", "output", "hash", "heavy-tailed"),
