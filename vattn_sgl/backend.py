@@ -56,8 +56,9 @@ class VAttentionBackend(AttentionBackend):
         k_cache = pool.get_key_buffer(self.first_layer)
         slots, kv_heads, head_dim = k_cache.shape
         query_heads, sm_scale = compat.query_geometry(model_runner)
+        rope = compat.rope(getattr(model_runner, "model", None), head_dim)
         geometry = CacheGeometry(
-            pool.layer_num, slots, kv_heads, head_dim, self.device, k_cache.dtype, query_heads, sm_scale
+            pool.layer_num, slots, kv_heads, head_dim, self.device, k_cache.dtype, query_heads, sm_scale, rope
         )
         layer_ids = range(self.first_layer, self.first_layer + pool.layer_num)
         key = model_key(model_runner.model_config.model_path)
@@ -189,7 +190,8 @@ class VAttentionBackend(AttentionBackend):
         if save_kv_cache and k is not None:
             compat.write_kv(self.token_to_kv_pool, layer, forward_batch.out_cache_loc, k, v)
         index = layer.layer_id - self.first_layer
-        self.selector.after_write(index, q, forward_batch.out_cache_loc, self.token_to_kv_pool)
+        slots, positions = forward_batch.out_cache_loc, forward_batch.positions
+        self.selector.after_write(index, q, slots, positions, self.token_to_kv_pool)
         return q
 
     def get_cuda_graph_seq_len_fill_value(self) -> int:

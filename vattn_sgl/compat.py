@@ -8,12 +8,21 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from vattn_kernels.rope import Rope
+
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
     from vattn_sgl.selectors.base import CacheGeometry
 
+# Other classes of SGLang rotate by more than the token's position, or differently from request to request.
+_PLAIN_ROPES = (
+    "RotaryEmbedding",
+    "Llama3RotaryEmbedding",
+    "YaRNScalingRotaryEmbedding",
+    "DynamicNTKAlphaRotaryEmbedding",
+)
 MINIMUM, BELOW = (0, 5, 17), (0, 6)
 
 
@@ -129,6 +138,28 @@ def query_geometry(model_runner: Any) -> tuple[int | None, float | None]:
             attention: Any = layer
             return int(attention.tp_q_head_num), float(attention.scaling)
     return None, None
+
+
+def rope(model: Any, head_dim: int) -> Rope | None:
+    """Rotation that all attention layers share, or None where it is not one known rotation per position.
+
+    Parameters
+    ----------
+    model : torch.nn.Module or None
+        SGLang's model; a layer's rotation is ``rotary_emb`` of the module that holds its ``RadixAttention``.
+    head_dim : int
+        Of K.
+    """
+    found: set[Any] = set()
+    for name, layer in model.named_modules() if isinstance(model, torch.nn.Module) else ():
+        if type(layer).__name__ == "RadixAttention":
+            found.add(getattr(model.get_submodule(name.rpartition(".")[0]), "rotary_emb", None))
+    if len(found) != 1:
+        return None
+    (rotation,) = found
+    if type(rotation).__name__ not in _PLAIN_ROPES:
+        return None
+    return Rope.from_cache(rotation.cos_sin_cache, head_dim, rotation.is_neox_style)
 
 
 def side_geometry(configurator: Any, num_layers: int) -> CacheGeometry:

@@ -218,14 +218,14 @@ def _calibration(path: Path, geometry: CacheGeometry, settings: Settings) -> Fin
 
     selector = REGISTRY[settings.selector](settings, geometry, range(geometry.num_layers), model_key(str(path)))
     assert isinstance(selector, CalibratedSelector)
-    calibration = selector.calibration
-    if calibration.tables is None:
+    store = selector.calibration.store
+    loaded = store.load()
+    if loaded is None:
         advice = (
             f"a server calibrates itself on the first {settings.calibration_tokens} prefilled tokens, dense until then"
         )
         return Finding(True, f"no calibration yet: {advice}; vattn calibrate {path} makes one ahead")
+    meta = loaded[2]
     return Finding(
-        True,
-        f"calibrated on {calibration.observed_tokens} tokens, covers contexts up to {calibration.covered} tokens "
-        f"({calibration.store.path})",
+        True, f"calibrated on {meta['tokens']} tokens, covers contexts up to {meta['covered']} tokens ({store.path})"
     )

@@ -11,6 +11,8 @@ from dataclasses import dataclass, fields
 
 import torch
 
+from vattn_kernels.rope import Rope
+
 MAX_WIDTH = 5
 WORD_BITS = 32
 NORM_STEPS_PER_OCTAVE = 8
@@ -23,7 +25,7 @@ RIDGE = 1e-4
 
 @dataclass
 class Moments:
-    """Running second moments of post-RoPE queries and keys; float32, on the model's device.
+    """Running second moments of queries and keys; float32, on the model's device.
 
     Attributes
     ----------
@@ -75,6 +77,29 @@ class Moments:
         self.k[layer_id] += k.sum(1)
         self.q_count[layer_id] += q.shape[1]
         self.k_count[layer_id] += k.shape[1]
+
+    def at_positions(self, rope: Rope, span: int) -> Moments:
+        """Moments of the same rows if each stood at every position below ``span``.
+
+        Parameters
+        ----------
+        rope : Rope
+            The model's rotation; the rows were added without it.
+        span : int
+            Number of positions.
+
+        Returns
+        -------
+        Moments
+            float64.
+        """
+        return Moments(
+            rope.spread_second_moment(self.qq, span),
+            rope.spread_second_moment(self.kk, span),
+            rope.spread_mean(self.k, span),
+            self.q_count,
+            self.k_count,
+        )
 
 
 @dataclass
@@ -136,7 +161,7 @@ def solve(moments: Moments, key_sample: torch.Tensor, bits: int) -> SketchTables
     Parameters
     ----------
     moments : Moments
-        Of calibration queries and keys, after RoPE.
+        Of calibration queries and keys, as they are after RoPE.
     key_sample : torch.Tensor
         ``[num_layers, num_samples, num_kv_heads, head_dim]`` keys on which quantizer steps are chosen.
     bits : int

@@ -54,3 +54,39 @@ def test_foreign_writes_are_told_after_the_fact():
     pool.move_kv_cache([1], [2])
     pool.move_kv_cache(tgt_loc=[3], src_loc=[4])
     assert calls == ["moved", [1], "moved", [3]]
+
+
+class RadixAttention(torch.nn.Module):
+    """Stands for SGLang's, by its name."""
+
+
+class MRotaryEmbedding(torch.nn.Module):
+    """Stands for SGLang's, which rotates by more than a position."""
+
+
+def decoder(*rotations):
+    """A model with one attention layer for each rotation."""
+    layers = []
+    for rotation in rotations:
+        layer = torch.nn.Module()
+        layer.attn, layer.rotary_emb = RadixAttention(), rotation
+        layers.append(layer)
+    return torch.nn.ModuleList(layers)
+
+
+def test_rope_is_that_of_every_layer(monkeypatch):
+    from sglang.srt.layers.rotary_embedding import RotaryEmbedding
+
+    def plain(base):
+        return RotaryEmbedding(16, 16, 50, base, True, torch.float32)
+
+    first, other = plain(1e4), plain(1e5)
+    found = compat.rope(decoder(first, first), 16)
+    assert found.num_positions == 50
+    x, positions = torch.randn(4, 2, 16), torch.arange(4)
+    q, _ = first.forward_native(positions, x.flatten(1), x.flatten(1))
+    assert torch.allclose(found.rotate(x, positions).flatten(1), q, atol=1e-5)
+    assert compat.rope(decoder(first, other), 16) is None
+    assert compat.rope(decoder(first, None), 16) is None
+    assert compat.rope(decoder(MRotaryEmbedding()), 16) is None
+    assert compat.rope(None, 16) is None

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
+from vattn_kernels.rope import Rope
 from vattn_sgl.config import Settings
 
 MaybeTensor = torch.Tensor | None
@@ -34,6 +35,8 @@ class CacheGeometry:
         Query heads on this rank; None where they are not known.
     sm_scale : float or None
         Factor of the logits; None takes ``head_dim^-1/2``.
+    rope : Rope or None
+        Rotation of every layer's queries and keys; None where it is not known.
     """
 
     num_layers: int
@@ -44,6 +47,7 @@ class CacheGeometry:
     dtype: torch.dtype = torch.float32
     num_qo_heads: int | None = None
     sm_scale: float | None = None
+    rope: Rope | None = None
 
     @property
     def scale(self) -> float:
@@ -106,7 +110,7 @@ class Selector(Protocol):
         """Called before each forward pass, between batches: apply what calibration has prepared."""
         ...
 
-    def after_write(self, layer: int, q: torch.Tensor, slots: torch.Tensor, pool: Any) -> None:
+    def after_write(self, layer: int, q: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor, pool: Any) -> None:
         """Called once K and V of ``slots`` stand in the pool; ``layer`` counts from 0 on this rank."""
         ...
 

@@ -31,6 +31,8 @@ class CalibratedSelector:
         uint8 ``[num_layers, num_slots, num_kv_heads, 1 or 2]``.
     written : torch.Tensor
         bool ``[num_slots]``: the backend has seen a write, so the slot can be indexed again.
+    positions : torch.Tensor
+        int64 ``[num_slots]``: position of the key that was last written.
     """
 
     name = ""
@@ -51,6 +53,7 @@ class CalibratedSelector:
         self.side_bytes = bytes_per_token(self.layout(settings, geometry), geometry.num_layers)
         self.norms, self.valid = self.side["norms"], self.side["valid"]
         self.written = torch.zeros(geometry.num_slots, dtype=torch.bool, device=geometry.device)
+        self.positions = torch.zeros(geometry.num_slots, dtype=torch.int64, device=geometry.device)
         self.covered = torch.zeros(1, dtype=torch.int32, device=geometry.device)
         self._observing = False
         self._arguments = [self.side_arguments(layer) for layer in range(geometry.num_layers)]
@@ -89,11 +92,11 @@ class CalibratedSelector:
         pool : Any
             SGLang's KV pool.
         """
-        if self.calibration.due():
-            self._solve(pool)
+        if self.calibration.due(longest):
+            self._solve(pool, longest)
         self._observing = self.calibration.wants(longest, num_tokens)
 
-    def after_write(self, layer: int, q: torch.Tensor, slots: torch.Tensor, pool: Any) -> None:
+    def after_write(self, layer: int, q: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor, pool: Any) -> None:
         """Observe queries and keys while calibrating, and index the new slots.
 
         Parameters
@@ -104,14 +107,17 @@ class CalibratedSelector:
             ``[num_tokens, num_qo_heads, head_dim]`` after RoPE.
         slots : torch.Tensor
             int64 ``[num_tokens]``.
+        positions : torch.Tensor
+            int64 ``[num_tokens]``.
         pool : Any
             SGLang's KV pool.
         """
         k_cache, v_cache = pool.get_kv_buffer(self.layer_ids[layer])
         if layer == 0:
             self.written[slots] = True
+            self.positions[slots] = positions
         if self._observing:
-            self.calibration.observe(layer, q, k_cache[slots])
+            self.calibration.observe(layer, q, k_cache[slots], positions)
         if self.calibration.tables is not None:
             self.encode(layer, k_cache, v_cache, slots)
 
@@ -135,10 +141,14 @@ class CalibratedSelector:
         """None: the side data prove nothing."""
         return None
 
-    def _solve(self, pool: Any) -> None:
+    def _solve(self, pool: Any, longest: int) -> None:
         slots = self.written.nonzero()[:, 0]
         self.calibration.solve(
-            lambda layer, sample: pool.get_key_buffer(self.layer_ids[layer])[sample], slots, self.sample
+            lambda layer, sample: pool.get_key_buffer(self.layer_ids[layer])[sample],
+            slots,
+            self.positions,
+            longest,
+            self.sample,
         )
         self._adopt()
         for layer, layer_id in enumerate(self.layer_ids):

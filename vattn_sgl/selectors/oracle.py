@@ -27,7 +27,7 @@ class OracleSelector:
     def begin_forward(self, longest: int, num_tokens: int, pool: Any) -> None:
         """Nothing to prepare."""
 
-    def after_write(self, layer: int, q: torch.Tensor, slots: torch.Tensor, pool: Any) -> None:
+    def after_write(self, layer: int, q: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor, pool: Any) -> None:
         """Nothing to keep."""
 
     def arguments(self, layer: int) -> SideArguments:

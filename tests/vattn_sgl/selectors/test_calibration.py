@@ -4,49 +4,144 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
+from vattn_kernels import ops, reference
+from vattn_kernels.rope import Rope
 from vattn_sgl.config import Settings
 from vattn_sgl.selectors.base import CacheGeometry
-from vattn_sgl.selectors.calibration import COVERAGE_SLACK, GROWTH, Calibration, CalibrationStore, model_key
+from vattn_sgl.selectors.calibration import (
+    COVERAGE_SLACK,
+    ENOUGH_TOKENS,
+    GROWTH,
+    LEAST_SPAN,
+    Calibration,
+    CalibrationStore,
+    model_key,
+    spread_positions,
+)
 
 GEOMETRY = CacheGeometry(2, 700, 2, 16, torch.device("cpu"))
 SETTINGS = Settings(calibration_tokens=512)
 KEYS = torch.randn(2, 700, 2, 16, generator=torch.Generator().manual_seed(0))
+QUERIES = torch.randn(700, 4, 16, generator=torch.Generator().manual_seed(1))
 
 
-def fresh():
-    return Calibration(SETTINGS, GEOMETRY, CalibrationStore("model", GEOMETRY, 64))
+def rope(num_positions=40000, base=1e4):
+    angles = torch.arange(num_positions, dtype=torch.float64)[:, None] * base ** (-torch.arange(8) / 8.0)
+    return Rope.from_cache(torch.cat([angles.cos(), angles.sin()], -1), 16, True)
+
+
+def fresh(rotation=None):
+    return Calibration(SETTINGS, GEOMETRY, CalibrationStore("model", GEOMETRY, 64), rope=rotation)
 
 
 def pass_(calibration, longest, num_tokens):
     """One forward pass over `num_tokens` new tokens; whether it was observed."""
     wanted = calibration.wants(longest, num_tokens)
     for layer in range(2 if wanted else 0):
-        calibration.observe(layer, torch.randn(num_tokens, 4, 16), KEYS[layer, :num_tokens])
+        calibration.observe(layer, QUERIES[:num_tokens], KEYS[layer, :num_tokens], torch.arange(num_tokens))
     return wanted
 
 
-def solve(calibration):
-    calibration.solve(lambda layer, slots: KEYS[layer, slots], torch.arange(600))
+def solve(calibration, longest=600):
+    calibration.solve(lambda layer, slots: KEYS[layer, slots], torch.arange(600), torch.arange(700), longest)
 
 
 def test_observes_until_enough_then_only_longer_contexts():
     c = fresh()
     assert c.covered == 0
     assert pass_(c, 300, 300)
-    assert not c.due()
+    assert not c.due(0)
     assert pass_(c, 600, 300)
-    assert c.due()
+    assert c.due(0)
     solve(c)
     assert (c.covered, c.observed_tokens) == (int(600 * COVERAGE_SLACK), 600)
     assert not pass_(c, int(600 * GROWTH), 100)
-    assert not c.due()
+    assert not c.due(0)
     assert pass_(c, 1000, 63)
-    assert not c.due()
+    assert not c.due(0)
     assert pass_(c, 1001, 1)
-    assert c.due()
+    assert c.due(0)
     solve(c)
     assert c.covered == int(1001 * COVERAGE_SLACK)
+
+
+def test_a_known_rotation_covers_positions_that_were_never_observed():
+    c = fresh(rope())
+    assert pass_(c, 600, 600)
+    solve(c)
+    assert c.covered == LEAST_SPAN
+    assert not c.due(LEAST_SPAN)
+    assert c.due(LEAST_SPAN + 1)
+    solve(c, LEAST_SPAN + 1)
+    assert c.covered == 2 * LEAST_SPAN
+    assert not c.due(2 * LEAST_SPAN)
+
+
+def test_a_span_ends_where_the_rotation_does():
+    c = fresh(rope(9000))
+    pass_(c, 600, 600)
+    solve(c, 8500)
+    assert c.covered == 9000
+    assert not c.due(20000)
+
+
+def test_with_a_known_rotation_tokens_are_observed_until_there_are_enough():
+    c = fresh(rope())
+    pass_(c, 600, 600)
+    solve(c)
+    assert not pass_(c, 601, 1), "a decode step is not worth a look"
+    assert pass_(c, 600, 599)
+    assert not c.due(600)
+    assert pass_(c, 600, 64)
+    assert c.due(600)
+    solve(c)
+    assert c.observed_tokens == 1263
+    c.observed_tokens = ENOUGH_TOKENS
+    assert not pass_(c, 600, 600)
+
+
+def test_moved_moments_make_a_basis_for_far_positions():
+    """A basis of the first 600 positions loses a slowly turning direction at 8,000; a moved one does not."""
+    rotation, head = rope(), torch.zeros(16)
+    head[7] = 3.0  # turns by a radian in 3,000 positions
+    content = head + 0.1 * torch.randn(700, 2, 16, generator=torch.Generator().manual_seed(2))
+    near, far = torch.arange(700), torch.arange(7300, 8000)
+    errors = []
+    for known in (None, rotation):
+        c = fresh(known)
+        c.store.path.unlink(missing_ok=True)
+        c.wants(600, 600)
+        for layer in range(2):
+            c.observe(layer, QUERIES[:600], rotation.rotate(content[:600], near[:600]), near[:600])
+        c.solve(lambda _, slots: rotation.rotate(content, near)[slots], near[:600], near, 600)
+        k = rotation.rotate(content, far)
+        codes, norms = torch.zeros(700, 2, 2, dtype=torch.int32), torch.zeros(700, 2, 2, dtype=torch.uint8)
+        t = c.tables
+        tables = (t.mean[0], t.key_basis[0], t.steps[0], t.fields[0])
+        ops.encode(k, k, near, *tables, codes, norms, torch.zeros(700, dtype=torch.uint8))
+        errors.append(reference.sketch.norm_of(norms[..., 0]).mean())
+    assert errors[1] < 0.7 * errors[0]
+
+
+def test_another_rotation_calibrates_again():
+    first = fresh(rope())
+    pass_(first, 600, 600)
+    solve(first)
+    assert fresh(rope()).covered == LEAST_SPAN
+    assert fresh(rope(base=5e4)).covered == 0
+    assert fresh().covered == 0
+
+
+@given(count=st.integers(1, 2000), span=st.integers(1, 200000))
+def test_positions_are_spread_evenly(count, span):
+    positions = spread_positions(count, span)
+    assert (positions >= 0).all()
+    assert (positions < span).all()
+    gaps = torch.cat([torch.tensor([0]), positions, torch.tensor([span])]).sort().values.diff()
+    assert gaps.max() <= 3 * span / count + 1
 
 
 def test_an_empty_pass_is_not_observed():

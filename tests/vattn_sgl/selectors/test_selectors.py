@@ -35,7 +35,7 @@ def forward(selector, pool, slots, longest):
     selector.begin_forward(longest, slots.numel(), pool)
     for layer in range(NUM_LAYERS):
         q = torch.randn(slots.numel(), NUM_QO_HEADS, HEAD_DIM, generator=torch.Generator().manual_seed(layer))
-        selector.after_write(layer, q, slots, pool)
+        selector.after_write(layer, q, slots, torch.arange(longest - slots.numel(), longest), pool)
 
 
 @pytest.fixture
