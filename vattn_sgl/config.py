@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError, ValidationInfo, field_validator
 
-from vattn_kernels.quantiles import BOUNDS, default_bound
+from vattn_kernels.quantiles import BOUNDS, BOUNDS_OF_TARGET, default_bound
 
 PREFIX = "VATTN_"
 NOT_SETTINGS = ("VATTN_CONFIG", "VATTN_CACHE")
@@ -49,10 +49,11 @@ class Settings(BaseModel):
         The relative error exceeds ``epsilon`` with probability at most ``delta``, per head and step.
     sampler : {"proportional", "uniform"}
         Poisson sampling by estimated weight (ours), or the paper's top-k and uniform sample.
-    target : {"output", "denominator"}
-        What the bound is about.
-    bound : {"f8", "student", "clt"} or None
-        Quantile of the bound; None takes `vattn_kernels.quantiles.default_bound`.
+    target : {"output", "denominator", "numerator", "sdpa"}
+        What the bound is about: the output, one of its two sums, or both sums by the paper's Theorem 4.3.
+    bound : {"f8", "student", "clt", "bernstein"} or None
+        Quantile of the bound; None takes `vattn_kernels.quantiles.default_bound`. ``f8`` serves target ``output`` only;
+        ``bernstein`` holds at every sample size and reads more.
     sink, window : int
         Tokens at the start and at the end that are always read.
     top_k : int or float
@@ -86,8 +87,8 @@ class Settings(BaseModel):
     epsilon: Epsilon = 0.05
     delta: Delta = 0.05
     sampler: Literal["proportional", "uniform"] = "proportional"
-    target: Literal["output", "denominator"] = "output"
-    bound: Literal["f8", "student", "clt"] | None = None
+    target: Literal["output", "denominator", "numerator", "sdpa"] = "output"
+    bound: Literal["f8", "student", "clt", "bernstein"] | None = None
     sink: Count = 16
     window: Annotated[StrictInt, Field(ge=1)] = 64
     top_k: Annotated[StrictInt, Field(ge=0)] | Annotated[float, Field(ge=0, le=1)] = 0.025
@@ -103,6 +104,15 @@ class Settings(BaseModel):
     calibration_tokens: Annotated[StrictInt, Field(ge=512)] = 2048
     prefill_backend: str | None = None
     layers: dict[str, LayerOverride] = Field(default_factory=dict)
+
+    @field_validator("bound")
+    @classmethod
+    def _bound_suits_target(cls, value: str | None, info: ValidationInfo) -> str | None:
+        target = info.data.get("target")
+        if value is not None and target is not None and value not in BOUNDS_OF_TARGET[target]:
+            allowed = ", ".join(repr(b) for b in BOUNDS_OF_TARGET[target])
+            raise ValueError(f"with target {target!r} {allowed} or null: its error may have a single dimension")
+        return value
 
     @field_validator("layers", mode="before")
     @classmethod
@@ -189,7 +199,7 @@ ALLOWED = {
     "epsilon": "a number above 0 and at most 1",
     "delta": "a number above 0 and below 0.5",
     "sampler": "'proportional' or 'uniform'",
-    "target": "'output' or 'denominator'",
+    "target": ", ".join(repr(t) for t in BOUNDS_OF_TARGET),
     "bound": ", ".join(repr(b) for b in BOUNDS) + " or null",
     "sink": "a whole number of tokens, 0 or more",
     "window": "a whole number of tokens, 1 or more",
@@ -227,7 +237,7 @@ def _mistakes(error: ValidationError) -> list[Mistake]:
             choices = list(LayerOverride.model_fields if len(path) > 1 else Settings.model_fields)
             allowed = _unknown(leaf, choices)
         elif item["type"] == "value_error":
-            allowed = f"{ALLOWED['layers']} ({item['msg'].removeprefix('Value error, ')})"
+            allowed = f"{ALLOWED[path[0]]} ({item['msg'].removeprefix('Value error, ')})"
         else:
             allowed = ALLOWED.get(leaf, ALLOWED.get(path[0], item["msg"]))
         found.setdefault(key, Mistake(key, item["input"], allowed))

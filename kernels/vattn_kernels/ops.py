@@ -13,7 +13,7 @@ import torch
 from vattn_kernels import cpu
 
 SAMPLERS = ("proportional", "uniform")
-TARGETS = ("output", "denominator")
+TARGETS = cpu.TARGETS
 SELECTORS = ("sketch", "oracle")
 OUTCOMES = ("certified", "uncertified", "capped", "dense")
 READ_KINDS = ("sink", "window", "top_k", "sample", "dense")

@@ -32,6 +32,28 @@ def relative_rms(a: torch.Tensor, b: torch.Tensor) -> float:
 @pytest.mark.parametrize("sampler", ops.SAMPLERS)
 def test_decode(shape, sampler, selector, target):
     case = DecodeCase(**shape, epsilon=0.2, settings={"sampler": sampler, "selector": selector, "target": target})
+    assert_matches(case)
+
+
+@pytest.mark.parametrize("epsilon", [0.1, 0.9])
+@pytest.mark.parametrize("target", ops.TARGETS)
+@pytest.mark.parametrize("selector", ops.SELECTORS)
+@pytest.mark.parametrize("sampler", ops.SAMPLERS)
+def test_decode_with_a_provable_bound(sampler, selector, target, epsilon):
+    case = DecodeCase(
+        batch=1,
+        context=3000,
+        epsilon=epsilon,
+        chosen_bound="bernstein",
+        bits=128,
+        score_scale=0.4,
+        settings={"sampler": sampler, "selector": selector, "target": target, "pilot": 0.1},
+    )
+    assert_matches(case)
+
+
+def assert_matches(case: DecodeCase) -> None:
+    """Sample, output and stats of both, where rounding lets the samples be equal."""
     out, stats, _ = case.run()
     expected, expected_stats = reference.decode(*case.arguments()[:14], **case.step)
     same_sample = stats[..., READ].double() == expected_stats[..., READ]

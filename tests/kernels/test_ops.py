@@ -215,7 +215,7 @@ def test_cap_is_kept_and_counted():
     ("change", "message"),
     [
         ({"sampler": "top_p"}, "sampler 'top_p'"),
-        ({"target": "sdpa"}, "target 'sdpa'"),
+        ({"target": "logits"}, "target 'logits' is unknown, expected one of output, denominator, numerator, sdpa"),
         ({"selector": "quest"}, "selector 'quest'"),
         ({"selector": "sketch"}, "needs side data"),
         ({"pilot": 0.0}, "pilot 0.0 above 0"),

@@ -37,8 +37,8 @@ VALID = {
     "epsilon": st.floats(1e-6, 1),
     "delta": st.floats(1e-6, 0.49),
     "sampler": st.sampled_from(["proportional", "uniform"]),
-    "target": st.sampled_from(["output", "denominator"]),
-    "bound": st.sampled_from(["f8", "student", "clt", None]),
+    "target": st.sampled_from(["output", "denominator", "numerator", "sdpa"]),
+    "bound": st.sampled_from(["f8", "student", "clt", "bernstein", None]),
     "sink": st.integers(0, 4096),
     "window": st.integers(1, 4096),
     "top_k": st.one_of(st.integers(0, 4096), st.floats(0, 1)),
@@ -82,6 +82,10 @@ WRONG = {
 quick = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=50)
 
 
+def bound_suits_target(values):
+    return values.get("bound") != "f8" or values.get("target", "output") == "output"
+
+
 def write(tmp_path, text):
     file = tmp_path / "vattn.yaml"
     file.write_text(text)
@@ -108,7 +112,7 @@ def test_six_mistakes_give_six_messages_and_exit_status_2(tmp_path):
 
 
 @quick
-@given(values=st.fixed_dictionaries({}, optional=VALID))
+@given(values=st.fixed_dictionaries({}, optional=VALID).filter(bound_suits_target))
 def test_a_right_file_is_read_as_written(tmp_path, values):
     file = write(tmp_path, yaml.safe_dump(values))
     assert check_file(file) == []
@@ -193,11 +197,23 @@ def test_layer_ranges_and_the_later_entry_wins():
         ("proportional", "denominator", "student"),
         ("uniform", "output", "student"),
         ("uniform", "denominator", "student"),
+        ("proportional", "numerator", "student"),
+        ("proportional", "sdpa", "student"),
+        ("uniform", "sdpa", "student"),
     ],
 )
 def test_default_bound(sampler, target, bound):
     assert Settings(sampler=sampler, target=target).effective_bound == bound
     assert Settings(sampler=sampler, target=target, bound="clt").effective_bound == "clt"
+
+
+@pytest.mark.parametrize("target", ["denominator", "numerator", "sdpa"])
+def test_f8_is_refused_for_an_error_that_may_have_one_dimension(tmp_path, target):
+    mistakes = check_file(write(tmp_path, f"target: {target}\nbound: f8\n"))
+    assert [(m.key, m.line, m.value) for m in mistakes] == [("bound", 2, "f8")]
+    assert f"with target {target!r} 'student', 'clt', 'bernstein' or null" in mistakes[0].allowed
+    assert check_file(write(tmp_path, f"target: {target}\nbound: bernstein\n")) == []
+    assert check_file(write(tmp_path, "bound: f8\n")) == []
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from vattn_kernels.cpu import build
 
 MAX_GROUP = 16
 MAX_HEAD_DIM = 256
+TARGETS = ("output", "denominator", "numerator", "sdpa")
 DTYPES = (torch.float32, torch.bfloat16)
 
 _POINTER, _INT, _DOUBLE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
@@ -32,9 +33,9 @@ _DecodeArgs = _structure(
     "counters counter_offsets budget_edges error_edges audit_edges workspace",
     "batch num_qo_heads num_kv_heads head_dim kv_stride max_fields words num_budget_edges num_error_edges "
     "num_audit_edges layer_id seed sink window dense_below top_k_count pilot_min workspace_stride seq_lens_is_int64 "
-    "is_bf16 is_uniform is_output is_oracle threads",
+    "is_bf16 is_uniform target is_oracle threads",
     "sm_scale top_k_share pilot cap floor audit_rate",
-    "table table_points table_steps",
+    "table log_term table_points table_steps",
 )
 _EncodeArgs = _structure(
     "_EncodeArgs",
@@ -98,10 +99,11 @@ def decode(
     )
     _require(seq_lens.dtype in (torch.int32, torch.int64), f"seq_lens must be int32 or int64, got {seq_lens.dtype}")
     _require(sampler in ("proportional", "uniform"), f"sampler {sampler!r} is unknown")
-    _require(target in ("output", "denominator"), f"target {target!r} is unknown")
+    _require(target in TARGETS, f"target {target!r} is unknown, expected one of {', '.join(TARGETS)}")
     _require(selector in ("sketch", "oracle"), f"selector {selector!r} is unknown")
     _require(pilot_min >= 4 and pilot > 0, f"pilot_min {pilot_min} must be at least 4 and pilot {pilot} above 0")
-    is_sketch = selector == "sketch"
+    _require(params.numel() == layout.PARAMS_WIDTH, f"params has {params.numel()} values, not {layout.PARAMS_WIDTH}")
+    is_sketch, is_split = selector == "sketch", target == "sdpa"
     side = [t for t in (codes, norms, valid, mean, query_basis, steps, fields) if t is not None] if is_sketch else []
     _require(not is_sketch or len(side) == 7, "selector 'sketch' needs side data, got none")
     offsets = (ctypes.c_int64 * len(counter_offsets))(*counter_offsets)
@@ -115,9 +117,10 @@ def decode(
         batch, num_qo_heads, num_kv_heads, head_dim, kv_indices.stride(0), side[5].shape[-1] if is_sketch else 0,
         side[0].shape[-1] if is_sketch else 0, budget_edges.numel(), error_edges.numel(), audit_edges.numel(), layer_id,
         seed & 0xFFFFFFFF, sink, window, dense_below, top_k_count, pilot_min, stride, seq_lens.dtype == torch.int64,
-        q.dtype == torch.bfloat16, sampler == "uniform", target == "output", not is_sketch, torch.get_num_threads(),
+        q.dtype == torch.bfloat16, sampler == "uniform", TARGETS.index(target), not is_sketch, torch.get_num_threads(),
         sm_scale, top_k_share, pilot, cap, floor, audit_rate,
-        layout.TABLE, layout.TABLE_POINTS, layout.TABLE_STEPS_PER_UNIT,
+        layout.SPLIT_TABLE if is_split else layout.TABLE, layout.SPLIT_LOG if is_split else layout.LOG,
+        layout.TABLE_POINTS, layout.TABLE_STEPS_PER_UNIT,
     )  # fmt: skip
     build.library().vattn_decode(ctypes.byref(args))
 

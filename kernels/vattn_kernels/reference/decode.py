@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 
+from vattn_kernels import params as layout
 from vattn_kernels.reference import proportional, rng, scores, sketch, uniform
 from vattn_kernels.reference.estimate import Head
 
@@ -87,7 +89,7 @@ pilot_min, cap, floor
                 continue
             fixed = torch.ones(n, dtype=torch.bool)
             fixed[low:high] = False
-            heads = [Head(logits[g], values, fixed) for g in range(group)]
+            upper, upper_norm = scores.widened(logits[:, low:high]), values[low:high].norm(dim=-1)
             inner = slots[low:high]
             usable = torch.ones(total, dtype=torch.bool)
             estimated, variance = logits[:, low:high], torch.zeros(group, total, dtype=torch.float64)
@@ -99,7 +101,13 @@ pilot_min, cap, floor
                 estimated, variance = sketch.logits(queries, *side, sm_scale)
                 value_norm = sketch.norm_of(norms[inner, h, 1])
                 usable = valid[inner] != 0
-            if target != "output" or sampler == "uniform":
+                upper, upper_norm = sketch.upper_logits(queries, *side, sm_scale), sketch.upper_norm(norms[inner, h, 1])
+                upper = torch.where(usable, scores.widened(upper), math.inf)
+            provable = float(params[layout.LOG]) > 0
+            heads = [
+                Head(logits[g], values, fixed, *((upper[g], upper_norm) if provable else ())) for g in range(group)
+            ]
+            if target == "denominator" or sampler == "uniform":
                 value_norm = torch.ones_like(value_norm)
             share = scores.shares(estimated, variance, logits[:, fixed], value_norm, usable)
             key = rng.stream_key(seed, layer_id, h, n)
