@@ -85,6 +85,16 @@ def test_invalid_slots_agree():
     assert relative_rms(out[same], expected[same]) < 1e-4
 
 
+@pytest.mark.parametrize("sampler", ops.SAMPLERS)
+def test_invalid_slots_have_no_provable_bound(sampler):
+    """``proportional`` reads them for certain; ``uniform`` has to read everything."""
+    settings = {"sampler": sampler, "selector": "sketch", "pilot": 0.1}
+    case = DecodeCase(context=3000, epsilon=0.9, bits=128, score_scale=0.4, chosen_bound="bernstein", settings=settings)
+    case.side[2][case.kv_indices[:, 200:300].reshape(-1).long()] = 0
+    assert_matches(case)
+    assert (case.run()[1][..., ops.STATS.index("density")] == 1).all() == (sampler == "uniform")
+
+
 @pytest.mark.parametrize("bits", [64, 128])
 @pytest.mark.parametrize("head_dim", [64, 96, 128])
 def test_encode(bits, head_dim):
