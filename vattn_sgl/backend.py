@@ -54,7 +54,11 @@ class VAttentionBackend(AttentionBackend):
         pool = self.token_to_kv_pool
         self.first_layer = pool.start_layer or 0
         k_cache = pool.get_key_buffer(self.first_layer)
-        geometry = CacheGeometry(pool.layer_num, k_cache.shape[0], k_cache.shape[1], k_cache.shape[2], self.device)
+        slots, kv_heads, head_dim = k_cache.shape
+        query_heads, sm_scale = compat.query_geometry(model_runner)
+        geometry = CacheGeometry(
+            pool.layer_num, slots, kv_heads, head_dim, self.device, k_cache.dtype, query_heads, sm_scale
+        )
         layer_ids = range(self.first_layer, self.first_layer + pool.layer_num)
         key = model_key(model_runner.model_config.model_path)
         self.selector: Selector = REGISTRY[settings.selector](settings, geometry, layer_ids, key)
@@ -81,6 +85,7 @@ class VAttentionBackend(AttentionBackend):
             "pilot_min": settings.pilot_min,
             "cap": settings.cap,
             "floor": settings.floor,
+            "group_score": settings.group_score,
             "audit_rate": settings.audit_rate,
         }
 

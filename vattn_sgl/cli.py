@@ -92,7 +92,7 @@ def doctor(model: Annotated[Path | None, typer.Argument(help="Folder of a model.
 
 @app.command()
 def calibrate(model: Annotated[Path, typer.Argument(help="Folder of a model.")]) -> None:
-    """Calibrate the sketch of a model ahead of its first traffic."""
+    """Calibrate the selector for a model ahead of its first traffic."""
     from vattn_sgl import calibrate as calibration
     from vattn_sgl.server import ServerError
 

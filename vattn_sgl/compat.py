@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
+    from vattn_sgl.selectors.base import CacheGeometry
+
 MINIMUM, BELOW = (0, 5, 17), (0, 6)
 
 
@@ -106,6 +108,48 @@ def host_seq_lens(forward_batch: ForwardBatch) -> list[int]:
         if lengths.device.type != "cpu":
             return [0]
     return [int(n) for n in lengths.tolist()]
+
+
+def query_geometry(model_runner: Any) -> tuple[int | None, float | None]:
+    """Query heads on this rank and the factor of the logits, from the model's first attention layer.
+
+    Parameters
+    ----------
+    model_runner : ModelRunner
+        SGLang's runner.
+
+    Returns
+    -------
+    int or None, float or None
+        None without a model.
+    """
+    model = getattr(model_runner, "model", None)
+    for layer in model.modules() if isinstance(model, torch.nn.Module) else ():
+        if type(layer).__name__ == "RadixAttention":
+            attention: Any = layer
+            return int(attention.tp_q_head_num), float(attention.scaling)
+    return None, None
+
+
+def side_geometry(configurator: Any, num_layers: int) -> CacheGeometry:
+    """Geometry of the pool that SGLang is about to size, with no slots yet.
+
+    Parameters
+    ----------
+    configurator : KVCacheConfigurator
+        SGLang's object of that name.
+    num_layers : int
+        Layers on this rank.
+    """
+    from sglang.srt.runtime_context import get_parallel
+
+    from vattn_sgl.selectors.base import CacheGeometry
+
+    model, ranks = configurator.model_config, get_parallel().attn_tp_size
+    heads = model.get_num_kv_heads(ranks)
+    query_heads = model.num_attention_heads // ranks
+    cpu = torch.device("cpu")
+    return CacheGeometry(num_layers, 0, heads, model.head_dim, cpu, configurator.kv_cache_dtype, query_heads)
 
 
 def metric_labels(model_runner: Any) -> dict[str, str]:

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError, ValidationInfo, field_validator
 
-from vattn_kernels.quantiles import BOUNDS, BOUNDS_OF_TARGET, default_bound
+from vattn_kernels.quantiles import BOUNDS, BOUNDS_OF_TARGET, PROVABLE_SELECTORS, default_bound
 
 PREFIX = "VATTN_"
 NOT_SETTINGS = ("VATTN_CONFIG", "VATTN_CACHE")
@@ -53,7 +53,7 @@ class Settings(BaseModel):
         What the bound is about: the output, one of its two sums, or both sums by the paper's Theorem 4.3.
     bound : {"f8", "student", "clt", "bernstein"} or None
         Quantile of the bound; None takes `vattn_kernels.quantiles.default_bound`. ``f8`` serves target ``output`` only;
-        ``bernstein`` holds at every sample size and reads more.
+        ``bernstein`` holds at every sample size and reads more; selectors ``sign`` and ``hash`` cannot support it.
     sink, window : int
         Tokens at the start and at the end that are always read.
     top_k : int or float
@@ -64,10 +64,14 @@ class Settings(BaseModel):
         Largest share of the range that a sample may read; a budget it cuts is not certified.
     dense_below : int
         Contexts shorter than this are served densely.
-    selector : {"sketch", "oracle"}
+    hash_weights : str or None
+        File of HashAttention's learned weights; selector ``hash`` needs it.
+    selector : {"sketch", "oracle", "quest", "sign", "hash"}
         Source of estimated weights.
-    sketch_bits : {64, 128}
-        Size of a token's code per KV head.
+    sketch_bits : {32, 64, 128}
+        Size of a token's code per KV head; selectors ``sketch`` and ``sign``.
+    group_score : {"max", "mean"}
+        How the query heads of a KV head share one score.
     floor : float
         Least score, as a share of the mean score; keeps every inclusion probability above 0.
     seed : int
@@ -96,8 +100,10 @@ class Settings(BaseModel):
     pilot_min: Annotated[StrictInt, Field(ge=4)] = 32
     cap: PositiveShare = 1.0
     dense_below: Count = 2048
-    selector: Literal["sketch", "oracle"] = "sketch"
-    sketch_bits: Literal[64, 128] = 64
+    hash_weights: str | None = None
+    selector: Literal["sketch", "oracle", "quest", "sign", "hash"] = "sketch"
+    sketch_bits: Literal[32, 64, 128] = 64
+    group_score: Literal["max", "mean"] = "max"
     floor: PositiveShare = 0.05
     seed: Annotated[StrictInt, Field(ge=0, lt=2**32)] = 0
     audit_rate: Share = 0.0
@@ -125,6 +131,21 @@ class Settings(BaseModel):
             if match is None or (match[2] is not None and int(match[2]) < int(match[1])):
                 raise ValueError(f"layer key {key!r} is not a layer such as 3 or a range such as 0-4")
         return keys
+
+    @field_validator("selector")
+    @classmethod
+    def _hash_needs_weights(cls, value: str, info: ValidationInfo) -> str:
+        if value == "hash" and info.data.get("hash_weights", "wrong already") is None:
+            raise ValueError("'hash' needs hash_weights, a file of the model's weights")
+        return value
+
+    @field_validator("selector")
+    @classmethod
+    def _bernstein_needs_upper_bounds(cls, value: str, info: ValidationInfo) -> str:
+        if info.data.get("bound") == "bernstein" and value not in PROVABLE_SELECTORS:
+            allowed = ", ".join(repr(s) for s in PROVABLE_SELECTORS)
+            raise ValueError(f"with bound 'bernstein' {allowed}: {value!r} proves no upper bound of a logit")
+        return value
 
     @property
     def effective_bound(self) -> str:
@@ -208,8 +229,10 @@ ALLOWED = {
     "pilot_min": "a whole number of tokens, 4 or more",
     "cap": "a share above 0 and at most 1",
     "dense_below": "a whole number of tokens, 0 or more",
-    "selector": "'sketch' or 'oracle'",
-    "sketch_bits": "64 or 128",
+    "selector": "'sketch', 'oracle', 'quest', 'sign' or 'hash'",
+    "sketch_bits": "32, 64 or 128",
+    "hash_weights": "the path of a file of HashAttention weights, or null",
+    "group_score": "'max' or 'mean'",
     "floor": "a share above 0 and at most 1",
     "seed": "a whole number from 0 to 4294967295",
     "audit_rate": "a share from 0 to 1",

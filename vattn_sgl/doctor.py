@@ -9,12 +9,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
 from vattn_sgl import compat, model, support
 from vattn_sgl.config import ConfigError, Settings, load_settings
+
+if TYPE_CHECKING:
+    from vattn_sgl.selectors import CacheGeometry
 
 LEAST_MEMORY_GIB = 6.0
 
@@ -157,7 +160,9 @@ def _model(path: Path | None, settings: Settings) -> Iterator[Finding]:
         return
     heads = f"{described.num_attention_heads} query and {described.num_key_value_heads} KV heads"
     yield Finding(True, f"model {path.name}: {heads} of {described.head_dim}")
-    yield _calibration(path, config, described, settings)
+    geometry = _geometry(config, described)
+    yield _guard(lambda: _side_data(geometry, settings))
+    yield _guard(lambda: _calibration(path, geometry, settings))
 
 
 def describe(config: Any) -> Any:
@@ -179,24 +184,48 @@ def describe(config: Any) -> Any:
     )
 
 
-def _calibration(path: Path, config: Any, described: Any, settings: Settings) -> Finding:
-    if settings.selector != "sketch":
-        return Finding(True, f"selector {settings.selector} needs no calibration")
+def _geometry(config: Any, described: Any) -> CacheGeometry:
+    """Pool of the model without slots, in the dtype that its configuration names."""
     import torch
 
-    from vattn_sgl.selectors import CacheGeometry
-    from vattn_sgl.selectors.calibration import COVERAGE_SLACK, CalibrationStore, model_key
+    from vattn_sgl.selectors.base import CacheGeometry
 
-    layers = config.get_text_config().num_hidden_layers
-    geometry = CacheGeometry(layers, 0, described.num_key_value_heads, described.head_dim, torch.device("cpu"))
-    store = CalibrationStore(model_key(str(path)), geometry, settings.sketch_bits)
-    loaded = store.load()
-    if loaded is None:
+    text = config.get_text_config()
+    dtype = getattr(text, "dtype", None) or torch.bfloat16
+    dtype = dtype if isinstance(dtype, torch.dtype) else getattr(torch, str(dtype))
+    heads, head_dim = described.num_key_value_heads, described.head_dim
+    cpu = torch.device("cpu")
+    return CacheGeometry(text.num_hidden_layers, 0, heads, head_dim, cpu, dtype, described.num_attention_heads)
+
+
+def _side_data(geometry: CacheGeometry, settings: Settings) -> Finding:
+    from vattn_sgl.selectors import REGISTRY, bytes_per_token
+
+    side = bytes_per_token(REGISTRY[settings.selector].layout(settings, geometry), geometry.num_layers)
+    kv = geometry.kv_bytes_per_token()
+    name = str(geometry.dtype).removeprefix("torch.")
+    return Finding(
+        True, f"selector {settings.selector} keeps {side} bytes a token beside {kv} of {name} K and V: {side / kv:.1%}"
+    )
+
+
+def _calibration(path: Path, geometry: CacheGeometry, settings: Settings) -> Finding:
+    if settings.selector == "oracle":
+        return Finding(True, "selector oracle needs no calibration")
+    from vattn_sgl.selectors import REGISTRY
+    from vattn_sgl.selectors.calibrated import CalibratedSelector
+    from vattn_sgl.selectors.calibration import model_key
+
+    selector = REGISTRY[settings.selector](settings, geometry, range(geometry.num_layers), model_key(str(path)))
+    assert isinstance(selector, CalibratedSelector)
+    calibration = selector.calibration
+    if calibration.tables is None:
         advice = (
             f"a server calibrates itself on the first {settings.calibration_tokens} prefilled tokens, dense until then"
         )
         return Finding(True, f"no calibration yet: {advice}; vattn calibrate {path} makes one ahead")
-    longest = int(loaded[2]["longest"] * COVERAGE_SLACK)
     return Finding(
-        True, f"calibrated on {loaded[2]['tokens']} tokens, covers contexts up to {longest} tokens ({store.path})"
+        True,
+        f"calibrated on {calibration.observed_tokens} tokens, covers contexts up to {calibration.covered} tokens "
+        f"({calibration.store.path})",
     )

@@ -10,6 +10,7 @@ _PACKAGE = "sglang.srt"
 SET_STATE = f"{_PACKAGE}.managers.scheduler.Scheduler.set_internal_state"
 GET_STATE = f"{_PACKAGE}.managers.scheduler.Scheduler.get_internal_state"
 SUPPORT_TRITON = f"{_PACKAGE}.utils.common.support_triton"
+CELL_SIZE = f"{_PACKAGE}.model_executor.pool_configurator.DefaultPoolConfigurator._compute_cell_size"
 HTTP_SERVER = f"{_PACKAGE}.entrypoints.http_server._setup_and_run_http_server"
 
 _failure: BaseException | None = None
@@ -51,6 +52,7 @@ def _load() -> None:
     register_attention_backend(BACKEND)(_create)
     register(SET_STATE, _set_internal_state, HookType.AROUND)
     register(GET_STATE, _get_internal_state, HookType.AFTER)
+    register(CELL_SIZE, _add_side_data, HookType.AFTER)
     if multiprocessing.parent_process() is None:
         register(HTTP_SERVER, _before_http_server, HookType.BEFORE)
 
@@ -123,6 +125,19 @@ def _get_internal_state(result: Any, scheduler: Any, recv_req: Any) -> Any:
     if current is not None:
         result.internal_state[STATE_KEY] = {"config": current.config(), "status": current.status()}
     return result
+
+
+def _add_side_data(cell_size: int, pool_configurator: Any, configurator: Any, num_layers: int) -> int:
+    """Bytes of a token in every layer, the side data's share included, so that both fit SGLang's memory budget."""
+    if not uses_vattention(configurator.server_args) or configurator.is_draft_worker:
+        return cell_size
+    from vattn_sgl import compat
+    from vattn_sgl.config import load_settings
+    from vattn_sgl.selectors import REGISTRY, bytes_per_token
+
+    settings = load_settings()
+    geometry = compat.side_geometry(configurator, num_layers)
+    return cell_size + bytes_per_token(REGISTRY[settings.selector].layout(settings, geometry), num_layers)
 
 
 def _before_http_server(server_args: Any, *args: Any, **kwargs: Any) -> None:

@@ -14,7 +14,8 @@ from vattn_kernels import cpu
 
 SAMPLERS = ("proportional", "uniform")
 TARGETS = cpu.TARGETS
-SELECTORS = ("sketch", "oracle")
+SELECTORS = ("sketch", "oracle", "quest", "sign", "hash")
+GROUP_SCORES = ("max", "mean")
 OUTCOMES = ("certified", "uncertified", "capped", "dense")
 READ_KINDS = ("sink", "window", "top_k", "sample", "dense")
 # Columns of ``stats``: realized density, budget b in tokens, relative half-width, index into OUTCOMES, tokens read,
@@ -29,11 +30,19 @@ _LIBRARY.define(
     "Tensor(a!) out, Tensor(b!) stats, Tensor(c!) counters, int[] counter_offsets, "
     "float sm_scale, int layer_id, int seed, str sampler, str target, str selector, "
     "int sink, int window, int dense_below, int top_k_count, float top_k_share, "
-    "float pilot, int pilot_min, float cap, float floor, float audit_rate) -> ()"
+    'float pilot, int pilot_min, float cap, float floor, float audit_rate, str group_score="max") -> ()'
 )
 _LIBRARY.define(
     "encode(Tensor k_cache, Tensor v_cache, Tensor slots, Tensor mean, Tensor key_basis, Tensor steps, Tensor fields, "
     "Tensor(a!) codes, Tensor(b!) norms, Tensor(c!) valid) -> ()"
+)
+_LIBRARY.define(
+    "encode_signature(Tensor k_cache, Tensor v_cache, Tensor slots, Tensor mean, Tensor nets, Tensor widths, "
+    "Tensor(a!) codes, Tensor(b!) norms, Tensor(c!) valid, bool centred) -> ()"
+)
+_LIBRARY.define(
+    "encode_pages(Tensor k_cache, Tensor v_cache, Tensor slots, "
+    "Tensor(a!) bounds, Tensor(b!) norms, Tensor(c!) valid) -> ()"
 )
 
 
@@ -77,18 +86,27 @@ def decode(
     seq_lens : torch.Tensor
         int32 or int64 ``[batch]``, tokens in each cache, the current one included; 0 is a padded row.
     codes : torch.Tensor, optional
-        int32 ``[num_slots, num_kv_heads, words]`` sketch of every slot's key. The seven sketch arguments are
-        required by selector ``sketch`` and ignored by ``oracle``.
+        int32 ``[num_slots, num_kv_heads, words]`` sketch or signature of every slot's key; ``quest``: page bounds of
+        k_cache's dtype ``[num_pages, num_kv_heads, 2, head_dim]``, see `encode_pages`. ``oracle`` ignores the seven
+        side-data arguments, ``quest`` uses neither query_basis nor fields, the other selectors need all.
     norms : torch.Tensor, optional
-        uint8 ``[num_slots, num_kv_heads, 2]``: coding error and norm of v, ``2^((byte - 128) / 8)``.
+        uint8 ``[num_slots, num_kv_heads, 2]``, each ``2^((byte - 128) / 8)``: coding error (``sketch``) or norm of the
+        key less the mean (``sign``, ``hash``), then norm of v; ``quest`` has the norm of v alone, ``[.., 1]``.
     valid : torch.Tensor, optional
-        uint8 ``[num_slots]``; a token whose byte is 0 has no usable sketch and is read for certain.
-    mean, query_basis, steps, fields : torch.Tensor, optional
-        One layer of `vattn_kernels.sketch.SketchTables`.
+        uint8 ``[num_slots]``; a token whose byte is 0 has no usable side data and is read for certain.
+    mean : torch.Tensor, optional
+        float32 ``[num_kv_heads, head_dim]`` mean key.
+    query_basis : torch.Tensor, optional
+        ``sketch``: as in `vattn_kernels.sketch.SketchTables`. ``sign``, ``hash``: nets of the queries, float32
+        ``[num_qo_heads, parameters]``, see `vattn_kernels.signature.pack`.
+    steps : torch.Tensor, optional
+        ``sketch``: as in `vattn_kernels.sketch.SketchTables`. Others: line of `vattn_kernels.line.LineTables`.
+    fields : torch.Tensor, optional
+        ``sketch``: as in `vattn_kernels.sketch.SketchTables`. ``sign``, ``hash``: int32 widths of the nets.
     params : torch.Tensor
         float32 ``[PARAMS_WIDTH]``, see `vattn_kernels.params`.
     covered : torch.Tensor
-        int32 ``[1]``, longest context the sketch's calibration covers; longer ones are served densely.
+        int32 ``[1]``, longest context the selector's calibration covers; longer ones are served densely.
     budget_edges, error_edges, audit_edges : torch.Tensor
         float32, upper bucket borders of the three histograms.
     out : torch.Tensor
@@ -103,7 +121,8 @@ def decode(
         Seven block starts.
     **settings
         ``sm_scale, layer_id, seed, sampler, target, selector, sink, window, dense_below, top_k_count`` (-1: use
-        ``top_k_share``), ``top_k_share, pilot, pilot_min, cap, floor, audit_rate``; see `vattn_sgl.config.Settings`.
+        ``top_k_share``), ``top_k_share, pilot, pilot_min, cap, floor, audit_rate, group_score``; see
+        `vattn_sgl.config.Settings`.
 
     Raises
     ------
@@ -149,8 +168,84 @@ def encode(
     torch.ops.vattn.encode(k_cache, v_cache, slots, mean, key_basis, steps, fields, codes, norms, valid)
 
 
+def encode_signature(
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slots: torch.Tensor,
+    mean: torch.Tensor,
+    nets: torch.Tensor,
+    widths: torch.Tensor,
+    codes: torch.Tensor,
+    norms: torch.Tensor,
+    valid: torch.Tensor,
+    centred: bool,
+) -> None:
+    """Compute the signatures of cache slots by reading K and V back from the pool, and mark them valid.
+
+    Parameters
+    ----------
+    k_cache, v_cache : torch.Tensor
+        ``[num_slots, num_kv_heads, head_dim]``, float32 or bfloat16.
+    slots : torch.Tensor
+        int64 ``[num_new]`` slots to encode.
+    mean : torch.Tensor
+        float32 ``[num_kv_heads, head_dim]`` mean key.
+    nets : torch.Tensor
+        float32 ``[num_kv_heads or num_qo_heads, parameters]`` from `vattn_kernels.signature.pack`; one net per query
+        head gives every query head its own signature of the key.
+    widths : torch.Tensor
+        int32 ``[layers + 1]``.
+    codes, norms, valid : torch.Tensor
+        Side data as in `decode`; the given slots are overwritten.
+    centred : bool
+        Whether the nets see the key less the mean key.
+
+    Raises
+    ------
+    ValueError
+        If a shape or dtype is not supported.
+    """
+    torch.ops.vattn.encode_signature(k_cache, v_cache, slots, mean, nets, widths, codes, norms, valid, centred)
+
+
+def encode_pages(
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slots: torch.Tensor,
+    bounds: torch.Tensor,
+    norms: torch.Tensor,
+    valid: torch.Tensor,
+) -> None:
+    """Mark cache slots valid and recompute the bounds of their pages by reading K and V back from the pool.
+
+    A page is a block of 16 consecutive slots, whatever requests they belong to: its bounds cover every valid slot, so
+    they hold for each.
+
+    Parameters
+    ----------
+    k_cache, v_cache : torch.Tensor
+        ``[num_slots, num_kv_heads, head_dim]``, float32 or bfloat16.
+    slots : torch.Tensor
+        int64 ``[num_new]`` slots to encode.
+    bounds : torch.Tensor
+        ``[num_pages, num_kv_heads, 2, head_dim]`` of k_cache's dtype: least and greatest key by element.
+    norms : torch.Tensor
+        uint8 ``[num_slots, num_kv_heads, 1]`` norm of v.
+    valid : torch.Tensor
+        uint8 ``[num_slots]``.
+
+    Raises
+    ------
+    ValueError
+        If a shape or dtype is not supported.
+    """
+    torch.ops.vattn.encode_pages(k_cache, v_cache, slots, bounds, norms, valid)
+
+
 _LIBRARY.impl("decode", cpu.decode, "CPU")
 _LIBRARY.impl("encode", cpu.encode, "CPU")
+_LIBRARY.impl("encode_signature", cpu.encode_signature, "CPU")
+_LIBRARY.impl("encode_pages", cpu.encode_pages, "CPU")
 
 
 @torch.library.register_fake("vattn::decode", lib=_LIBRARY)
@@ -160,4 +255,14 @@ def _decode_fake(*args: Any, **kwargs: Any) -> None:
 
 @torch.library.register_fake("vattn::encode", lib=_LIBRARY)
 def _encode_fake(*args: Any, **kwargs: Any) -> None:
+    return None
+
+
+@torch.library.register_fake("vattn::encode_signature", lib=_LIBRARY)
+def _encode_signature_fake(*args: Any, **kwargs: Any) -> None:
+    return None
+
+
+@torch.library.register_fake("vattn::encode_pages", lib=_LIBRARY)
+def _encode_pages_fake(*args: Any, **kwargs: Any) -> None:
     return None

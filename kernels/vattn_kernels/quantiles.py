@@ -15,6 +15,8 @@ BOUNDS_OF_TARGET = {
     "numerator": ("student", "clt", "bernstein"),
     "sdpa": ("student", "clt", "bernstein"),
 }
+# Selectors that bound every logit from above, which bernstein rests on: signatures of keys bound nothing.
+PROVABLE_SELECTORS = ("sketch", "oracle", "quest")
 # Sample sizes at which bernstein may stop: a geometric grid of so many steps, its start, and the cap.
 GRID_STEPS = 16
 LOOKS = GRID_STEPS + 2

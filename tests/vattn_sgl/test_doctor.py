@@ -45,6 +45,31 @@ def test_a_model_that_can_be_served(folder):
     assert any("no calibration yet" in what and "2048" in what for _, what, _ in lines)
 
 
+# 30 layers of 3 KV heads of 64: 8 bytes of code, norms, a valid byte; a page's bounds are 2 x 64 elements for 16 slots.
+@pytest.mark.parametrize(
+    ("selector", "dtype", "expected"),
+    [
+        ("sketch", "bfloat16", "930 bytes a token beside 23040 of bfloat16 K and V: 4.0%"),
+        ("sketch", "float32", "930 bytes a token beside 46080 of float32 K and V: 2.0%"),
+        ("sign", "float32", "930 bytes a token beside 46080 of float32 K and V: 2.0%"),
+        ("quest", "float32", "3000 bytes a token beside 46080 of float32 K and V: 6.5%"),
+        ("oracle", "float32", "0 bytes a token beside 46080 of float32 K and V: 0.0%"),
+    ],
+)
+def test_side_data_and_their_share_are_told(selector, dtype, expected, folder, built, monkeypatch):
+    (folder / "config.json").write_text(json.dumps(LLAMA | {"torch_dtype": dtype}))
+    monkeypatch.setenv("VATTN_SELECTOR", selector)
+    assert (True, f"selector {selector} keeps {expected}", "") in report(folder)
+
+
+def test_wrong_hash_weights_are_told(folder, built, monkeypatch):
+    monkeypatch.setenv("VATTN_SELECTOR", "hash")
+    monkeypatch.setenv("VATTN_HASH_WEIGHTS", str(folder / "none.pt"))
+    wrong = [what for ok, what, _ in report(folder) if not ok]
+    assert wrong
+    assert all("no such file" in what for what in wrong)
+
+
 def test_a_model_that_cannot(folder, built):
     (folder / "config.json").write_text(json.dumps(LLAMA | {"hidden_size": 9 * 72}))
     wrong = [what for ok, what, _ in report(folder) if not ok]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
+import torch
 from sglang.srt.managers.io_struct import SetInternalStateReq
 
 from vattn_sgl import control, plugin
@@ -57,6 +58,45 @@ def test_another_backend_is_left_alone(name, monkeypatch):
     plugin._before_http_server(SimpleNamespace(**{name: "torch_native"}))
     with pytest.raises(plugin.PluginError):
         plugin._before_http_server(SimpleNamespace(**{name: "vattention"}))
+
+
+def pool_tokens(budget, **arguments):
+    """Tokens of the pool that SGLang's own configurator makes of a memory budget, and the bytes of one."""
+    from sglang.srt.model_executor import pool_configurator
+    from sglang.srt.runtime_context import get_parallel
+
+    server_args = SimpleNamespace(**({"attention_backend": "vattention", "enable_hisparse": False} | arguments))
+    model = SimpleNamespace(
+        head_dim=64,
+        v_head_dim=64,
+        num_attention_heads=9,
+        get_num_kv_heads=lambda *ranks: 3,
+        hf_config=SimpleNamespace(architectures=["LlamaForCausalLM"]),
+    )
+    configurator = SimpleNamespace(
+        model_config=model,
+        server_args=server_args,
+        kv_cache_dtype=torch.float32,
+        use_mla_backend=False,
+        is_draft_worker=False,
+    )
+    made = pool_configurator.DefaultPoolConfigurator.__new__(pool_configurator.DefaultPoolConfigurator)
+    made.kv_cache_dtype_str = "auto"
+    with get_parallel().override(attn_tp_size=1, attn_dcp_size=1):
+        made._cell_size = made._compute_cell_size(configurator, 30)
+    return made.calculate_pool_sizes(budget, 1).max_total_num_tokens, made._cell_size
+
+
+@pytest.mark.parametrize(("selector", "side"), [("sketch", 930), ("quest", 3000), ("oracle", 0)])
+def test_side_data_count_in_the_memory_budget(loaded, monkeypatch, selector, side):
+    monkeypatch.setenv("VATTN_SELECTOR", selector)
+    monkeypatch.setattr("sglang.srt.layers.cp.utils.get_glm_dsa_layer_split_effective_num_layers", lambda kvc, n: n)
+    dense, cell = pool_tokens(2**30, attention_backend="torch_native")
+    assert cell == 30 * 3 * 128 * 4
+    tokens, with_side = pool_tokens(2**30)
+    assert with_side == cell + side
+    assert tokens == 2**30 // (cell + side)
+    assert tokens <= dense
 
 
 def set_state(values):

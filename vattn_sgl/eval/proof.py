@@ -15,18 +15,22 @@ from dataclasses import dataclass, replace
 import torch
 from scipy.stats import binom
 
-from vattn_kernels import ops, params
+from vattn_kernels import line, ops, pages, params, signature
 from vattn_kernels.quantiles import BOUNDS_OF_TARGET
-from vattn_kernels.reference import scores, sketch
-from vattn_kernels.sketch import GAUSSIAN_STEPS
+from vattn_kernels.reference import quest, scores, sketch
+from vattn_kernels.reference import signature as signatures
+from vattn_kernels.sketch import GAUSSIAN_STEPS, Moments
 
 DELTA = 0.05
 LEVEL = 1e-4
 POWER = 0.95
 EPSILONS = (0.02, 0.05, 0.1, 0.2)
 POPULATIONS = ("gaussian", "uniform", "equal", "heavy-tailed", "needle")
+# Selectors of the study: scores that are good, and scores that are exact. The others see little in isotropic keys.
+SELECTORS = ("sketch", "oracle")
 HEADS, CONTEXT, HEAD_DIM = 100, 2048, 32
 CODED, WIDTH, WORDS = 12, 5, 2
+SIGNATURE_BITS, CALIBRATION_KEYS = 64, 512
 SINK, WINDOW, TOP_K, PILOT, PILOT_MIN, FLOOR = 16, 64, 0.025, 0.02, 32, 0.05
 # Log-error of the estimated weights, and reach of the query into what the codes leave out, both in nats.
 BLUR, HIDDEN, NEEDLE_HIDDEN = 0.4, 1.8, 6.8
@@ -129,6 +133,44 @@ class Population:
     def _tables(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         return self.tables["mean"], self.tables["basis"], self.tables["steps"], self.tables["fields"]
 
+    @functools.cache  # noqa: B019
+    def side(self, selector: str) -> tuple[torch.Tensor | None, ...]:
+        """The op's seven side-data arguments of a selector.
+
+        ``quest`` and ``sign`` weigh their scores by a line fitted to this population's queries and keys, as a server
+        does. ``hash`` has random nets: what its side data are worth depends on weights that only a model has.
+        """
+        if selector == "oracle":
+            return (None,) * 7
+        if selector == "sketch":
+            return self.codes, self.norms, self.valid, *self._tables()
+        slots = torch.arange(self.heads * self.context)
+        norms = torch.zeros(slots.numel(), 1, 1 if selector == "quest" else 2, dtype=torch.uint8)
+        valid = torch.zeros(slots.numel(), dtype=torch.uint8)
+        if selector == "quest":
+            fitted = self._fit(lambda layer, head, q, k, mean: pages.sample_features(q, k, mean, 1.0))
+            bounds = torch.zeros(pages.num_pages(slots.numel()), 1, 2, HEAD_DIM)
+            ops.encode_pages(self.k_cache, self.v_cache, slots, bounds, norms, valid)
+            return bounds, norms, valid, fitted.mean[0], None, fitted.line[0], None
+        angular = selector == "sign"
+        nets, widths = signature.random_nets(0 if angular else 1, HEAD_DIM, SIGNATURE_BITS, 1)
+        sizes = widths.tolist()
+        fitted = self._fit(
+            lambda layer, head, q, k, mean: signature.sample_features(
+                q, k, mean, nets, nets, sizes, sizes, angular, 1.0
+            )
+        )
+        codes = torch.zeros(slots.numel(), 1, SIGNATURE_BITS // signature.WORD_BITS, dtype=torch.int32)
+        ops.encode_signature(
+            self.k_cache, self.v_cache, slots, fitted.mean[0], nets, widths, codes, norms, valid, angular
+        )
+        return codes, norms, valid, fitted.mean[0], nets, fitted.line[0], widths
+
+    def _fit(self, features: line.Features) -> line.LineTables:
+        moments = Moments.zeros(1, 1, HEAD_DIM, "cpu")
+        moments.add(0, self.q, self.k_cache)
+        return line.solve(moments, self.q[None], self.k_cache[None, :CALIBRATION_KEYS], 1.0, features)
+
     def _solve(self) -> None:
         rows = (self.heads, self.context)
         values = self.v_cache.view(*rows, HEAD_DIM).double()
@@ -152,10 +194,7 @@ class Population:
         out = torch.full_like(self.q, float("nan"))
         stats = torch.full((self.heads, 1, len(ops.STATS)), float("nan"))
         edges, offsets = torch.tensor([0.1]), [0, 1, 6, 10, 13, 16, 18]
-        read: tuple[torch.Tensor | None, ...] = (None,) * 7
-        if selector == "sketch":
-            read = (self.codes, self.norms, self.valid, *self._tables())
-        codes, norms, valid, mean, basis, steps, fields = read
+        codes, norms, valid, mean, basis, steps, fields = self.side(selector)
         ops.decode(
             self.q, self.k_cache, self.v_cache, self.slots, self.seq_lens,
             codes, norms, valid, mean, basis, steps, fields, row,
@@ -217,11 +256,20 @@ class Population:
         outside = ~self.inner[head] & (torch.arange(self.context) < self.seq_lens[head])
         estimated = self.logits[head][self.inner[head]][None]
         variance, norm = torch.zeros_like(estimated), self.v_cache[slots, 0].double().norm(dim=-1)
-        if selector == "sketch":
-            mean, basis, steps, fields = (table[0] for table in self._tables())
-            side = (self.codes[slots, 0], self.norms[slots, 0], mean, basis, steps, fields)
-            estimated, variance = sketch.logits(q, *side, 1.0)
-            norm = sketch.norm_of(self.norms[slots, 0, 1])
+        if selector != "oracle":
+            codes, norms, _, mean, basis, steps, fields = self.side(selector)
+            assert codes is not None and norms is not None and mean is not None and steps is not None
+            norm = sketch.norm_of(norms[slots, 0, -1])
+            if selector == "quest":
+                estimated = quest.logits(q, codes[slots // pages.PAGE, 0], mean[0], steps[0], 1.0)
+            else:
+                assert basis is not None and fields is not None
+                read = (codes[slots, 0], norms[slots, 0], mean[0])
+                if selector == "sketch":
+                    estimated, variance = sketch.logits(q, *read, basis[0], steps[0], fields[0], 1.0)
+                else:
+                    angular = selector == "sign"
+                    estimated = signatures.logits(q, *read, basis, steps[0], fields, angular, 1.0)
         norm = norm if with_norm else torch.ones_like(norm)
         usable = torch.ones(slots.numel(), dtype=torch.bool)
         return scores.shares(estimated, variance, self.logits[head][outside][None], norm, usable)
@@ -302,7 +350,7 @@ def detectable_rate(trials: int, delta: float = DELTA) -> float:
 def cells(populations: tuple[str, ...] = POPULATIONS, epsilons: tuple[float, ...] = EPSILONS) -> Iterator[Cell]:
     """Every cell, population by population; last, values that vary in one dimension, for which ``f8`` is not made."""
     for name in populations:
-        for selector in ops.SELECTORS:
+        for selector in SELECTORS:
             for sampler in ops.SAMPLERS:
                 for target in ops.TARGETS:
                     for bound in BOUNDS_OF_TARGET[target]:

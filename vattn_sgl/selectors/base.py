@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any, Protocol
 
 import torch
@@ -26,6 +28,12 @@ class CacheGeometry:
         Of this rank's pool.
     device : torch.device
         Where the pool lives.
+    dtype : torch.dtype
+        Of K and V.
+    num_qo_heads : int or None
+        Query heads on this rank; None where they are not known.
+    sm_scale : float or None
+        Factor of the logits; None takes ``head_dim^-1/2``.
     """
 
     num_layers: int
@@ -33,6 +41,51 @@ class CacheGeometry:
     num_kv_heads: int
     head_dim: int
     device: torch.device
+    dtype: torch.dtype = torch.float32
+    num_qo_heads: int | None = None
+    sm_scale: float | None = None
+
+    @property
+    def scale(self) -> float:
+        """Factor of the logits."""
+        return self.head_dim**-0.5 if self.sm_scale is None else self.sm_scale
+
+    def kv_bytes_per_token(self) -> int:
+        """K and V of one slot over all layers, in bytes."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class SideTensor:
+    """One tensor of side data, by row; a row describes ``slots`` consecutive slots of one layer.
+
+    Attributes
+    ----------
+    name : str
+        Of the op's argument.
+    shape : tuple of int
+        Of a row.
+    dtype : torch.dtype
+        Of the tensor.
+    slots : int
+        Slots that share a row.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    slots: int = 1
+
+    def allocate(self, geometry: CacheGeometry) -> torch.Tensor:
+        """Zeros ``[num_layers, rows, *shape]``."""
+        rows = -(-geometry.num_slots // self.slots)
+        return torch.zeros(geometry.num_layers, rows, *self.shape, dtype=self.dtype, device=geometry.device)
+
+
+def bytes_per_token(layout: Sequence[SideTensor], num_layers: int) -> int:
+    """Side data of one slot over all layers, in bytes, rounded up."""
+    shares = (Fraction(math.prod(t.shape) * t.dtype.itemsize, t.slots) for t in layout)
+    return math.ceil(num_layers * sum(shares))
 
 
 class Selector(Protocol):
@@ -69,13 +122,36 @@ class Selector(Protocol):
         """Side data of one slot over all layers, in bytes."""
         ...
 
+    def upper_bound(self, layer: int, q: torch.Tensor, slots: torch.Tensor) -> torch.Tensor | None:
+        """Provable upper bound of the logits, or None where the selector has none.
+
+        Parameters
+        ----------
+        layer : int
+            Index on this rank.
+        q : torch.Tensor
+            ``[num_tokens, num_qo_heads, head_dim]``.
+        slots : torch.Tensor
+            int64 ``[n]`` valid slots.
+
+        Returns
+        -------
+        torch.Tensor or None
+            float32 ``[num_tokens, num_qo_heads, n]``.
+        """
+        ...
+
     def covered_positions(self) -> int:
         """Host copy of ``covered``; 0 while nothing can be sampled."""
         ...
 
 
 class SelectorFactory(Protocol):
-    """Builds a selector for a pool."""
+    """Builds a selector for a pool, and says beforehand what it will keep."""
+
+    def layout(self, settings: Settings, geometry: CacheGeometry) -> tuple[SideTensor, ...]:
+        """Side data of a pool of this geometry."""
+        ...
 
     def __call__(
         self, settings: Settings, geometry: CacheGeometry, layer_ids: Sequence[int], model_key: str

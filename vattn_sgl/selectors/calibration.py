@@ -1,4 +1,4 @@
-"""Calibration of the sketch from the traffic itself: when to observe, when to solve, where the result is kept."""
+"""Calibration of a selector from the traffic itself: when to observe, when to solve, where the result is kept."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import json
 import logging
 import os
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
+from typing import Any, Protocol, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,8 +28,30 @@ COVERAGE_SLACK = 1.125
 GROWTH = 1.0625
 LEAST_NEW_TOKENS = 64
 SAMPLE_TOKENS = 1024
+SAMPLE_QUERIES = 32
 _MOMENTS = ("qq", "kk", "k", "q_count", "k_count")
-_TABLES = ("mean", "key_basis", "query_basis", "steps", "fields")
+
+
+class Tables(Protocol):
+    """A dataclass of tensors stacked over layers, `SketchTables` or `LineTables`."""
+
+    def to(self, device: torch.device | str) -> Self:
+        """Copy on another device."""
+        ...
+
+
+class Solver(Protocol):
+    """Turns what was observed into a selector's tables."""
+
+    def __call__(self, moments: Moments, keys: torch.Tensor, queries: torch.Tensor) -> Any:
+        """Tables from moments and samples ``[num_layers, n, heads, head_dim]`` of keys and queries."""
+        ...
+
+
+def even_sample(slots: torch.Tensor) -> torch.Tensor:
+    """At most `SAMPLE_TOKENS` slots, evenly spread."""
+    count = min(SAMPLE_TOKENS, slots.numel())
+    return slots[torch.linspace(0, slots.numel() - 1, count, device=slots.device).long()]
 
 
 def model_key(model_path: str) -> str:
@@ -62,29 +86,42 @@ class CalibrationStore:
     ----------
     path : pathlib.Path
         ``<cache>/calibration/<model>-<geometry>-<bits>.safetensors``.
+
+    Parameters
+    ----------
+    key : str
+        From `model_key`, with whatever else the tables depend on.
+    geometry : CacheGeometry
+        Of the pool.
+    bits : int
+        Of a token's code.
+    tables : type
+        `SketchTables` or `LineTables`.
     """
 
-    def __init__(self, key: str, geometry: CacheGeometry, bits: int) -> None:
+    def __init__(self, key: str, geometry: CacheGeometry, bits: int, tables: type = SketchTables) -> None:
         name = f"{key}-L{geometry.num_layers}-H{geometry.num_kv_heads}-D{geometry.head_dim}-b{bits}.safetensors"
         self.path = cache_dir() / "calibration" / name
+        self.tables = tables
+        self.names = [field.name for field in fields(tables)]
 
-    def load(self) -> tuple[SketchTables, Moments, dict[str, int]] | None:
+    def load(self) -> tuple[Any, Moments, dict[str, int]] | None:
         """Tables, moments and ``{"longest", "tokens"}``, or None when there is no readable file."""
         if not self.path.exists():
             return None
         try:
             with safe_open(self.path, framework="pt") as file:
                 meta = {k: int(v) for k, v in file.metadata().items()}
-                tables = SketchTables(*(file.get_tensor(f"tables.{name}") for name in _TABLES))
+                tables = self.tables(*(file.get_tensor(f"tables.{name}") for name in self.names))
                 moments = Moments(*(file.get_tensor(f"moments.{name}") for name in _MOMENTS))
             return tables, moments, {"longest": meta["longest"], "tokens": meta["tokens"]}
         except (OSError, SafetensorError, KeyError, ValueError, AttributeError) as error:
             logger.warning("vattention: calibration %s cannot be read (%s); calibrating again", self.path, error)
             return None
 
-    def save(self, tables: SketchTables, moments: Moments, longest: int, tokens: int) -> None:
+    def save(self, tables: Any, moments: Moments, longest: int, tokens: int) -> None:
         """Write by renaming, so that a half-written file is never seen; a full disk is logged, not raised."""
-        tensors = {f"tables.{name}": getattr(tables, name).cpu().contiguous() for name in _TABLES}
+        tensors = {f"tables.{name}": getattr(tables, name).cpu().contiguous() for name in self.names}
         tensors |= {f"moments.{name}": getattr(moments, name).cpu().contiguous() for name in _MOMENTS}
         draft = self.path.with_suffix(f".{os.getpid()}.tmp")
         try:
@@ -100,23 +137,38 @@ class Calibration:
 
     Attributes
     ----------
-    tables : SketchTables or None
+    tables : SketchTables or LineTables or None
         None before the first calibration.
     covered : int
         Longest context the tables may be used for, in tokens.
     observed_tokens : int
         Tokens in the moments.
+
+    Parameters
+    ----------
+    settings : Settings
+        ``calibration_tokens``.
+    geometry : CacheGeometry
+        Of the pool.
+    store : CalibrationStore
+        Where the result is kept.
+    solver : callable, optional
+        Makes the tables; default the sketch's, which needs no sample of queries.
     """
 
-    def __init__(self, settings: Settings, geometry: CacheGeometry, store: CalibrationStore) -> None:
+    def __init__(
+        self, settings: Settings, geometry: CacheGeometry, store: CalibrationStore, solver: Solver | None = None
+    ) -> None:
         self.needed = settings.calibration_tokens
-        self.bits = settings.sketch_bits
+        self.keeps_queries = solver is not None
+        self.solver: Solver = solver or (lambda moments, keys, queries: solve(moments, keys, settings.sketch_bits))
         self.geometry = geometry
         self.store = store
-        self.tables: SketchTables | None = None
+        self.tables: Any = None
         self.longest = 0
         self.observed_tokens = 0
         self.moments = Moments.zeros(geometry.num_layers, geometry.num_kv_heads, geometry.head_dim, geometry.device)
+        self._queries: list[torch.Tensor | None] = [None] * geometry.num_layers
         self._new_longest = 0
         self._new_tokens = 0
         loaded = store.load()
@@ -157,6 +209,13 @@ class Calibration:
     def observe(self, layer: int, q: torch.Tensor, k: torch.Tensor) -> None:
         """Add one layer's queries ``[T, num_qo_heads, head_dim]`` and keys ``[T, num_kv_heads, head_dim]``."""
         self.moments.add(layer, q, k)
+        if self.keeps_queries:
+            # The last quarter of a pass looks back on most of the keys that are sampled with it.
+            first, last = 3 * q.shape[0] // 4, q.shape[0] - 1
+            rows = torch.linspace(first, last, min(SAMPLE_QUERIES, last - first + 1), device=q.device).long()
+            old = self._queries[layer]
+            new = q[rows].float()
+            self._queries[layer] = (new if old is None else torch.cat([old, new]))[-SAMPLE_QUERIES:]
 
     def due(self) -> bool:
         """Whether enough has been observed to solve."""
@@ -164,7 +223,12 @@ class Calibration:
             return self._new_tokens >= self.needed
         return self._new_longest > self._familiar and self._new_tokens >= LEAST_NEW_TOKENS
 
-    def solve(self, keys: Callable[[int, torch.Tensor], torch.Tensor], slots: torch.Tensor) -> None:
+    def solve(
+        self,
+        keys: Callable[[int, torch.Tensor], torch.Tensor],
+        slots: torch.Tensor,
+        choose: Callable[[torch.Tensor], torch.Tensor] = even_sample,
+    ) -> None:
         """Make tables from the moments and keep them in the store.
 
         Parameters
@@ -172,13 +236,14 @@ class Calibration:
         keys : callable
             ``keys(layer, slots)`` reads ``[num_samples, num_kv_heads, head_dim]`` from the pool.
         slots : torch.Tensor
-            Slots that hold keys; an even share of them chooses the quantizers' steps.
+            Slots that hold keys.
+        choose : callable
+            Picks from them the sample that the solver sees.
         """
-        sample = slots[
-            torch.linspace(0, slots.numel() - 1, min(SAMPLE_TOKENS, slots.numel()), device=slots.device).long()
-        ]
+        sample = choose(slots)
         stacked = torch.stack([keys(layer, sample).float() for layer in range(self.geometry.num_layers)])
-        self.tables = solve(self.moments, stacked, self.bits)
+        kept = [queries for queries in self._queries if queries is not None]
+        self.tables = self.solver(self.moments, stacked, torch.stack(kept) if kept else stacked[:, :0])
         self.longest, self._new_tokens = self._new_longest, 0
         self.store.save(self.tables, self.moments, self.longest, self.observed_tokens)
 

@@ -8,13 +8,18 @@ from typing import Any
 import torch
 
 from vattn_sgl.config import Settings
-from vattn_sgl.selectors.base import UNLIMITED, CacheGeometry, SideArguments
+from vattn_sgl.selectors.base import UNLIMITED, CacheGeometry, SideArguments, SideTensor
 
 
 class OracleSelector:
     """Selector without side data; see `vattn_sgl.selectors.base.Selector`."""
 
     name = "oracle"
+
+    @classmethod
+    def layout(cls, settings: Settings, geometry: CacheGeometry) -> tuple[SideTensor, ...]:
+        """No side data."""
+        return ()
 
     def __init__(self, settings: Settings, geometry: CacheGeometry, layer_ids: Sequence[int], model_key: str) -> None:
         self.covered = torch.tensor([UNLIMITED], dtype=torch.int32, device=geometry.device)
@@ -35,6 +40,10 @@ class OracleSelector:
     def bytes_per_token(self) -> int:
         """Zero."""
         return 0
+
+    def upper_bound(self, layer: int, q: torch.Tensor, slots: torch.Tensor) -> torch.Tensor | None:
+        """None: exact scores need no bound."""
+        return None
 
     def covered_positions(self) -> int:
         """Every position."""

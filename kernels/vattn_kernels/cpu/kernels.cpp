@@ -56,10 +56,14 @@ struct DecodeArgs {
   int64_t batch, num_qo_heads, num_kv_heads, head_dim, kv_stride, max_fields, words;
   int64_t num_budget_edges, num_error_edges, num_audit_edges;
   int64_t layer_id, seed, sink, window, dense_below, top_k_count, pilot_min, workspace_stride;
-  int64_t seq_lens_is_int64, is_bf16, is_uniform, target, is_oracle, threads;
+  int64_t seq_lens_is_int64, is_bf16, is_uniform, target, selector, threads;
   double sm_scale, top_k_share, pilot, cap, floor, audit_rate;
   int64_t table, log_term, table_points, table_steps;
+  int64_t group_mean, norm_bytes, num_layers;
 };
+
+// As in vattn_kernels/cpu/__init__.py.
+enum Selector : int64_t { kSketch, kOracle, kQuest, kSign, kHash };
 
 struct EncodeArgs {
   const void *k_cache, *v_cache;
@@ -69,6 +73,24 @@ struct EncodeArgs {
   int32_t *codes;
   uint8_t *norms, *valid;
   int64_t num_slots, num_kv_heads, head_dim, max_fields, words, is_bf16, threads;
+};
+
+struct SignatureArgs {
+  const void *k_cache, *v_cache;
+  const int64_t *slots;
+  const float *mean, *nets;
+  const int32_t *widths;
+  int32_t *codes;
+  uint8_t *norms, *valid;
+  int64_t num_slots, num_kv_heads, head_dim, num_nets, num_layers, words, centred, is_bf16, threads;
+};
+
+struct PageArgs {
+  const void *k_cache, *v_cache;
+  const int64_t *slots;
+  void *bounds;
+  uint8_t *norms, *valid;
+  int64_t num_slots, pool_slots, num_kv_heads, head_dim, is_bf16, threads;
 };
 
 inline float load(const float *p) { return *p; }
@@ -249,6 +271,42 @@ inline void axpy(float p, const float *v, float *acc, int dim) {
   for (int d = 0; d < dim; ++d) acc[d] += p * v[d];
 }
 
+// A norm as a byte of eight steps per octave.
+inline uint8_t level_of(float norm) {
+  const float level = std::nearbyint(8.0f * std::log2(std::max(norm, 1e-20f)) + 128.0f);
+  return uint8_t(std::min(std::max(level, 0.0f), 255.0f));
+}
+template <typename T> inline float norm_of_row(const T *v, int dim) {
+  float square = 0;
+#pragma omp simd reduction(+ : square)
+  for (int d = 0; d < dim; ++d) square += load(v + d) * load(v + d);
+  return std::sqrt(square);
+}
+
+constexpr int kPage = 16;
+constexpr int kMaxWidth = 512;
+constexpr int kMaxBits = 128;
+constexpr int kMaxWords = kMaxGroup * kMaxBits / 32;
+
+// Signs of a net's outputs as words; layout of the net in vattn_kernels/signature.py.
+inline void signature_of(const float *x, const float *net, const int32_t *widths, int64_t num_layers, uint32_t *words) {
+  float in[kMaxWidth], out[kMaxWidth];
+  std::memcpy(in, x, sizeof(float) * widths[0]);
+  for (int64_t l = 0; l < num_layers; ++l) {
+    const int inner = widths[l], outer = widths[l + 1];
+    std::memcpy(out, net + inner * outer, sizeof(float) * outer);
+    for (int i = 0; i < inner; ++i) axpy(in[i], net + i * outer, out, outer);
+    net += (inner + 1) * outer;
+    if (l + 1 == num_layers)
+      for (int w = 0; w < outer / 32; ++w) {
+        words[w] = 0;
+        for (int i = 0; i < 32; ++i) words[w] |= uint32_t(out[w * 32 + i] > 0) << i;
+      }
+    else
+      for (int i = 0; i < outer; ++i) in[i] = out[i] / (1.0f + fast_exp(-out[i]));
+  }
+}
+
 // log-sum-exp state of one query head.
 struct Partial {
   float acc[kMaxDim];
@@ -265,7 +323,7 @@ template <typename T> struct Decode {
   int parts[kMaxParts];
   int num_parts, num_bounded;
   double factor;
-  float norm_of[256], upper_of[256];
+  float norm_of[256], upper_of[256], agreement[kMaxBits + 1];
 
   explicit Decode(const DecodeArgs &args)
       : a(args), dim(int(args.head_dim)), group(int(args.num_qo_heads / args.num_kv_heads)),
@@ -281,6 +339,11 @@ template <typename T> struct Decode {
       norm_of[i] = std::exp2(float(i - 128) / 8.0f);
       upper_of[i] = i == 255 ? std::numeric_limits<float>::infinity() : std::exp2((float(i - 128) + kHalfStep) / 8.0f);
     }
+    const int bits = a.selector >= kSign ? a.fields[a.num_layers] : 0;
+    for (int i = 0; i <= bits && bits; ++i) {
+      const double part = double(i) / bits;
+      agreement[i] = float(a.selector == kSign ? std::cos(M_PI * part) : 1 - 2 * part);
+    }
   }
 
   struct Item {
@@ -291,6 +354,7 @@ template <typename T> struct Decode {
     float q[kMaxGroup * kMaxDim];
     float coded_query[kMaxGroup * kMaxDim];
     float bias[kMaxGroup], kappa[kMaxGroup];
+    uint32_t signature[kMaxWords];
     Partial fixed[kMaxGroup];
     float *scores = nullptr, *ranks = nullptr;
     float score_sum = 0;
@@ -372,7 +436,27 @@ template <typename T> struct Decode {
     if (item.dense) return;
     attend(item, 0, item.lo, item.fixed);
     attend(item, item.hi, item.n, item.fixed);
-    if (!a.is_oracle) project(item);
+    if (a.selector == kSketch) project(item);
+    if (a.selector >= kQuest) project_on_line(item);
+  }
+
+  const float *line(const Item &item) const { return a.steps + item.head * 3; }
+
+  // What is constant over tokens goes into the bias: the mean key's logit and the line's level.
+  void project_on_line(Item &item) const {
+    const float scale = float(a.sm_scale);
+    const int bits = a.selector == kQuest ? 0 : a.fields[a.num_layers];
+    int64_t size = 0;
+    if (bits)
+      for (int64_t l = 0; l < a.num_layers; ++l) size += (a.fields[l] + 1) * a.fields[l + 1];
+    for (int g = 0; g < group; ++g) {
+      const float *q = item.q + g * dim;
+      const float base = scale * dot(q, a.mean + item.head * dim, dim);
+      item.bias[g] = line(item)[0] + base;
+      item.kappa[g] = scale * norm_of_row(q, dim);
+      if (a.selector == kQuest) item.bias[g] -= line(item)[1] * base;
+      if (bits) signature_of(q, a.query_basis + (item.head * group + g) * size, a.fields, a.num_layers, item.signature + g * (bits / 32));
+    }
   }
 
   // Query in the sketch's coordinates, scaled by the steps; what is constant over tokens goes into the bias.
@@ -400,92 +484,163 @@ template <typename T> struct Decode {
 
   static constexpr int kScoreBlock = 256;
 
-  // Estimated logits of up to kScoreBlock positions, the squared coding errors, and whether a sketch is usable.
-  void estimated(const Item &item, int64_t start, int count, float (*lhat)[kScoreBlock], float *variance, float *usable) const {
-    const int32_t *fields = a.fields + item.head * a.max_fields * 3;
-    const int32_t *slots = item.slots + start;
+  // Estimated logits of a block of tokens, and the squared errors of their codes (0 but for `sketch`); a token with
+  // usable 0 has no valid side data.
+  struct Estimates {
+    float lhat[kMaxGroup][kScoreBlock], variance[kScoreBlock] = {}, usable[kScoreBlock];
     uint32_t words[8][kScoreBlock];
-    if (a.is_oracle) {
-      for (int j = 0; j < count; ++j) {
-        const T *k = row(keys, slots[j], item.head);
-        for (int g = 0; g < group; ++g) lhat[g][j] = float(a.sm_scale) * dot(item.q + g * dim, k, dim);
-        variance[j] = 0;
-        usable[j] = 1;
-      }
-      return;
+  };
+
+  void estimate_oracle(const Item &item, const int32_t *slots, int count, Estimates &e) const {
+    for (int j = 0; j < count; ++j) {
+      const T *k = row(keys, slots[j], item.head);
+      for (int g = 0; g < group; ++g) e.lhat[g][j] = float(a.sm_scale) * dot(item.q + g * dim, k, dim);
+      e.usable[j] = 1;
     }
+  }
+
+  void estimate_sketch(const Item &item, const int32_t *slots, int count, Estimates &e) const {
+    const int32_t *fields = a.fields + item.head * a.max_fields * 3;
     for (int j = 0; j < count; ++j) {
       const int64_t at = int64_t(slots[j]) * a.num_kv_heads + item.head;
-      for (int w = 0; w < a.words; ++w) words[w][j] = uint32_t(a.codes[at * a.words + w]);
+      for (int w = 0; w < a.words; ++w) e.words[w][j] = uint32_t(a.codes[at * a.words + w]);
       const float error = norm_of[a.norms[at * 2]];
-      variance[j] = error * error;
-      usable[j] = a.valid[slots[j]];
+      e.variance[j] = error * error;
+      e.usable[j] = a.valid[slots[j]];
     }
     for (int g = 0; g < group; ++g)
-      for (int j = 0; j < count; ++j) lhat[g][j] = item.bias[g];
+      for (int j = 0; j < count; ++j) e.lhat[g][j] = item.bias[g];
     for (int f = 0; f < a.max_fields; ++f) {
       const int width = fields[f * 3 + 2];
       if (!width) continue;
       const uint32_t shift = uint32_t(fields[f * 3 + 1]), mask = (1u << width) - 1;
-      const uint32_t *word = words[fields[f * 3]];
+      const uint32_t *word = e.words[fields[f * 3]];
       float code[kScoreBlock];
 #pragma omp simd
       for (int j = 0; j < count; ++j) code[j] = float(int32_t((word[j] >> shift) & mask));
       for (int g = 0; g < group; ++g) {
         const float weight = item.coded_query[g * dim + f];
 #pragma omp simd
-        for (int j = 0; j < count; ++j) lhat[g][j] += weight * code[j];
+        for (int j = 0; j < count; ++j) e.lhat[g][j] += weight * code[j];
       }
     }
   }
 
+  // Neighbouring tokens mostly share a page, so its logits are kept until the page changes. With `upper` it is the
+  // greatest that a key between the bounds can have, before the line.
+  void estimate_quest(const Item &item, const int32_t *slots, int count, bool upper, Estimates &e) const {
+    const T *bounds = static_cast<const T *>(static_cast<const void *>(a.codes));
+    const float scale = float(a.sm_scale), slope = upper ? 1 : line(item)[1], offset = upper ? 1 : line(item)[2];
+    float current[kMaxGroup];
+    int32_t page = -1;
+    for (int j = 0; j < count; ++j) {
+      e.usable[j] = a.valid[slots[j]];
+      if (slots[j] / kPage != page) {
+        page = slots[j] / kPage;
+        const T *least = bounds + (int64_t(page) * a.num_kv_heads + item.head) * 2 * dim, *greatest = least + dim;
+        for (int g = 0; g < group; ++g) {
+          const float *q = item.q + g * dim;
+          float middle = 0, half = 0;
+#pragma omp simd reduction(+ : middle, half)
+          for (int d = 0; d < dim; ++d) {
+            const float low = load(least + d), high = load(greatest + d);
+            middle += q[d] * (low + high);
+            half += std::fabs(q[d]) * (high - low);
+          }
+          current[g] = (upper ? 0 : item.bias[g]) + 0.5f * scale * (slope * middle + offset * half);
+        }
+      }
+      for (int g = 0; g < group; ++g) e.lhat[g][j] = current[g];
+    }
+  }
+
+  void estimate_signature(const Item &item, const int32_t *slots, int count, Estimates &e) const {
+    const int words = a.fields[a.num_layers] / 32, apart = a.words > words ? words : 0;
+    const float slope = line(item)[1], offset = line(item)[2];
+    for (int j = 0; j < count; ++j) {
+      const int64_t at = int64_t(slots[j]) * a.num_kv_heads + item.head;
+      e.usable[j] = a.valid[slots[j]];
+      const float norm = norm_of[a.norms[at * a.norm_bytes]];
+      const uint32_t *codes = reinterpret_cast<const uint32_t *>(a.codes) + at * a.words;
+      for (int g = 0; g < group; ++g) {
+        int differing = 0;
+        for (int w = 0; w < words; ++w) differing += __builtin_popcount(codes[g * apart + w] ^ item.signature[g * words + w]);
+        e.lhat[g][j] = item.bias[g] + item.kappa[g] * norm * (offset + slope * agreement[differing]);
+      }
+    }
+  }
+
+  void estimated(const Item &item, int64_t start, int count, Estimates &e) const {
+    const int32_t *slots = item.slots + start;
+    switch (a.selector) {
+    case kSketch: return estimate_sketch(item, slots, count, e);
+    case kOracle: return estimate_oracle(item, slots, count, e);
+    case kQuest: return estimate_quest(item, slots, count, false, e);
+    default: return estimate_signature(item, slots, count, e);
+    }
+  }
+
+  // Provable upper bounds in place of the estimated logits, whatever the keys are; `sign` and `hash` have none.
+  void upper_bounds(const Item &item, int64_t start, int count, Estimates &e) const {
+    if (a.selector == kQuest) return estimate_quest(item, item.slots + start, count, true, e);
+    estimated(item, start, count, e);
+    if (a.selector != kSketch) return;
+    for (int g = 0; g < group; ++g) {
+      const float length = float(std::sqrt(2.0 * item.kappa[g] * dim));
+      for (int j = 0; j < count && length > 0; ++j)
+        e.lhat[g][j] += length * upper_of[a.norms[(int64_t(item.slots[start + j]) * a.num_kv_heads + item.head) * 2]];
+    }
+  }
+
   // Estimated weights of positions [from, to) relative to the fixed maximum; adds their sum per head to `sums`.
-  // A token without a valid sketch gets kUnusable and is later read for certain.
+  // A token without valid side data gets kUnusable and is later read for certain.
   void score(Item &item, int64_t from, int64_t to, double *sums) const {
-    float lhat[kMaxGroup][kScoreBlock], variance[kScoreBlock], usable[kScoreBlock];
+    Estimates e;
     for (int64_t start = from; start < to; start += kScoreBlock) {
       const int count = int(std::min<int64_t>(kScoreBlock, to - start));
-      estimated(item, start, count, lhat, variance, usable);
+      estimated(item, start, count, e);
       for (int g = 0; g < group; ++g) {
         float *out = item.scores + g * a.kv_stride + start;
-        const float m = item.fixed[g].max, kappa = a.is_oracle ? 0.0f : item.kappa[g];
+        const float m = item.fixed[g].max, kappa = a.selector == kSketch ? item.kappa[g] : 0.0f;
         float sum = 0;
 #pragma omp simd reduction(+ : sum)
         for (int j = 0; j < count; ++j) {
-          const float e = fast_exp(std::min(lhat[g][j] + kappa * variance[j] - m, kMaxExponent));
-          out[j] = usable[j] != 0 ? e : kUnusable;
-          sum += usable[j] != 0 ? e : 0;
+          const float weight = fast_exp(std::min(e.lhat[g][j] + kappa * e.variance[j] - m, kMaxExponent));
+          out[j] = e.usable[j] != 0 ? weight : kUnusable;
+          sum += e.usable[j] != 0 ? weight : 0;
         }
         sums[g] += sum;
       }
     }
   }
 
-  float value_norm(const T *v) const {
-    float square = 0;
-    for (int d = 0; d < dim; ++d) square += load(v + d) * load(v + d);
-    return std::sqrt(square);
+  // Norm of v as it scales a score.
+  float value_norm(const Item &item, int64_t i, const float *norms) const {
+    if (a.selector == kOracle) return norm_of_row(row(values, item.slots[i], item.head), dim);
+    return norms[a.norms[(int64_t(item.slots[i]) * a.num_kv_heads + item.head + 1) * a.norm_bytes - 1]];
   }
 
-  // Share of the output (or of the mass) per token, the largest over the group's heads, left in head 0's row.
+  // Share of the output (or of the mass) per token, the largest or the mean over the group, left in head 0's row.
   double share(Item &item, int64_t from, int64_t to, const double *sums) const {
     float inverse[kMaxGroup];
-    for (int g = 0; g < group; ++g) inverse[g] = float(1.0 / (item.fixed[g].sum + sums[g]));
+    for (int g = 0; g < group; ++g) inverse[g] = float(1.0 / (item.fixed[g].sum + sums[g])) / (a.group_mean ? group : 1);
     float *first = item.scores;
 #pragma omp simd
     for (int64_t i = from; i < to; ++i) first[i] *= inverse[0];
     for (int g = 1; g < group; ++g) {
       const float *other = item.scores + g * a.kv_stride;
+      if (a.group_mean) {
 #pragma omp simd
-      for (int64_t i = from; i < to; ++i) first[i] = std::max(first[i], other[i] * inverse[g]);
+        for (int64_t i = from; i < to; ++i) first[i] += other[i] * inverse[g];
+      } else {
+#pragma omp simd
+        for (int64_t i = from; i < to; ++i) first[i] = std::max(first[i], other[i] * inverse[g]);
+      }
     }
     double total = 0;
     const bool with_norm = a.target != kDenominator && !a.is_uniform;
     for (int64_t i = from; i < to; ++i) {
-      if (with_norm) {
-        const int64_t at = int64_t(item.slots[i]) * a.num_kv_heads + item.head;
-        first[i] *= a.is_oracle ? value_norm(row(values, item.slots[i], item.head)) : norm_of[a.norms[at * 2 + 1]];
-      }
+      if (with_norm) first[i] *= value_norm(item, i, norm_of);
       total += std::max(first[i], 0.0f);
     }
     return total;
@@ -643,22 +798,19 @@ template <typename T> struct Decode {
   // `last_open(i)` is the last look at which position i is not read for certain, or below 0; `log_weight(i)` scales y.
   template <typename LastOpen, typename LogWeight>
   void reaches(const Item &item, LastOpen last_open, LogWeight log_weight, Reach *reach) const {
-    float lhat[kMaxGroup][kScoreBlock], variance[kScoreBlock], usable[kScoreBlock];
+    Estimates e;
     for (int g = 0; g < group; ++g)
       for (int look = 0; look <= kGridSteps; ++look) reach[g].mass[look] = reach[g].value[look] = -kInfinity;
     for (int64_t start = item.lo; start < item.hi; start += kScoreBlock) {
       const int count = int(std::min<int64_t>(kScoreBlock, item.hi - start));
-      estimated(item, start, count, lhat, variance, usable);
+      upper_bounds(item, start, count, e);
       for (int j = 0; j < count; ++j) {
         const int look = std::min(last_open(start + j), kGridSteps);
         if (look < 0) continue;
-        const int64_t at = int64_t(item.slots[start + j]) * a.num_kv_heads + item.head;
-        const float norm = a.is_oracle ? value_norm(row(values, item.slots[start + j], item.head)) : upper_of[a.norms[at * 2 + 1]];
-        const double weight = log_weight(start + j), log_norm = std::log(double(norm));
+        const double weight = log_weight(start + j), log_norm = std::log(double(value_norm(item, start + j, upper_of)));
         for (int g = 0; g < group; ++g) {
-          double upper = lhat[g][j];
-          if (!a.is_oracle) upper += std::sqrt(2.0 * item.kappa[g] * dim) * upper_of[a.norms[at * 2]];
-          upper = usable[j] != 0 ? upper + kMargin * (1 + std::abs(upper)) + weight : kInfinity;
+          double upper = e.lhat[g][j];
+          upper = e.usable[j] != 0 ? upper + kMargin * (1 + std::abs(upper)) + weight : kInfinity;
           reach[g].mass[look] = std::max(reach[g].mass[look], upper);
           reach[g].value[look] = std::max(reach[g].value[look], upper + log_norm);
         }
@@ -1145,12 +1297,63 @@ template <typename T> void encode(const EncodeArgs &a) {
       square += load(v + d) * load(v + d);
     }
     for (int w = 0; w < a.words; ++w) a.codes[at * a.words + w] = int32_t(words[w]);
-    const float norms[2] = {std::sqrt(error), std::sqrt(square)};
-    for (int j = 0; j < 2; ++j) {
-      const float level = std::nearbyint(8.0f * std::log2(std::max(norms[j], 1e-20f)) + 128.0f);
-      a.norms[at * 2 + j] = uint8_t(std::min(std::max(level, 0.0f), 255.0f));
-    }
+    a.norms[at * 2] = level_of(std::sqrt(error));
+    a.norms[at * 2 + 1] = level_of(std::sqrt(square));
     if (head == 0) a.valid[slot] = 1;
+  }
+}
+
+template <typename T> void encode_signature(const SignatureArgs &a) {
+  const int dim = int(a.head_dim);
+  const int64_t per_head = a.num_nets / a.num_kv_heads, words = a.words / per_head;
+  int64_t size = 0;
+  for (int64_t l = 0; l < a.num_layers; ++l) size += (a.widths[l] + 1) * a.widths[l + 1];
+#pragma omp parallel for schedule(static) num_threads(int(a.threads))
+  for (int64_t i = 0; i < a.num_slots * a.num_kv_heads; ++i) {
+    const int64_t slot = a.slots[i / a.num_kv_heads], head = i % a.num_kv_heads;
+    const int64_t at = slot * a.num_kv_heads + head;
+    const T *k = static_cast<const T *>(a.k_cache) + at * dim, *v = static_cast<const T *>(a.v_cache) + at * dim;
+    float key[kMaxDim], offset[kMaxDim];
+    for (int d = 0; d < dim; ++d) {
+      key[d] = load(k + d);
+      offset[d] = key[d] - a.mean[head * dim + d];
+    }
+    for (int64_t n = 0; n < per_head; ++n)
+      signature_of(a.centred ? offset : key, a.nets + (head * per_head + n) * size, a.widths, a.num_layers,
+                   reinterpret_cast<uint32_t *>(a.codes) + at * a.words + n * words);
+    a.norms[at * 2] = level_of(norm_of_row(offset, dim));
+    a.norms[at * 2 + 1] = level_of(norm_of_row(v, dim));
+    if (head == 0) a.valid[slot] = 1;
+  }
+}
+
+template <typename T> void encode_pages(const PageArgs &a) {
+  const int dim = int(a.head_dim);
+  const T *keys = static_cast<const T *>(a.k_cache), *values = static_cast<const T *>(a.v_cache);
+  std::vector<int64_t> touched(size_t(a.num_slots));
+  for (int64_t i = 0; i < a.num_slots; ++i) {
+    const int64_t slot = a.slots[i];
+    touched[i] = slot / kPage;
+    a.valid[slot] = 1;
+    for (int64_t at = slot * a.num_kv_heads; at < (slot + 1) * a.num_kv_heads; ++at)
+      a.norms[at] = level_of(norm_of_row(values + at * dim, dim));
+  }
+  std::sort(touched.begin(), touched.end());
+  touched.erase(std::unique(touched.begin(), touched.end()), touched.end());
+#pragma omp parallel for schedule(static) num_threads(int(a.threads))
+  for (int64_t i = 0; i < int64_t(touched.size()) * a.num_kv_heads; ++i) {
+    const int64_t page = touched[i / a.num_kv_heads], head = i % a.num_kv_heads;
+    T *least = static_cast<T *>(a.bounds) + (page * a.num_kv_heads + head) * 2 * dim, *greatest = least + dim;
+    bool first = true;
+    for (int64_t slot = page * kPage; slot < std::min((page + 1) * kPage, a.pool_slots); ++slot) {
+      if (!a.valid[slot]) continue;
+      const T *k = keys + (slot * a.num_kv_heads + head) * dim;
+      for (int d = 0; d < dim; ++d) {
+        if (first || load(k + d) < load(least + d)) least[d] = k[d];
+        if (first || load(k + d) > load(greatest + d)) greatest[d] = k[d];
+      }
+      first = false;
+    }
   }
 }
 
@@ -1170,4 +1373,21 @@ extern "C" void vattn_encode(const EncodeArgs *args) {
     encode<float>(*args);
 }
 
-extern "C" int64_t vattn_args_size(int64_t which) { return which ? sizeof(EncodeArgs) : sizeof(DecodeArgs); }
+extern "C" void vattn_encode_signature(const SignatureArgs *args) {
+  if (args->is_bf16)
+    encode_signature<uint16_t>(*args);
+  else
+    encode_signature<float>(*args);
+}
+
+extern "C" void vattn_encode_pages(const PageArgs *args) {
+  if (args->is_bf16)
+    encode_pages<uint16_t>(*args);
+  else
+    encode_pages<float>(*args);
+}
+
+extern "C" int64_t vattn_args_size(int64_t which) {
+  const int64_t sizes[] = {sizeof(DecodeArgs), sizeof(EncodeArgs), sizeof(SignatureArgs), sizeof(PageArgs)};
+  return sizes[which];
+}

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
+from vattn_kernels import pages
 from vattn_kernels import params as layout
-from vattn_kernels.reference import proportional, rng, scores, sketch, uniform
+from vattn_kernels.reference import proportional, quest, rng, scores, signature, sketch, uniform
 from vattn_kernels.reference.estimate import Head
 
 MOST_HALF_WIDTH = 1e3
@@ -47,6 +48,7 @@ def decode(
     pilot_min: int,
     cap: float,
     floor: float,
+    group_score: str = "max",
     **unused: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Output and statistics of every request and head.
@@ -56,7 +58,7 @@ def decode(
     q, k_cache, v_cache, kv_indices, seq_lens, codes, norms, valid, mean, query_basis, steps, fields, params, covered
         As in `vattn_kernels.ops.decode`.
     sm_scale, layer_id, seed, sampler, target, selector, sink, window, dense_below, top_k_count, top_k_share, pilot, \
-pilot_min, cap, floor
+pilot_min, cap, floor, group_score
         Likewise.
     **unused
         Settings that do not change the estimate.
@@ -94,14 +96,26 @@ pilot_min, cap, floor
             usable = torch.ones(total, dtype=torch.bool)
             estimated, variance = logits[:, low:high], torch.zeros(group, total, dtype=torch.float64)
             value_norm = values[low:high].norm(dim=-1)
-            if selector == "sketch":
-                assert codes is not None and norms is not None and valid is not None and mean is not None
-                assert query_basis is not None and steps is not None and fields is not None
-                side = (codes[inner, h], norms[inner, h], mean[h], query_basis[h], steps[h], fields[h])
-                estimated, variance = sketch.logits(queries, *side, sm_scale)
-                value_norm = sketch.norm_of(norms[inner, h, 1])
+            if selector != "oracle":
+                assert codes is not None and norms is not None and valid is not None
+                assert mean is not None and steps is not None
                 usable = valid[inner] != 0
-                upper, upper_norm = sketch.upper_logits(queries, *side, sm_scale), sketch.upper_norm(norms[inner, h, 1])
+                value_norm, upper_norm = sketch.norm_of(norms[inner, h, -1]), sketch.upper_norm(norms[inner, h, -1])
+                if selector == "quest":
+                    bounds = codes[inner // pages.PAGE, h]
+                    estimated = quest.logits(queries, bounds, mean[h], steps[h], sm_scale)
+                    upper = pages.upper_bound(queries, bounds.double(), sm_scale)
+                else:
+                    assert query_basis is not None and fields is not None
+                    side = (codes[inner, h], norms[inner, h], mean[h])
+                    if selector == "sketch":
+                        tables = (query_basis[h], steps[h], fields[h])
+                        estimated, variance = sketch.logits(queries, *side, *tables, sm_scale)
+                        upper = sketch.upper_logits(queries, *side, *tables, sm_scale)
+                    else:
+                        tables = (query_basis[rows], steps[h], fields)
+                        estimated = signature.logits(queries, *side, *tables, selector == "sign", sm_scale)
+                        upper = torch.full_like(upper, math.inf)
                 upper = torch.where(usable, scores.widened(upper), math.inf)
             provable = float(params[layout.LOG]) > 0
             heads = [
@@ -109,7 +123,7 @@ pilot_min, cap, floor
             ]
             if target == "denominator" or sampler == "uniform":
                 value_norm = torch.ones_like(value_norm)
-            share = scores.shares(estimated, variance, logits[:, fixed], value_norm, usable)
+            share = scores.shares(estimated, variance, logits[:, fixed], value_norm, usable, group_score)
             key = rng.stream_key(seed, layer_id, h, n)
             if sampler == "proportional":
                 score, rank = scores.ranks(share, usable, floor, low, key)

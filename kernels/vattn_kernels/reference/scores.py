@@ -23,6 +23,7 @@ def shares(
     fixed_logits: torch.Tensor,
     value_norm: torch.Tensor,
     usable: torch.Tensor,
+    group_score: str = "max",
 ) -> torch.Tensor:
     """``s_i = max over heads of exp(lhat_i + half the variance) / (D_fixed + sum exp lhat) * |v_i|``.
 
@@ -36,6 +37,8 @@ def shares(
         float64 ``[N]``; ones where the target or the sampler does not use it.
     usable : torch.Tensor
         bool ``[N]``; other tokens enter no sum.
+    group_score : {"max", "mean"}
+        How the group's heads share one score.
 
     Returns
     -------
@@ -45,7 +48,8 @@ def shares(
     m = fixed_logits.max(-1, keepdim=True).values
     weights = (estimated + variance / 2 - m).clamp(max=MAX_EXPONENT).exp() * usable
     denominator = (fixed_logits - m).exp().sum(-1) + weights.sum(-1)
-    return (weights / denominator[:, None]).amax(0) * value_norm
+    share = weights / denominator[:, None]
+    return (share.amax(0) if group_score == "max" else share.mean(0)) * value_norm
 
 
 def ranks(

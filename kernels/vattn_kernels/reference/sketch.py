@@ -39,14 +39,15 @@ def encode(
                 residual[d] -= (code + 0.5) * step
                 words[word] |= (code + half) << shift
             codes[slot, head] = torch.tensor([w - (1 << 32) if w >= 1 << 31 else w for w in words], dtype=torch.int32)
-            norms[slot, head, 0] = _level(residual.norm())
-            norms[slot, head, 1] = _level(v_cache[slot, head].double().norm())
+            norms[slot, head, 0] = level(residual.norm())
+            norms[slot, head, 1] = level(v_cache[slot, head].double().norm())
         valid[slot] = 1
 
 
-def _level(norm: torch.Tensor) -> int:
-    level = torch.round(NORM_STEPS_PER_OCTAVE * torch.log2(norm.clamp(min=1e-20)) + NORM_ZERO)
-    return int(level.clamp(0, 255))
+def level(norm: torch.Tensor) -> torch.Tensor:
+    """Byte that stands for a norm, uint8."""
+    steps = torch.round(NORM_STEPS_PER_OCTAVE * torch.log2(norm.clamp(min=1e-20)) + NORM_ZERO)
+    return steps.clamp(0, 255).to(torch.uint8)
 
 
 def norm_of(level: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,73 @@
+"""What selectors `sign` and `hash` share: signatures of keys, compared by popcount and weighed by a calibrated line."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from vattn_kernels import line, ops, signature
+from vattn_kernels.sketch import Moments
+from vattn_sgl.config import Settings
+from vattn_sgl.selectors.base import CacheGeometry, SideArguments, SideTensor
+from vattn_sgl.selectors.calibrated import CalibratedSelector
+from vattn_sgl.selectors.calibration import Calibration, CalibrationStore
+from vattn_sgl.selectors.hash_weights import Nets
+
+
+class SignatureSelector(CalibratedSelector):
+    """Selector whose side data are signatures and two norms a token and KV head.
+
+    Attributes
+    ----------
+    codes : torch.Tensor
+        int32 ``[num_layers, num_slots, num_kv_heads, words]``.
+    """
+
+    angular: bool
+
+    def __init__(
+        self, settings: Settings, geometry: CacheGeometry, layer_ids: Sequence[int], key: str, nets: list[Nets]
+    ) -> None:
+        g = geometry
+        self.nets = nets
+        tables = line.LineTables.zeros(g.num_layers, g.num_kv_heads, g.head_dim, g.device)
+        store = CalibrationStore(key, geometry, nets[0].bits, line.LineTables)
+        super().__init__(settings, geometry, layer_ids, tables, Calibration(settings, geometry, store, self._line))
+        self.codes = self.side["codes"]
+
+    @staticmethod
+    def signature_layout(geometry: CacheGeometry, words: int) -> tuple[SideTensor, ...]:
+        """Signatures of ``words`` words, norms of the centred k and of v, valid byte."""
+        return (
+            SideTensor("codes", (geometry.num_kv_heads, words), torch.int32),
+            SideTensor("norms", (geometry.num_kv_heads, 2), torch.uint8),
+            SideTensor("valid", (), torch.uint8),
+        )
+
+    def encode(self, layer: int, k_cache: torch.Tensor, v_cache: torch.Tensor, slots: torch.Tensor) -> None:
+        """Sign ``slots``; see `vattn_kernels.ops.encode_signature`."""
+        nets, mean = self.nets[layer], self.tables.mean[layer]
+        codes, norms, valid = (side[layer] for side in self.side.values())
+        ops.encode_signature(
+            k_cache, v_cache, slots, mean, nets.key, nets.key_widths, codes, norms, valid, self.angular
+        )
+
+    def side_arguments(self, layer: int) -> SideArguments:
+        """Signatures, norms, valid bytes, the queries' nets and the line."""
+        nets, t = self.nets[layer], self.tables
+        codes, norms, valid = (side[layer] for side in self.side.values())
+        return codes, norms, valid, t.mean[layer], nets.query, t.line[layer], nets.query_widths
+
+    def _line(self, moments: Moments, keys: torch.Tensor, queries: torch.Tensor) -> line.LineTables:
+        heads, scale = self.geometry.num_kv_heads, self.geometry.scale
+
+        def features(
+            layer: int, head: int, q: torch.Tensor, k: torch.Tensor, mean: torch.Tensor
+        ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            nets = self.nets[layer]
+            query, key = (net.unflatten(0, (heads, -1))[head] for net in (nets.query, nets.key))
+            widths = nets.query_widths.tolist(), nets.key_widths.tolist()
+            return signature.sample_features(q, k, mean, query, key, *widths, self.angular, scale)
+
+        return line.solve(moments, queries, keys, scale, features)
