@@ -153,9 +153,9 @@ def report(results: dict[Cell, Result], biases: list[Bias], command: str, minute
         + f". {sum(r.cell.population == 'needle' for r in above)} of them are needles; of the other "
         f"{sum(r.cell.population != 'needle' for r in above)}, "
         f"{sum(r.cell.sampler == 'proportional' for r in above if r.cell.population != 'needle')} are `proportional`. "
-        f"In {sum(r.silent > most for r in above)} cells the violations that were reported as certified exceed δ alone; "
-        f"in {sum(2 * r.silent < r.violations for r in above)} the op says of more than half of the violations that the "
-        "bound does not hold (`uncertified`).",
+        f"In {sum(r.silent > most for r in above)} cells the violations that were reported as certified exceed δ "
+        f"alone; in {sum(2 * r.silent < r.violations for r in above)} the op says of more than half of the violations "
+        "that the bound does not hold (`uncertified`).",
         "The rule of explanation (`vattn_sgl.eval.proof.explain`):",
         _rule(),
         "![violations](proof/violations.png)",
