@@ -132,3 +132,13 @@ def test_both_sums_are_unbiased_at_a_fixed_size(population, sampler, selector):
     for bias in proof.unbiasedness(population, selector, sampler, 10):
         print(bias)
         assert not bias.biased
+
+
+def test_a_pilot_without_a_top_k_member_sees_no_variance():
+    """Known weakness of counting top-k members as 0: equal weights, a pilot of ones, stopped and off by their share."""
+    cell = Cell("equal", "oracle", "uniform", "denominator", "student", 0.02)
+    student = proof.measure(cell, CALLS)
+    print(f"equal weights, student: {student.certified_rate:.3f} above epsilon and certified")
+    assert student.certified_rate > 2 * DELTA
+    assert student.mean_error < 0.03
+    assert proof.measure(replace(cell, bound="bernstein"), CALLS).violations == 0

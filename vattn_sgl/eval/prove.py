@@ -152,12 +152,16 @@ def report(results: dict[Cell, Result], biases: list[Bias], command: str, minute
         "## Result",
         f"**{len(above)} of {len(results):,} cells exceed δ; {len(bad)} are unexplained.** By bound: "
         + ", ".join(f"`{b}` {failed[b]} of {counts[b]}" for b in BOUND_COLUMNS)
-        + f". {sum(r.cell.population == 'needle' for r in above)} of them are needles. "
-        f"In {sum(r.silent > most for r in above)} the violations that were reported as certified exceed δ alone; in "
-        "the others the op says of most violations that the bound does not hold (`uncertified`).",
+        + f". {sum(r.cell.population == 'needle' for r in above)} of them are needles; of the other "
+        f"{sum(r.cell.population != 'needle' for r in above)}, "
+        f"{sum(r.cell.sampler == 'proportional' for r in above if r.cell.population != 'needle')} are `proportional`. "
+        f"In {sum(r.silent > most for r in above)} cells the violations that were reported as certified exceed δ "
+        f"alone; in {sum(2 * r.silent < r.violations for r in above)} the op says of more than half of the violations "
+        "that the bound does not hold (`uncertified`).",
         "The rule of explanation (`vattn_sgl.eval.proof.explain`):",
         _rule(),
         "![violations](proof/violations.png)",
+        "The plots show selector `sketch`; lines of one color are the targets.",
         "## Where `clt` fails, and how far the others mend it",
         _mending(results),
         NOTES,
