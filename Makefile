@@ -6,13 +6,14 @@ REQUIREMENTS := requirements/cpu.txt
 TORCH := torch==2.13.0
 STAMP := $(VENV)/ready
 DEMO_ARGS ?=
+PROVE_ARGS ?=
 PYTEST_ARGS ?=
 SGLANG_VERSIONS ?= 0.5.17 0.5.23
 LOAD_HOST ?= http://127.0.0.1:30000
 APT = DEBIAN_FRONTEND=noninteractive apt-get -q -y
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-sglang-versions bench loadtest lint format env model tools clean
+.PHONY: help demo test test-fast test-sglang-versions prove bench loadtest lint format env model tools clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-22s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,6 +32,9 @@ test-sglang-versions: $(SGLANG_VERSIONS:%=test-sglang-%) ## the end-to-end tests
 test-sglang-%: requirements/sglang-%.txt
 	@$(MAKE) --no-print-directory env VENV=.venv-sglang-$* OVERLAY=$<
 	@echo "== SGLang $*" && .venv-sglang-$*/bin/python -m pytest -m e2e tests/e2e $(PYTEST_ARGS)
+
+prove: env ## violations of delta by sampler, target, bound and population; writes docs/proof.md
+	@$(BIN)/python -m vattn_sgl.eval.prove $(PROVE_ARGS)
 
 bench: env ## decode speed against SGLang's torch_native, both in one run
 	@$(BIN)/python kernels/benchmarks/serve_cpu.py

@@ -26,13 +26,13 @@ from pydantic import (
     model_validator,
 )
 
-from vattn_kernels.quantiles import BOUNDS, default_bound
+from vattn_kernels.quantiles import BOUNDS, BOUNDS_OF_TARGET, PROVABLE_SELECTORS, default_bound
 
 PREFIX = "VATTN_"
 NOT_SETTINGS = ("VATTN_CONFIG", "VATTN_CACHE")
 RUNTIME_FIELDS = ("epsilon", "delta")
 # Page scores miss more, so more is spread evenly: at 15 % density the error was .127 at .2 and .134 at .05.
-FLOORS = {"quest": 0.2}
+FLOORS = {"quest": 0.2, "sign": 0.05, "hash": 0.05}
 
 Epsilon = Annotated[float, Field(gt=0, le=1)]
 Delta = Annotated[float, Field(gt=0, lt=0.5)]
@@ -60,10 +60,11 @@ class Settings(BaseModel):
         The relative error exceeds ``epsilon`` with probability at most ``delta``, per head and step.
     sampler : {"proportional", "uniform"}
         Poisson sampling by estimated weight (ours), or the paper's top-k and uniform sample.
-    target : {"output", "denominator"}
-        What the bound is about.
-    bound : {"f8", "student", "clt"} or None
-        Quantile of the bound; None takes `vattn_kernels.quantiles.default_bound`.
+    target : {"output", "denominator", "numerator", "sdpa"}
+        What the bound is about: the output, one of its two sums, or both sums by the paper's Theorem 4.3.
+    bound : {"f8", "student", "clt", "bernstein"} or None
+        Quantile of the bound; None takes `vattn_kernels.quantiles.default_bound`. ``f8`` serves target ``output`` only;
+        ``bernstein`` holds at every sample size and reads more; selectors ``sign`` and ``hash`` cannot support it.
     sink, window : int
         Tokens at the start and at the end that are always read.
     top_k : int or float
@@ -102,8 +103,8 @@ class Settings(BaseModel):
     epsilon: Epsilon = 0.05
     delta: Delta = 0.05
     sampler: Literal["proportional", "uniform"] = "proportional"
-    target: Literal["output", "denominator"] = "output"
-    bound: Literal["f8", "student", "clt"] | None = None
+    target: Literal["output", "denominator", "numerator", "sdpa"] = "output"
+    bound: Literal["f8", "student", "clt", "bernstein"] | None = None
     sink: Count = 16
     window: Annotated[StrictInt, Field(ge=1)] = 64
     top_k: Annotated[StrictInt, Field(ge=0)] | Annotated[float, Field(ge=0, le=1)] = 0.025
@@ -115,7 +116,7 @@ class Settings(BaseModel):
     selector: Literal["sketch", "oracle", "quest", "sign", "hash"] = "sketch"
     sketch_bits: Literal[32, 64, 128] = 64
     group_score: Literal["max", "mean"] = "max"
-    floor: PositiveShare = 0.05
+    floor: PositiveShare = 0.02
     seed: Annotated[StrictInt, Field(ge=0, lt=2**32)] = 0
     audit_rate: Share = 0.0
     calibration_tokens: Annotated[StrictInt, Field(ge=512)] = 2048
@@ -128,6 +129,15 @@ class Settings(BaseModel):
         if isinstance(values, Mapping) and "floor" not in values and str(values.get("selector")) in FLOORS:
             return {**values, "floor": FLOORS[str(values["selector"])]}
         return values
+
+    @field_validator("bound")
+    @classmethod
+    def _bound_suits_target(cls, value: str | None, info: ValidationInfo) -> str | None:
+        target = info.data.get("target")
+        if value is not None and target is not None and value not in BOUNDS_OF_TARGET[target]:
+            allowed = ", ".join(repr(b) for b in BOUNDS_OF_TARGET[target])
+            raise ValueError(f"with target {target!r} {allowed} or null: its error may have a single dimension")
+        return value
 
     @field_validator("layers", mode="before")
     @classmethod
@@ -146,6 +156,14 @@ class Settings(BaseModel):
     def _hash_needs_weights(cls, value: str, info: ValidationInfo) -> str:
         if value == "hash" and info.data.get("hash_weights", "wrong already") is None:
             raise ValueError("'hash' needs hash_weights, a file of the model's weights")
+        return value
+
+    @field_validator("selector")
+    @classmethod
+    def _bernstein_needs_upper_bounds(cls, value: str, info: ValidationInfo) -> str:
+        if info.data.get("bound") == "bernstein" and value not in PROVABLE_SELECTORS:
+            allowed = ", ".join(repr(s) for s in PROVABLE_SELECTORS)
+            raise ValueError(f"with bound 'bernstein' {allowed}: {value!r} proves no upper bound of a logit")
         return value
 
     @property
@@ -221,7 +239,7 @@ ALLOWED = {
     "epsilon": "a number above 0 and at most 1",
     "delta": "a number above 0 and below 0.5",
     "sampler": "'proportional' or 'uniform'",
-    "target": "'output' or 'denominator'",
+    "target": ", ".join(repr(t) for t in BOUNDS_OF_TARGET),
     "bound": ", ".join(repr(b) for b in BOUNDS) + " or null",
     "sink": "a whole number of tokens, 0 or more",
     "window": "a whole number of tokens, 1 or more",

@@ -13,7 +13,7 @@ import torch
 from vattn_kernels import cpu
 
 SAMPLERS = ("proportional", "uniform")
-TARGETS = ("output", "denominator")
+TARGETS = cpu.TARGETS
 SELECTORS = ("sketch", "oracle", "quest", "sign", "hash")
 GROUP_SCORES = ("max", "mean")
 OUTCOMES = ("certified", "uncertified", "capped", "dense")

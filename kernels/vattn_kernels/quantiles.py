@@ -1,4 +1,4 @@
-"""Quantiles of the bounds: the one place where confidence becomes a factor."""
+"""Quantiles of the bounds: the one place where confidence becomes a factor, and which bound suits which target."""
 
 from __future__ import annotations
 
@@ -7,20 +7,33 @@ import math
 import numpy as np
 from scipy import stats
 
-BOUNDS = ("f8", "student", "clt")
+BOUNDS = ("f8", "student", "clt", "bernstein")
+# An error of one dimension leaves f8's ellipsoid far too often, and three of the four targets bound one.
+BOUNDS_OF_TARGET = {
+    "output": BOUNDS,
+    "denominator": ("student", "clt", "bernstein"),
+    "numerator": ("student", "clt", "bernstein"),
+    "sdpa": ("student", "clt", "bernstein"),
+}
+# Selectors that bound every logit from above, which bernstein rests on: signatures of keys bound nothing.
+PROVABLE_SELECTORS = ("sketch", "oracle", "quest")
+# Sample sizes at which bernstein may stop: a geometric grid of so many steps, its start, and the cap.
+GRID_STEPS = 16
+LOOKS = GRID_STEPS + 2
+EVENTS = 3
 
 
 def default_bound(sampler: str, target: str) -> str:
     """Bound that a sampler and target are used with unless the settings name one.
 
     ``f8`` belongs to the vector-valued error of ``proportional`` with target ``output``: the error of a scalar such as
-    the denominator has one dimension and leaves it far too often.
+    the denominator has one dimension and leaves it far too often, and the numerator's lies along the values' mean.
 
     Parameters
     ----------
     sampler : {"proportional", "uniform"}
         Sampler.
-    target : {"output", "denominator"}
+    target : {"output", "denominator", "numerator", "sdpa"}
         What the bound is about.
     """
     return "f8" if (sampler, target) == ("proportional", "output") else "student"
@@ -31,11 +44,13 @@ def quantile(bound: str, delta: float, nu: float) -> float:
 
     Parameters
     ----------
-    bound : {"f8", "student", "clt"}
+    bound : {"f8", "student", "clt", "bernstein"}
         ``clt``: two-sided normal quantile, ``Phi^-1(1 - delta/2)`` (paper, Lemma 4.1).
         ``student``: ``t_nu(1 - delta/2)``, Stein's two-stage argument.
         ``f8``: ``sqrt(F(8, nu)^-1(1 - delta))``, the norm of an error with eight effective dimensions; values that
         vary in fewer break it (12 % violations in one dimension, ``tests/kernels/test_violations.py``).
+        ``bernstein``: ``sqrt(2 L)`` with L of `log_term`, the factor of the variance term of
+        `vattn_kernels.reference.bernstein`; the range term comes on top.
     delta : float
         Probability of failure, in (0, 1).
     nu : float
@@ -58,4 +73,26 @@ def quantile(bound: str, delta: float, nu: float) -> float:
         if math.isinf(nu):
             return float(np.sqrt(stats.chi2.ppf(1 - delta, 8) / 8))
         return float(np.sqrt(stats.f.ppf(1 - delta, 8, nu)))
+    if bound == "bernstein":
+        return math.sqrt(2 * log_term(bound, delta))
     raise ValueError(f"unknown bound {bound!r}: expected one of {', '.join(BOUNDS)}")
+
+
+def log_term(bound: str, delta: float) -> float:
+    """``L = ln(EVENTS * LOOKS / delta)`` of ``bernstein``, 0 for the other bounds.
+
+    Each look at the sample may fail in three events of probability ``exp(-L)`` (two for the error's tail, one for the
+    variance's), and the stopping rule may choose among `LOOKS` looks: a union bound over all of them.
+
+    Parameters
+    ----------
+    bound : {"f8", "student", "clt", "bernstein"}
+        Bound.
+    delta : float
+        Probability of failure, in (0, 1).
+
+    Returns
+    -------
+    float
+    """
+    return math.log(EVENTS * LOOKS / delta) if bound == "bernstein" else 0.0

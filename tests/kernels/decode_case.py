@@ -33,6 +33,7 @@ class DecodeCase:
     covered: int = UNLIMITED
     value_mean: float = 1.0
     score_scale: float = 2.0
+    chosen_bound: str | None = None
     settings: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -74,8 +75,8 @@ class DecodeCase:
 
     @property
     def bound(self) -> str:
-        """Default bound of the sampler and target."""
-        return quantiles.default_bound(self.step["sampler"], self.step["target"])
+        """The chosen bound, or the default one of the sampler and target."""
+        return self.chosen_bound or quantiles.default_bound(self.step["sampler"], self.step["target"])
 
     def index(self) -> None:
         """Make the side data of the case's selector from its keys and values as they are now."""

@@ -6,7 +6,7 @@ import pytest
 import torch
 from decode_case import DecodeCase
 
-from vattn_kernels import ops, pages, reference, signature
+from vattn_kernels import ops, pages, quantiles, reference, signature
 
 SHAPES = [
     pytest.param({"batch": 1, "context": 1000, "num_qo_heads": 3, "num_kv_heads": 1}, id="B1-N1000-H3-1"),
@@ -33,6 +33,28 @@ def relative_rms(a: torch.Tensor, b: torch.Tensor) -> float:
 @pytest.mark.parametrize("sampler", ops.SAMPLERS)
 def test_decode(shape, sampler, selector, target):
     case = DecodeCase(**shape, epsilon=0.2, settings={"sampler": sampler, "selector": selector, "target": target})
+    assert_matches(case)
+
+
+@pytest.mark.parametrize("epsilon", [0.1, 0.9])
+@pytest.mark.parametrize("target", ops.TARGETS)
+@pytest.mark.parametrize("selector", quantiles.PROVABLE_SELECTORS)
+@pytest.mark.parametrize("sampler", ops.SAMPLERS)
+def test_decode_with_a_provable_bound(sampler, selector, target, epsilon):
+    case = DecodeCase(
+        batch=1,
+        context=3000,
+        epsilon=epsilon,
+        chosen_bound="bernstein",
+        bits=128,
+        score_scale=0.4,
+        settings={"sampler": sampler, "selector": selector, "target": target, "pilot": 0.1},
+    )
+    assert_matches(case)
+
+
+def assert_matches(case: DecodeCase) -> None:
+    """Sample, output and stats of both, where rounding lets the samples be equal."""
     out, stats, _ = case.run()
     expected, expected_stats = reference.decode(*case.arguments()[:14], **case.step)
     same_sample = stats[..., READ].double() == expected_stats[..., READ]
@@ -75,6 +97,17 @@ def test_invalid_slots_agree(selector):
     same = stats[..., READ].double() == expected_stats[..., READ]
     assert same.double().mean() >= 0.6
     assert relative_rms(out[same], expected[same]) < 1e-4
+
+
+@pytest.mark.parametrize("selector", [s for s in quantiles.PROVABLE_SELECTORS if s in INDEXED])
+@pytest.mark.parametrize("sampler", ops.SAMPLERS)
+def test_invalid_slots_have_no_provable_bound(sampler, selector):
+    """``proportional`` reads them for certain; ``uniform`` has to read everything."""
+    settings = {"sampler": sampler, "selector": selector, "pilot": 0.1}
+    case = DecodeCase(context=3000, epsilon=0.9, bits=128, score_scale=0.4, chosen_bound="bernstein", settings=settings)
+    case.side[2][case.kv_indices[:, 200:300].reshape(-1).long()] = 0
+    assert_matches(case)
+    assert (case.run()[1][..., ops.STATS.index("density")] == 1).all() == (sampler == "uniform")
 
 
 @pytest.mark.parametrize("bits", [64, 128])

@@ -101,7 +101,7 @@ def test_least_scale_is_least():
     scale = 0.3
     now = budget.variance(deviation2, share, scale, scale) ** 0.5
     for aim in (0.9 * now, 0.3 * now, 0.01 * now):
-        c = budget.least_scale(deviation2, share, scale, aim)
+        c = budget.least_scale([deviation2], share, scale, aim)
         assert budget.variance(deviation2, share, scale, c) <= aim**2 * (1 + 1e-9)
         assert budget.variance(deviation2, share, scale, 0.999 * c) > aim**2
 

@@ -37,8 +37,8 @@ VALID = {
     "epsilon": st.floats(1e-6, 1),
     "delta": st.floats(1e-6, 0.49),
     "sampler": st.sampled_from(["proportional", "uniform"]),
-    "target": st.sampled_from(["output", "denominator"]),
-    "bound": st.sampled_from(["f8", "student", "clt", None]),
+    "target": st.sampled_from(["output", "denominator", "numerator", "sdpa"]),
+    "bound": st.sampled_from(["f8", "student", "clt", "bernstein", None]),
     "sink": st.integers(0, 4096),
     "window": st.integers(1, 4096),
     "top_k": st.one_of(st.integers(0, 4096), st.floats(0, 1)),
@@ -86,6 +86,12 @@ WRONG = {
 quick = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=50)
 
 
+def bound_is_supported(values):
+    if values.get("bound") == "bernstein" and values.get("selector") in ("sign", "hash"):
+        return False
+    return values.get("bound") != "f8" or values.get("target", "output") == "output"
+
+
 def write(tmp_path, text):
     file = tmp_path / "vattn.yaml"
     file.write_text(text)
@@ -112,7 +118,7 @@ def test_six_mistakes_give_six_messages_and_exit_status_2(tmp_path):
 
 
 @quick
-@given(values=st.fixed_dictionaries({}, optional=VALID))
+@given(values=st.fixed_dictionaries({}, optional=VALID).filter(bound_is_supported))
 def test_a_right_file_is_read_as_written(tmp_path, values):
     if values.get("selector") == "hash":
         values.setdefault("hash_weights", "weights.pt")
@@ -185,7 +191,7 @@ def test_show_prints_settings_that_can_be_read_again(monkeypatch):
 
 
 def test_the_floor_follows_the_selector_unless_it_is_given():
-    assert [Settings(selector=s).floor for s in ("sketch", "sign", "quest")] == [0.05, 0.05, 0.2]
+    assert [Settings(selector=s).floor for s in ("sketch", "sign", "quest")] == [0.02, 0.05, 0.2]
     assert Settings(selector="quest", floor=0.1).floor == 0.1
     assert load_settings(env={"VATTN_SELECTOR": "quest"}).floor == 0.2
 
@@ -211,11 +217,33 @@ def test_layer_ranges_and_the_later_entry_wins():
         ("proportional", "denominator", "student"),
         ("uniform", "output", "student"),
         ("uniform", "denominator", "student"),
+        ("proportional", "numerator", "student"),
+        ("proportional", "sdpa", "student"),
+        ("uniform", "sdpa", "student"),
     ],
 )
 def test_default_bound(sampler, target, bound):
     assert Settings(sampler=sampler, target=target).effective_bound == bound
     assert Settings(sampler=sampler, target=target, bound="clt").effective_bound == "clt"
+
+
+@pytest.mark.parametrize("target", ["denominator", "numerator", "sdpa"])
+def test_f8_is_refused_for_an_error_that_may_have_one_dimension(tmp_path, target):
+    mistakes = check_file(write(tmp_path, f"target: {target}\nbound: f8\n"))
+    assert [(m.key, m.line, m.value) for m in mistakes] == [("bound", 2, "f8")]
+    assert f"with target {target!r} 'student', 'clt', 'bernstein' or null" in mistakes[0].allowed
+    assert check_file(write(tmp_path, f"target: {target}\nbound: bernstein\n")) == []
+    assert check_file(write(tmp_path, "bound: f8\n")) == []
+
+
+@pytest.mark.parametrize("selector", ["sign", "hash"])
+def test_bernstein_is_refused_where_nothing_bounds_a_logit(tmp_path, selector):
+    text = f"hash_weights: w.pt\nselector: {selector}\nbound: bernstein\n"
+    mistakes = check_file(write(tmp_path, text))
+    assert [(m.key, m.line, m.value) for m in mistakes] == [("selector", 2, selector)]
+    assert "with bound 'bernstein' 'sketch', 'oracle', 'quest'" in mistakes[0].allowed
+    for right in (text.replace("bernstein", "student"), text.replace(f": {selector}", ": quest")):
+        assert check_file(write(tmp_path, right)) == []
 
 
 @pytest.mark.parametrize(

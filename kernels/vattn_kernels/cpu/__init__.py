@@ -11,10 +11,12 @@ from torch import Tensor
 from vattn_kernels import params as layout
 from vattn_kernels.cpu import build
 from vattn_kernels.pages import PAGE
+from vattn_kernels.quantiles import PROVABLE_SELECTORS
 from vattn_kernels.signature import MAX_BITS, MAX_LAYERS, MAX_WIDTH
 
 MAX_GROUP = 16
 MAX_HEAD_DIM = 256
+TARGETS = ("output", "denominator", "numerator", "sdpa")
 DTYPES = (torch.float32, torch.bfloat16)
 
 _POINTER, _INT, _DOUBLE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
@@ -35,9 +37,9 @@ _DecodeArgs = _structure(
     "counters counter_offsets budget_edges error_edges audit_edges workspace",
     "batch num_qo_heads num_kv_heads head_dim kv_stride max_fields words num_budget_edges num_error_edges "
     "num_audit_edges layer_id seed sink window dense_below top_k_count pilot_min workspace_stride seq_lens_is_int64 "
-    "is_bf16 is_uniform is_output selector threads",
+    "is_bf16 is_uniform target selector threads",
     "sm_scale top_k_share pilot cap floor audit_rate",
-    "table table_points table_steps group_mean norm_bytes num_layers",
+    "table log_term table_points table_steps group_mean norm_bytes num_layers",
 )
 _EncodeArgs = _structure(
     "_EncodeArgs",
@@ -116,14 +118,21 @@ def decode(
     )
     _require(seq_lens.dtype in (torch.int32, torch.int64), f"seq_lens must be int32 or int64, got {seq_lens.dtype}")
     _require(sampler in ("proportional", "uniform"), f"sampler {sampler!r} is unknown")
-    _require(target in ("output", "denominator"), f"target {target!r} is unknown")
+    _require(target in TARGETS, f"target {target!r} is unknown, expected one of {', '.join(TARGETS)}")
     _require(selector in SELECTOR_NUMBERS, f"selector {selector!r} is unknown")
     _require(group_score in ("max", "mean"), f"group_score {group_score!r} is unknown")
     _require(pilot_min >= 4 and pilot > 0, f"pilot_min {pilot_min} must be at least 4 and pilot {pilot} above 0")
+    _require(params.numel() == layout.PARAMS_WIDTH, f"params has {params.numel()} values, not {layout.PARAMS_WIDTH}")
+    _require(
+        selector in PROVABLE_SELECTORS or float(params[layout.LOG]) == 0,
+        f"bound 'bernstein' needs an upper bound of every logit, which selector {selector!r} does not have: "
+        f"expected selector {', '.join(PROVABLE_SELECTORS)}",
+    )
     side = _side_data(selector, (codes, norms, valid, mean, query_basis, steps, fields), k_cache, num_qo_heads)
     words = side["codes"].shape[-1] if "codes" in side else 0
     max_fields = side["fields"].shape[-2] if selector == "sketch" else 0
     num_layers = side["fields"].numel() - 1 if selector in ("sign", "hash") else 0
+    is_split = target == "sdpa"
     offsets = (ctypes.c_int64 * len(counter_offsets))(*counter_offsets)
     stride = (group + 1) * kv_indices.stride(0)
     args = _DecodeArgs(
@@ -135,10 +144,11 @@ def decode(
         batch, num_qo_heads, num_kv_heads, head_dim, kv_indices.stride(0), max_fields, words,
         budget_edges.numel(), error_edges.numel(), audit_edges.numel(), layer_id, seed & 0xFFFFFFFF, sink, window,
         dense_below, top_k_count, pilot_min, stride, seq_lens.dtype == torch.int64,
-        q.dtype == torch.bfloat16, sampler == "uniform", target == "output", SELECTOR_NUMBERS[selector],
+        q.dtype == torch.bfloat16, sampler == "uniform", TARGETS.index(target), SELECTOR_NUMBERS[selector],
         torch.get_num_threads(),
         sm_scale, top_k_share, pilot, cap, floor, audit_rate,
-        layout.TABLE, layout.TABLE_POINTS, layout.TABLE_STEPS_PER_UNIT, group_score == "mean",
+        layout.SPLIT_TABLE if is_split else layout.TABLE, layout.SPLIT_LOG if is_split else layout.LOG,
+        layout.TABLE_POINTS, layout.TABLE_STEPS_PER_UNIT, group_score == "mean",
         side["norms"].shape[-1] if "norms" in side else 0, num_layers,
     )  # fmt: skip
     build.library().vattn_decode(ctypes.byref(args))

@@ -15,10 +15,11 @@ constexpr int kMaxGroup = 16;
 constexpr int kMaxDim = 256;
 constexpr int kChunk = 2048;
 constexpr int kBlock = 64;
-constexpr int kRounds = 4;
+constexpr int kRounds = 48;
+constexpr int kPatience = 8;
 constexpr float kFirstRoundQuantile = 1.2f;
 constexpr float kGuardShare = 8.0f;
-constexpr float kLeastGrowth = 1.05f;
+constexpr float kLeastGrowth = 1.05f, kImpatientGrowth = 2.0f;
 constexpr float kTiny = 1e-30f;
 constexpr float kForced = 1e30f;
 constexpr float kUnusable = -1.0f;
@@ -26,6 +27,15 @@ constexpr float kMaxExponent = 60.0f;
 constexpr float kRounding = 1e-6f;
 constexpr double kLeastUnit = 1e-15;
 constexpr float kMostHalfWidth = 1e3f;
+// Targets and the errors they bound, in the order of vattn_kernels/cpu/__init__.py.
+enum Error : int { kOutput, kDenominator, kNumerator, kBoth };
+constexpr int kMaxParts = 2;
+constexpr int kGridSteps = 16;
+constexpr double kLeastStep = 1.0001;
+constexpr double kVarianceAndRange = 8.0 / 3.0, kRange = 2.0 / 3.0;
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+// Half a step of a norm byte, and the rounding of a float32 logit: an upper bound lies above both.
+constexpr float kHalfStep = 0.501f, kMargin = 1e-4f;
 
 // Order of the fields as in vattn_kernels/cpu/__init__.py.
 struct DecodeArgs {
@@ -47,9 +57,9 @@ struct DecodeArgs {
   int64_t batch, num_qo_heads, num_kv_heads, head_dim, kv_stride, max_fields, words;
   int64_t num_budget_edges, num_error_edges, num_audit_edges;
   int64_t layer_id, seed, sink, window, dense_below, top_k_count, pilot_min, workspace_stride;
-  int64_t seq_lens_is_int64, is_bf16, is_uniform, is_output, selector, threads;
+  int64_t seq_lens_is_int64, is_bf16, is_uniform, target, selector, threads;
   double sm_scale, top_k_share, pilot, cap, floor, audit_rate;
-  int64_t table, table_points, table_steps;
+  int64_t table, log_term, table_points, table_steps;
   int64_t group_mean, norm_bytes, num_layers;
 };
 
@@ -309,10 +319,33 @@ template <typename T> struct Decode {
   const DecodeArgs &a;
   const int dim, group;
   const T *keys, *values;
+  // L of bound bernstein; 0 for the others.
+  const double log_term;
+  int parts[kMaxParts];
+  int num_parts, num_bounded;
+  double factor;
+  float norm_of[256], upper_of[256], agreement[kMaxBits + 1];
 
   explicit Decode(const DecodeArgs &args)
       : a(args), dim(int(args.head_dim)), group(int(args.num_qo_heads / args.num_kv_heads)),
-        keys(static_cast<const T *>(args.k_cache)), values(static_cast<const T *>(args.v_cache)) {}
+        keys(static_cast<const T *>(args.k_cache)), values(static_cast<const T *>(args.v_cache)),
+        log_term(args.params[args.log_term]) {
+    const bool both = a.target == kBoth;
+    parts[0] = both ? int(kNumerator) : int(a.target);
+    parts[1] = kDenominator;
+    num_bounded = both ? 2 : 1;
+    num_parts = log_term > 0 && a.target == kOutput ? 2 : num_bounded;
+    factor = both ? 2 : 1;
+    for (int i = 0; i < 256; ++i) {
+      norm_of[i] = std::exp2(float(i - 128) / 8.0f);
+      upper_of[i] = i == 255 ? std::numeric_limits<float>::infinity() : std::exp2((float(i - 128) + kHalfStep) / 8.0f);
+    }
+    const int bits = a.selector >= kSign ? a.fields[a.num_layers] : 0;
+    for (int i = 0; i <= bits && bits; ++i) {
+      const double part = double(i) / bits;
+      agreement[i] = float(a.selector == kSign ? std::cos(M_PI * part) : 1 - 2 * part);
+    }
+  }
 
   struct Item {
     int64_t request = 0, head = 0;
@@ -452,9 +485,10 @@ template <typename T> struct Decode {
 
   static constexpr int kScoreBlock = 256;
 
-  // Estimated logits of a block of tokens; a token with usable 0 has no valid side data.
+  // Estimated logits of a block of tokens, and the squared errors of their codes (0 but for `sketch`); a token with
+  // usable 0 has no valid side data.
   struct Estimates {
-    float lhat[kMaxGroup][kScoreBlock], variance[kScoreBlock], usable[kScoreBlock];
+    float lhat[kMaxGroup][kScoreBlock], variance[kScoreBlock] = {}, usable[kScoreBlock];
     uint32_t words[8][kScoreBlock];
   };
 
@@ -466,17 +500,17 @@ template <typename T> struct Decode {
     }
   }
 
-  void estimate_sketch(const Item &item, const int32_t *slots, int count, const float *error_of, Estimates &e) const {
+  void estimate_sketch(const Item &item, const int32_t *slots, int count, Estimates &e) const {
     const int32_t *fields = a.fields + item.head * a.max_fields * 3;
     for (int j = 0; j < count; ++j) {
       const int64_t at = int64_t(slots[j]) * a.num_kv_heads + item.head;
       for (int w = 0; w < a.words; ++w) e.words[w][j] = uint32_t(a.codes[at * a.words + w]);
-      const float error = error_of[a.norms[at * 2]];
+      const float error = norm_of[a.norms[at * 2]];
       e.variance[j] = error * error;
       e.usable[j] = a.valid[slots[j]];
     }
     for (int g = 0; g < group; ++g)
-      for (int j = 0; j < count; ++j) e.lhat[g][j] = item.bias[g] + item.kappa[g] * e.variance[j];
+      for (int j = 0; j < count; ++j) e.lhat[g][j] = item.bias[g];
     for (int f = 0; f < a.max_fields; ++f) {
       const int width = fields[f * 3 + 2];
       if (!width) continue;
@@ -493,10 +527,11 @@ template <typename T> struct Decode {
     }
   }
 
-  // Neighbouring tokens mostly share a page, so its logits are kept until the page changes.
-  void estimate_quest(const Item &item, const int32_t *slots, int count, Estimates &e) const {
+  // Neighbouring tokens mostly share a page, so its logits are kept until the page changes. With `upper` it is the
+  // greatest that a key between the bounds can have, before the line.
+  void estimate_quest(const Item &item, const int32_t *slots, int count, bool upper, Estimates &e) const {
     const T *bounds = static_cast<const T *>(static_cast<const void *>(a.codes));
-    const float scale = float(a.sm_scale), slope = line(item)[1], offset = line(item)[2];
+    const float scale = float(a.sm_scale), slope = upper ? 1 : line(item)[1], offset = upper ? 1 : line(item)[2];
     float current[kMaxGroup];
     int32_t page = -1;
     for (int j = 0; j < count; ++j) {
@@ -513,15 +548,14 @@ template <typename T> struct Decode {
             middle += q[d] * (low + high);
             half += std::fabs(q[d]) * (high - low);
           }
-          current[g] = item.bias[g] + 0.5f * scale * (slope * middle + offset * half);
+          current[g] = (upper ? 0 : item.bias[g]) + 0.5f * scale * (slope * middle + offset * half);
         }
       }
       for (int g = 0; g < group; ++g) e.lhat[g][j] = current[g];
     }
   }
 
-  void estimate_signature(const Item &item, const int32_t *slots, int count, const float *norm_of, const float *agreement,
-                          Estimates &e) const {
+  void estimate_signature(const Item &item, const int32_t *slots, int count, Estimates &e) const {
     const int words = a.fields[a.num_layers] / 32, apart = a.words > words ? words : 0;
     const float slope = line(item)[1], offset = line(item)[2];
     for (int j = 0; j < count; ++j) {
@@ -537,26 +571,42 @@ template <typename T> struct Decode {
     }
   }
 
+  void estimated(const Item &item, int64_t start, int count, Estimates &e) const {
+    const int32_t *slots = item.slots + start;
+    switch (a.selector) {
+    case kSketch: return estimate_sketch(item, slots, count, e);
+    case kOracle: return estimate_oracle(item, slots, count, e);
+    case kQuest: return estimate_quest(item, slots, count, false, e);
+    default: return estimate_signature(item, slots, count, e);
+    }
+  }
+
+  // Provable upper bounds in place of the estimated logits, whatever the keys are; `sign` and `hash` have none.
+  void upper_bounds(const Item &item, int64_t start, int count, Estimates &e) const {
+    if (a.selector == kQuest) return estimate_quest(item, item.slots + start, count, true, e);
+    estimated(item, start, count, e);
+    if (a.selector != kSketch) return;
+    for (int g = 0; g < group; ++g) {
+      const float length = float(std::sqrt(2.0 * item.kappa[g] * dim));
+      for (int j = 0; j < count && length > 0; ++j)
+        e.lhat[g][j] += length * upper_of[a.norms[(int64_t(item.slots[start + j]) * a.num_kv_heads + item.head) * 2]];
+    }
+  }
+
   // Estimated weights of positions [from, to) relative to the fixed maximum; adds their sum per head to `sums`.
   // A token without valid side data gets kUnusable and is later read for certain.
-  void score(Item &item, int64_t from, int64_t to, const float *norm_of, const float *agreement, double *sums) const {
+  void score(Item &item, int64_t from, int64_t to, double *sums) const {
     Estimates e;
     for (int64_t start = from; start < to; start += kScoreBlock) {
       const int count = int(std::min<int64_t>(kScoreBlock, to - start));
-      const int32_t *slots = item.slots + start;
-      switch (a.selector) {
-      case kSketch: estimate_sketch(item, slots, count, norm_of, e); break;
-      case kOracle: estimate_oracle(item, slots, count, e); break;
-      case kQuest: estimate_quest(item, slots, count, e); break;
-      default: estimate_signature(item, slots, count, norm_of, agreement, e);
-      }
+      estimated(item, start, count, e);
       for (int g = 0; g < group; ++g) {
         float *out = item.scores + g * a.kv_stride + start;
-        const float m = item.fixed[g].max;
+        const float m = item.fixed[g].max, kappa = a.selector == kSketch ? item.kappa[g] : 0.0f;
         float sum = 0;
 #pragma omp simd reduction(+ : sum)
         for (int j = 0; j < count; ++j) {
-          const float weight = fast_exp(std::min(e.lhat[g][j] - m, kMaxExponent));
+          const float weight = fast_exp(std::min(e.lhat[g][j] + kappa * e.variance[j] - m, kMaxExponent));
           out[j] = e.usable[j] != 0 ? weight : kUnusable;
           sum += e.usable[j] != 0 ? weight : 0;
         }
@@ -565,8 +615,14 @@ template <typename T> struct Decode {
     }
   }
 
+  // Norm of v as it scales a score.
+  float value_norm(const Item &item, int64_t i, const float *norms) const {
+    if (a.selector == kOracle) return norm_of_row(row(values, item.slots[i], item.head), dim);
+    return norms[a.norms[(int64_t(item.slots[i]) * a.num_kv_heads + item.head + 1) * a.norm_bytes - 1]];
+  }
+
   // Share of the output (or of the mass) per token, the largest or the mean over the group, left in head 0's row.
-  double share(Item &item, int64_t from, int64_t to, const double *sums, const float *value_of) const {
+  double share(Item &item, int64_t from, int64_t to, const double *sums) const {
     float inverse[kMaxGroup];
     for (int g = 0; g < group; ++g) inverse[g] = float(1.0 / (item.fixed[g].sum + sums[g])) / (a.group_mean ? group : 1);
     float *first = item.scores;
@@ -583,19 +639,9 @@ template <typename T> struct Decode {
       }
     }
     double total = 0;
-    const bool with_norm = a.is_output && !a.is_uniform;
+    const bool with_norm = a.target != kDenominator && !a.is_uniform;
     for (int64_t i = from; i < to; ++i) {
-      if (with_norm) {
-        const int64_t at = int64_t(item.slots[i]) * a.num_kv_heads + item.head;
-        if (a.selector == kOracle) {
-          const T *v = row(values, item.slots[i], item.head);
-          float square = 0;
-          for (int d = 0; d < dim; ++d) square += load(v + d) * load(v + d);
-          first[i] *= std::sqrt(square);
-        } else {
-          first[i] *= value_of[a.norms[(at + 1) * a.norm_bytes - 1]];
-        }
-      }
+      if (with_norm) first[i] *= value_norm(item, i, norm_of);
       total += std::max(first[i], 0.0f);
     }
     return total;
@@ -624,15 +670,16 @@ template <typename T> struct Decode {
   struct Scratch {
     std::vector<int32_t> list;
     std::vector<const T *> k_rows, v_rows;
-    std::vector<float> logits, masses, weighted, distances, weight, square, share;
+    std::vector<float> logits, masses, weighted, distances[kMaxParts], weight, square, share;
     std::vector<uint8_t> member;
     int64_t stride = 0;
     Partial audit[kMaxGroup];
 
-    void reserve(int64_t entries, int group) {
-      if (entries <= stride && size_t(stride * group) <= logits.size()) return;
+    void reserve(int64_t entries, int group, int parts) {
+      if (entries <= stride && size_t(stride * group) <= std::min(logits.size(), distances[parts - 1].size())) return;
       stride = std::max(stride, (entries + 1023) / 1024 * 1024);
-      for (auto *matrix : {&logits, &masses, &weighted, &distances}) matrix->resize(size_t(stride * group));
+      for (auto *matrix : {&logits, &masses, &weighted}) matrix->resize(size_t(stride * group));
+      for (int p = 0; p < parts; ++p) distances[p].resize(size_t(stride * group));
       for (auto *row : {&weight, &square, &share}) row->resize(size_t(stride));
       k_rows.resize(size_t(stride));
       v_rows.resize(size_t(stride));
@@ -664,7 +711,7 @@ template <typename T> struct Decode {
   }
 
   // Ratio estimates of all heads from the first `count` list entries and their inverse inclusion weights, then
-  // d^2 = y^2 |v - o|^2 (target output) or y^2 (denominator) of every entry.
+  // d^2 of every entry and part: y^2 |v - o|^2 (output), y^2 (denominator) or y^2 |v|^2 (numerator).
   void estimate(const Item &item, Scratch &s, int64_t count, HeadState *heads) const {
     for (int g = 0; g < group; ++g) {
       HeadState &h = heads[g];
@@ -697,22 +744,85 @@ template <typename T> struct Decode {
       }
       h.norm = std::sqrt(square);
     }
-    if (a.is_output) dots(outs, group, s.v_rows.data(), count, 1.0f, s.distances.data(), s.stride, dim);
-    for (int g = 0; g < group; ++g) {
-      const float *masses = s.masses.data() + g * s.stride, norm2 = float(heads[g].norm * heads[g].norm);
-      float *distances = s.distances.data() + g * s.stride;
-      for (int64_t j = 0; j < count; ++j) {
-        const float gap = a.is_output ? std::max(s.square[j] - 2 * distances[j] + norm2, 0.0f) : 1.0f;
-        distances[j] = masses[j] * masses[j] * gap;
+    for (int p = 0; p < num_parts; ++p) {
+      if (parts[p] == kOutput) dots(outs, group, s.v_rows.data(), count, 1.0f, s.distances[p].data(), s.stride, dim);
+      for (int g = 0; g < group; ++g) {
+        const float *masses = s.masses.data() + g * s.stride, norm2 = float(heads[g].norm * heads[g].norm);
+        float *distances = s.distances[p].data() + g * s.stride;
+        for (int64_t j = 0; j < count; ++j) {
+          const float gap = parts[p] == kOutput      ? std::max(s.square[j] - 2 * distances[j] + norm2, 0.0f)
+                            : parts[p] == kNumerator ? s.square[j]
+                                                     : 1.0f;
+          distances[j] = masses[j] * masses[j] * gap;
+        }
       }
     }
   }
 
-  double tolerance(const HeadState &h) const { return std::max(h.sum * (a.is_output ? h.norm : 1.0), kLeastUnit); }
+  // What epsilon is relative to.
+  static double unit_of(const HeadState &h, int part) {
+    return std::max(h.sum * (part == kDenominator ? 1.0 : h.norm), kLeastUnit);
+  }
 
   // A half-width that telemetry can add up, whatever the inputs were.
   static float bounded(double half_width) { return half_width < kMostHalfWidth ? float(half_width) : kMostHalfWidth; }
 
+  // Bound bernstein; lemmas and formulas are those of vattn_kernels/reference/bernstein.py.
+  static double relative(double width) { return width < 1 ? width / (1 - width) : kInfinity; }
+
+  double combine(const double *widths) const {
+    if (a.target == kOutput) return widths[1] < 1 ? relative(widths[0] / (1 - widths[1])) : kInfinity;
+    double sum = 0;
+    for (int p = 0; p < num_parts; ++p) sum += relative(widths[p]);
+    return factor * sum;
+  }
+  double poisson_width(double variance, double reach) const {
+    return std::sqrt(2 * log_term * variance) + kVarianceAndRange * log_term * reach;
+  }
+  double uniform_width(double sigma, double reach, double size, double population) const {
+    if (size >= population) return 0;
+    const double rate = std::sqrt(2 * log_term * std::min(1.0, (population - size) / size) / size);
+    if (rate >= 1) return kInfinity;
+    return population * (rate * (sigma + reach * std::sqrt(2 * log_term / size)) + kRange * reach * log_term / size) / (1 - rate);
+  }
+
+  // Logarithms of upper bounds on y, and on y |v|, over the tokens that stay open from a look on; y relative to no maximum.
+  struct Reach {
+    double mass[kGridSteps + 1], value[kGridSteps + 1];
+    double of(int part, int look, const HeadState &h) const {
+      const double masses = std::exp(mass[look] - h.max), values = std::exp(value[look] - h.max);
+      if (part == kDenominator) return masses;
+      return part == kNumerator ? values : values + (h.norm > 0 ? h.norm * masses : 0);
+    }
+  };
+
+  // `last_open(i)` is the last look at which position i is not read for certain, or below 0; `log_weight(i)` scales y.
+  template <typename LastOpen, typename LogWeight>
+  void reaches(const Item &item, LastOpen last_open, LogWeight log_weight, Reach *reach) const {
+    Estimates e;
+    for (int g = 0; g < group; ++g)
+      for (int look = 0; look <= kGridSteps; ++look) reach[g].mass[look] = reach[g].value[look] = -kInfinity;
+    for (int64_t start = item.lo; start < item.hi; start += kScoreBlock) {
+      const int count = int(std::min<int64_t>(kScoreBlock, item.hi - start));
+      upper_bounds(item, start, count, e);
+      for (int j = 0; j < count; ++j) {
+        const int look = std::min(last_open(start + j), kGridSteps);
+        if (look < 0) continue;
+        const double weight = log_weight(start + j), log_norm = std::log(double(value_norm(item, start + j, upper_of)));
+        for (int g = 0; g < group; ++g) {
+          double upper = e.lhat[g][j];
+          upper = e.usable[j] != 0 ? upper + kMargin * (1 + std::abs(upper)) + weight : kInfinity;
+          reach[g].mass[look] = std::max(reach[g].mass[look], upper);
+          reach[g].value[look] = std::max(reach[g].value[look], upper + log_norm);
+        }
+      }
+    }
+    for (int g = 0; g < group; ++g)
+      for (int look = kGridSteps - 1; look >= 0; --look) {
+        reach[g].mass[look] = std::max(reach[g].mass[look], reach[g].mass[look + 1]);
+        reach[g].value[look] = std::max(reach[g].value[look], reach[g].value[look + 1]);
+      }
+  }
 
   // Largest scale at which the expected reads stay within the cap, or `c` when they already do.
   float limit_scale(const Item &item, float scale, bool &capped) const {
@@ -733,13 +843,93 @@ template <typename T> struct Decode {
     return float(low);
   }
 
+  // Looks of bound bernstein at a Poisson sample: a geometric grid of scales that the sample does not influence.
+  struct Looks {
+    double first = 0, log_step = 0;
+    double at(int look) const { return first * std::exp(log_step * look); }
+    // Last look whose scale is at most c.
+    int before(double c) const { return int(std::floor(std::log(c * (1 + 1e-6) / first) / log_step)); }
+  };
+
+  Looks looks_of(const Item &item, double first) const {
+    float least = kForced;
+    for (int64_t i = item.lo; i < item.hi; ++i) least = std::min(least, item.scores[i]);
+    const double last = least < kForced ? (1 + 1e-5) / least : first;
+    return {first, std::max(std::log(last / first), 1e-9) / kGridSteps};
+  }
+
+  // Half-width of bound bernstein at scale c, from what was read; `weight` is 1/pi at the scale of the reading.
+  double provable(const HeadState &h, const Scratch &s, int g, int64_t count, const Looks &looks, const Reach &reach, double c) const {
+    double widths[kMaxParts];
+    const int look = std::min(std::max(looks.before(c), 0), kGridSteps);
+    for (int p = 0; p < num_parts; ++p) {
+      const double unit = unit_of(h, parts[p]);
+      const float *distances = s.distances[p].data() + g * s.stride, *weight = s.weight.data(), *share = s.share.data();
+      const float per_unit = float(1.0 / unit), scale = float(c);
+      double variance = 0;
+#pragma omp simd reduction(+ : variance)
+      for (int64_t j = 0; j < count; ++j)
+        variance += weight[j] * (1.0f / std::min(1.0f, scale * share[j]) - 1.0f) * (distances[j] * per_unit * per_unit);
+      widths[p] = poisson_width(variance, reach.of(parts[p], look, h) / (c * unit));
+    }
+    return combine(widths);
+  }
+
+  // Least c at which the half-widths of all bounded parts add up to epsilon: V(c) = linear / c - constant over the tokens
+  // with c a < 1, solved again until that set stays. `gain` is quantile * factor / unit of each part.
+  float least_scale(const Scratch &s, int g, int64_t count, float scale, double epsilon, const double *gain) const {
+    const float *weight = s.weight.data(), *share = s.share.data();
+    float c = scale;
+    for (int step = 0; step < 12; ++step) {
+      double linear[kMaxParts], constant[kMaxParts];
+      for (int p = 0; p < num_bounded; ++p) {
+        const float *distances = s.distances[p].data() + g * s.stride, k = float(gain[p]);
+        double l = 0, b = 0;
+#pragma omp simd reduction(+ : l, b)
+        for (int64_t j = 0; j < count; ++j) {
+          const float w = share[j] * c < 1 ? weight[j] * (distances[j] * k * k) : 0.0f;
+          l += w / share[j];
+          b += w;
+        }
+        linear[p] = l;
+        constant[p] = b;
+      }
+      double solved = linear[0] / (epsilon * epsilon + constant[0]);
+      if (num_bounded == 2) {
+        const auto width = [&](double x) {
+          double sum = 0;
+          for (int p = 0; p < 2; ++p) sum += std::sqrt(std::max(0.0, linear[p] / x - constant[p]));
+          return sum;
+        };
+        if (width(c) <= epsilon) break;
+        double low = c, high = c;
+        for (int p = 0; p < 2; ++p) high = std::max(high, linear[p] / (0.25 * epsilon * epsilon + constant[p]));
+        for (int half = 0; half < 40; ++half) {
+          const double middle = 0.5 * (low + high);
+          (width(middle) <= epsilon ? high : low) = middle;
+        }
+        solved = high;
+      }
+      if (!(solved > c * 1.0005f)) break;
+      c = float(solved);
+    }
+    return c;
+  }
+
   void proportional(Item &item, Scratch &s, HeadState *heads, float *stats) const {
     const float epsilon = a.params[0];
     const float pilot = float(std::max<double>(a.pilot_min, std::ceil(a.pilot * item.range)));
     float scale = pilot / std::max(item.score_sum, kTiny), previous = -1;
     bool capped = false;
     scale = limit_scale(item, scale, capped);
-    s.reserve(item.range + 1, group);
+    Looks looks;
+    Reach reach[kMaxGroup];
+    if (log_term > 0) {
+      looks = looks_of(item, scale);
+      const auto last_open = [&](int64_t i) { return item.scores[i] >= kForced ? -1 : looks.before(1.0 / item.scores[i]); };
+      reaches(item, last_open, [&](int64_t i) { return -std::log(double(item.scores[i])); }, reach);
+    }
+    s.reserve(item.range + 1, group, num_parts);
     int64_t count = 0;
     for (int round = 0;; ++round) {
       const int64_t old = count;
@@ -759,40 +949,40 @@ template <typename T> struct Decode {
       bool certified = true;
       for (int g = 0; g < group; ++g) {
         HeadState &h = heads[g];
-        const float *distances = s.distances.data() + g * s.stride, *weight = s.weight.data(), *share = s.share.data();
-        const double unit = tolerance(h);
-        const float per_unit = float(1.0 / unit);
-        double variance = 0, square = 0;
-#pragma omp simd reduction(+ : variance, square)
-        for (int64_t j = 0; j < count; ++j) {
-          const float w = weight[j], t = w * (w - 1.0f) * (distances[j] * per_unit * per_unit);
-          variance += t;
-          square += t * t * (1.0f - 1.0f / w);
+        if (log_term > 0) {
+          h.half_width = whole ? 0.0f : bounded(provable(h, s, g, count, looks, reach[g], scale));
+          if (h.half_width <= epsilon) continue;
+          certified = false;
+          int look = std::min(looks.before(scale * kLeastStep) + 1, kGridSteps);
+          while (look < kGridSteps && !(provable(h, s, g, count, looks, reach[g], looks.at(look)) <= epsilon)) ++look;
+          next = std::max(next, float(looks.at(look)));
+          continue;
         }
-        const double inverse_nu = variance > 0 ? square / (2 * variance * variance) : 0;
-        const float factor = quantile(inverse_nu);
-        h.half_width = bounded(factor * std::sqrt(variance));
-        certified = certified && h.half_width <= epsilon;
-        const double aim = epsilon / (round == 0 ? kFirstRoundQuantile : factor);
-        float c = scale;
-        if (variance > aim * aim)
-          for (int step = 0; step < 12; ++step) {
-            double linear = 0, constant = 0;
-#pragma omp simd reduction(+ : linear, constant)
-            for (int64_t j = 0; j < count; ++j) {
-              const float w = share[j] * c < 1 ? weight[j] * (distances[j] * per_unit * per_unit) : 0.0f;
-              linear += w / share[j];
-              constant += w;
-            }
-            const float solved = float(linear / (aim * aim + constant));
-            if (!(solved > c * 1.0005f)) break;
-            c = solved;
+        double gain[kMaxParts], width = 0;
+        for (int p = 0; p < num_bounded; ++p) {
+          const float *distances = s.distances[p].data() + g * s.stride, *weight = s.weight.data();
+          const double unit = unit_of(h, parts[p]);
+          const float per_unit = float(1.0 / unit);
+          double variance = 0, square = 0;
+#pragma omp simd reduction(+ : variance, square)
+          for (int64_t j = 0; j < count; ++j) {
+            const float w = weight[j], t = w * (w - 1.0f) * (distances[j] * per_unit * per_unit);
+            variance += t;
+            square += t * t * (1.0f - 1.0f / w);
           }
-        const double guard = kGuardShare / (epsilon * (a.is_output ? std::max(h.norm, 1e-30) : 1.0));
+          const float z = quantile(variance > 0 ? square / (2 * variance * variance) : 0);
+          width += factor * z * std::sqrt(variance);
+          gain[p] = factor * (round == 0 ? kFirstRoundQuantile : z) / unit;
+        }
+        h.half_width = bounded(width);
+        certified = certified && h.half_width <= epsilon;
+        const float c = least_scale(s, g, count, scale, epsilon, gain);
+        const double guard = kGuardShare * factor / (epsilon * (a.target == kDenominator ? 1.0 : std::max(h.norm, 1e-30)));
         next = std::max(next, float(std::min(std::max(double(c), guard), 1e29)));
       }
-      if (whole || (round > 0 && certified) || round == kRounds - 1) break;
-      if (round > 0) next = std::max(next, scale * kLeastGrowth);
+      if (whole || ((round > 0 || log_term > 0) && certified) || round == kRounds - 1) break;
+      if (round > 0 && log_term == 0) next = std::max(next, scale * (round < kPatience ? kLeastGrowth : kImpatientGrowth));
+      if (round == kRounds - 2) next = 2 * kForced;
       next = std::max(scale, limit_scale(item, next, capped));
       if (capped && next <= scale) break;
       scale = next;
@@ -814,7 +1004,7 @@ template <typename T> struct Decode {
     const int64_t wanted = a.top_k_count >= 0 ? a.top_k_count : int64_t(std::ceil(a.top_k_share * double(n)));
     const int64_t top_k = std::min(n, wanted);
     s.member.assign(size_t(n), 0);
-    s.reserve(n + top_k, group);
+    s.reserve(n + top_k, group, num_parts);
     const float *shares = item.scores + item.lo;
     for (int64_t i = 0; i < n; ++i) s.list[i] = int32_t(i);
     if (top_k > 0 && top_k < n)
@@ -828,9 +1018,21 @@ template <typename T> struct Decode {
     const Permutation permute(uint32_t(n), stream_key(uint32_t(a.seed), uint32_t(a.layer_id), uint32_t(item.head), uint32_t(item.n)));
     const int64_t pilot = std::min(n, std::max<int64_t>(a.pilot_min, int64_t(std::ceil(a.pilot * double(n)))));
     const int64_t most = std::max(pilot, int64_t(std::floor(a.cap * double(n))));
+    std::vector<int64_t> looks;
+    Reach reach[kMaxGroup];
+    if (log_term > 0) {
+      const double ratio = double(n) / double(pilot);
+      for (int step = 1; step < kGridSteps; ++step)
+        looks.push_back(std::min(n, int64_t(std::ceil(double(pilot) * std::pow(ratio, double(step) / kGridSteps)))));
+      looks.push_back(n);
+      looks.push_back(most);
+      std::sort(looks.begin(), looks.end());
+      reaches(item, [&](int64_t i) { return s.member[i - item.lo] ? -1 : kGridSteps; }, [](int64_t) { return 0.0; }, reach);
+    }
     int64_t budget = pilot, drawn = 0, count = top_k;
     bool cut[kMaxGroup] = {false};
-    for (int round = 0; round < 2; ++round) {
+    const int rounds = log_term > 0 ? kRounds : 2;
+    for (int round = 0; round < rounds; ++round) {
       const int64_t old = count;
       for (; drawn < budget; ++drawn) {
         const uint32_t image = permute(uint32_t(drawn));
@@ -843,31 +1045,54 @@ template <typename T> struct Decode {
       int64_t next = budget;
       for (int g = 0; g < group; ++g) {
         HeadState &h = heads[g];
-        const float *distances = s.distances.data() + g * s.stride, *masses = s.masses.data() + g * s.stride;
-        double squares = 0, mass = 0;
-        for (int64_t j = top_k; j < count; ++j) {
-          squares += distances[j];
-          mass += masses[j];
-        }
+        const float *masses = s.masses.data() + g * s.stride;
+        double mass = 0, sigmas[kMaxParts], units[kMaxParts], sigma = 0;
+        for (int64_t j = top_k; j < count; ++j) mass += masses[j];
         float along[kMaxDim] = {0};
-        if (a.is_output) accumulate(masses + top_k, s.stride, 1, s.v_rows.data() + top_k, count - top_k, along, dim, dim);
-        double mean_square = mass * mass;
-        if (a.is_output) {
-          mean_square = 0;
-          for (int d = 0; d < dim; ++d) {
-            const double x = along[d] - mass * h.out[d];
-            mean_square += x * x;
+        if (a.target != kDenominator) accumulate(masses + top_k, s.stride, 1, s.v_rows.data() + top_k, count - top_k, along, dim, dim);
+        for (int p = 0; p < num_parts; ++p) {
+          const float *distances = s.distances[p].data() + g * s.stride;
+          double squares = 0, mean_square = mass * mass;
+          for (int64_t j = top_k; j < count; ++j) squares += distances[j];
+          if (parts[p] != kDenominator) {
+            mean_square = 0;
+            for (int d = 0; d < dim; ++d) {
+              const double x = along[d] - (parts[p] == kOutput ? mass * h.out[d] : 0.0);
+              mean_square += x * x;
+            }
           }
+          units[p] = unit_of(h, parts[p]);
+          sigmas[p] = std::sqrt(std::max(0.0, (squares - mean_square / double(budget)) / double(budget - 1))) / units[p];
+          if (p < num_bounded) sigma += factor * sigmas[p];
         }
-        const double sigma2 = std::max(0.0, (squares - mean_square / double(budget)) / double(budget - 1));
-        const double unit = tolerance(h), z = quantile(1.0 / double(budget - 1));
-        h.half_width = bounded(z * double(n) * std::sqrt(sigma2 * std::max(0.0, 1.0 / double(budget) - 1.0 / double(n))) / unit);
-        if (round == 0) {
-          const double root = z * double(n) * std::sqrt(sigma2) / (epsilon * unit), infinite = root * root;
-          int64_t b = std::max(pilot, int64_t(std::ceil(std::isfinite(infinite) ? n * infinite / (n + infinite) : double(n))));
-          cut[g] = b > most;
-          next = std::max(next, std::min(b, most));
+        int64_t b = budget;
+        if (log_term > 0) {
+          // A weight and its mean lie in [0, reach]; a vector and its mean are up to two reaches apart.
+          const auto width = [&](int64_t size) {
+            double widths[kMaxParts];
+            for (int p = 0; p < num_parts; ++p) {
+              const double diameter = reach[g].of(parts[p], 0, h) * (parts[p] == kDenominator && a.target != kOutput ? 1 : 2);
+              widths[p] = uniform_width(sigmas[p], diameter / units[p], double(size), double(n));
+            }
+            return combine(widths);
+          };
+          h.half_width = bounded(width(budget));
+          if (h.half_width <= epsilon || round == rounds - 1) continue;
+          b = n;
+          for (const int64_t look : looks)
+            if (look > budget && width(look) <= epsilon) {
+              b = look;
+              break;
+            }
+        } else {
+          const double z = quantile(1.0 / double(budget - 1));
+          h.half_width = bounded(z * double(n) * sigma * std::sqrt(std::max(0.0, 1.0 / double(budget) - 1.0 / double(n))));
+          if (round > 0) continue;
+          const double root = z * double(n) * sigma / epsilon, infinite = root * root;
+          b = std::max(pilot, int64_t(std::ceil(std::isfinite(infinite) ? n * infinite / (n + infinite) : double(n))));
         }
+        cut[g] = b > most;
+        next = std::max(next, std::min(b, most));
       }
       budget = next;
       if (budget == drawn) break;
@@ -981,14 +1206,6 @@ template <typename T> struct Decode {
     sums.assign(size_t(total * chunks * kMaxGroup), 0);
     shares.assign(size_t(total * chunks), 0);
     ranks.assign(size_t(total * chunks), 0);
-    float norm_of[256];
-    for (int i = 0; i < 256; ++i) norm_of[i] = std::exp2(float(i - 128) / 8.0f);
-    float agreement[kMaxBits + 1];
-    const int bits = a.selector >= kSign ? a.fields[a.num_layers] : 0;
-    for (int i = 0; i <= bits && bits; ++i) {
-      const double part = double(i) / bits;
-      agreement[i] = float(a.selector == kSign ? std::cos(M_PI * part) : 1 - 2 * part);
-    }
 
     Item *const items_ = items.data();
     Partial *const parts_ = parts.data();
@@ -1021,7 +1238,7 @@ template <typename T> struct Decode {
           clear(parts_ + at * group);
           attend(item, from, to, parts_ + at * group);
         } else {
-          score(item, from, to, norm_of, agreement, sums_ + at * kMaxGroup);
+          score(item, from, to, sums_ + at * kMaxGroup);
         }
       }
 #pragma omp for schedule(dynamic, 1)
@@ -1033,7 +1250,7 @@ template <typename T> struct Decode {
         double sum[kMaxGroup] = {0};
         for (int64_t c = 0; c < chunks; ++c)
           for (int g = 0; g < group; ++g) sum[g] += sums_[(tasks_[t].item * chunks + c) * kMaxGroup + g];
-        shares_[tasks_[t].item * chunks + tasks_[t].chunk] = share(item, from, to, sum, norm_of);
+        shares_[tasks_[t].item * chunks + tasks_[t].chunk] = share(item, from, to, sum);
       }
 #pragma omp for schedule(dynamic, 1)
       for (int64_t t = 0; t < num_tasks; ++t) {

@@ -12,7 +12,7 @@ FIRST_ROUND_QUANTILE = 1.2
 GUARD_SHARE = 8.0
 
 
-def quantile(row: torch.Tensor, nu: float) -> float:
+def quantile(row: torch.Tensor, nu: float, split: bool = False) -> float:
     """Quantile of the bound at ``nu`` degrees of freedom, as the table of one layer gives it.
 
     Parameters
@@ -21,10 +21,13 @@ def quantile(row: torch.Tensor, nu: float) -> float:
         ``[PARAMS_WIDTH]``, see `vattn_kernels.params`.
     nu : float
         Degrees of freedom; below 2 the value at 2 is taken.
+    split : bool
+        Whether the quantile stands at half of delta (target ``sdpa``).
     """
+    table = layout.SPLIT_TABLE if split else layout.TABLE
     x = min(0.0 if math.isinf(nu) else layout.TABLE_STEPS_PER_UNIT / nu, layout.TABLE_POINTS - 1)
     j = min(int(x), layout.TABLE_POINTS - 2)
-    low, high = float(row[layout.TABLE + j]), float(row[layout.TABLE + j + 1])
+    low, high = float(row[table + j]), float(row[table + j + 1])
     return low + (x - j) * (high - low)
 
 
@@ -34,7 +37,7 @@ def variance(deviation2: torch.Tensor, share: torch.Tensor, read_at: float, at: 
     Parameters
     ----------
     deviation2 : torch.Tensor
-        ``d_i^2 = y_i^2 |v_i - o|^2`` (target output) or ``y_i^2`` (denominator), float64 ``[m]``.
+        ``d_i^2 = |x_i|^2`` of a part's vectors (`vattn_kernels.reference.estimate.Part`), float64 ``[m]``.
     share : torch.Tensor
         Scores ``a_i``, float64 ``[m]``.
     read_at, at : float
@@ -52,20 +55,33 @@ def degrees_of_freedom(deviation2: torch.Tensor, share: torch.Tensor, scale: flo
     return math.inf if spread == 0 else 2 * float(terms.sum()) ** 2 / spread
 
 
-def least_scale(deviation2: torch.Tensor, share: torch.Tensor, scale: float, aim: float) -> float:
-    """Least ``c >= scale`` with ``sqrt(V(c)) <= aim``, by bisection; V falls in c."""
-    if variance(deviation2, share, scale, scale) <= aim**2:
+def least_scale(deviations2: list[torch.Tensor], share: torch.Tensor, scale: float, aim: float) -> float:
+    """Least ``c >= scale`` with ``sum over parts of sqrt(V(c)) <= aim``, by bisection; V falls in c.
+
+    With two parts this is the best split of the paper's Theorem 4.3: the budget ``max(c_N(eps1), c_D(eps2))`` under
+    ``eps1 + eps2 <= aim`` is least where both are equal, hence at the least c whose two half-widths add up to aim.
+    """
+
+    def width(c: float) -> float:
+        return sum(math.sqrt(max(0.0, variance(deviation2, share, scale, c))) for deviation2 in deviations2)
+
+    if width(scale) <= aim:
         return scale
     low, high = scale, 2 * scale
-    while variance(deviation2, share, scale, high) > aim**2 and high < 1e29:
+    while width(high) > aim and high < 1e29:
         high *= 2
     for _ in range(60):
         middle = 0.5 * (low + high)
-        low, high = (low, middle) if variance(deviation2, share, scale, middle) <= aim**2 else (middle, high)
+        low, high = (low, middle) if width(middle) <= aim else (middle, high)
     return high
 
 
 def sample_size(sigma: float, tau: float, z: float, population: int) -> float:
-    """Paper's budget ``(z N sigma / tau)^2`` (Lemma 4.1) with the finite-population correction."""
+    """Paper's budget ``(z N sigma / tau)^2`` (Lemma 4.1) with the finite-population correction.
+
+    For target ``sdpa`` the best split of Theorem 4.3 gives ``z sigma / tau = 2 (z_N sigma_N / |Nv| + z_D sigma_D / D) /
+    eps``: the budget ``max(b_N(eps1), b_D(eps2))`` is least where both are equal, and both half-widths fall like
+    ``sqrt(1/b - 1/N)``.
+    """
     infinite = (z * population * sigma / tau) ** 2 if tau > 0 else math.inf
     return float(population) if math.isinf(infinite) else population * infinite / (population + infinite)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 
-from vattn_kernels.pages import PAGE
+from vattn_kernels import pages
+from vattn_kernels import params as layout
 from vattn_kernels.reference import proportional, quest, rng, scores, signature, sketch, uniform
 from vattn_kernels.reference.estimate import Head
 
@@ -89,7 +91,7 @@ pilot_min, cap, floor, group_score
                 continue
             fixed = torch.ones(n, dtype=torch.bool)
             fixed[low:high] = False
-            heads = [Head(logits[g], values, fixed) for g in range(group)]
+            upper, upper_norm = scores.widened(logits[:, low:high]), values[low:high].norm(dim=-1)
             inner = slots[low:high]
             usable = torch.ones(total, dtype=torch.bool)
             estimated, variance = logits[:, low:high], torch.zeros(group, total, dtype=torch.float64)
@@ -98,20 +100,28 @@ pilot_min, cap, floor, group_score
                 assert codes is not None and norms is not None and valid is not None
                 assert mean is not None and steps is not None
                 usable = valid[inner] != 0
-                value_norm = sketch.norm_of(norms[inner, h, -1])
+                value_norm, upper_norm = sketch.norm_of(norms[inner, h, -1]), sketch.upper_norm(norms[inner, h, -1])
                 if selector == "quest":
-                    bounds = codes[inner // PAGE, h]
+                    bounds = codes[inner // pages.PAGE, h]
                     estimated = quest.logits(queries, bounds, mean[h], steps[h], sm_scale)
+                    upper = pages.upper_bound(queries, bounds.double(), sm_scale)
                 else:
                     assert query_basis is not None and fields is not None
                     side = (codes[inner, h], norms[inner, h], mean[h])
                     if selector == "sketch":
                         tables = (query_basis[h], steps[h], fields[h])
                         estimated, variance = sketch.logits(queries, *side, *tables, sm_scale)
+                        upper = sketch.upper_logits(queries, *side, *tables, sm_scale)
                     else:
                         tables = (query_basis[rows], steps[h], fields)
                         estimated = signature.logits(queries, *side, *tables, selector == "sign", sm_scale)
-            if target != "output" or sampler == "uniform":
+                        upper = torch.full_like(upper, math.inf)
+                upper = torch.where(usable, scores.widened(upper), math.inf)
+            provable = float(params[layout.LOG]) > 0
+            heads = [
+                Head(logits[g], values, fixed, *((upper[g], upper_norm) if provable else ())) for g in range(group)
+            ]
+            if target == "denominator" or sampler == "uniform":
                 value_norm = torch.ones_like(value_norm)
             share = scores.shares(estimated, variance, logits[:, fixed], value_norm, usable, group_score)
             key = rng.stream_key(seed, layer_id, h, n)

@@ -7,6 +7,14 @@ from dataclasses import dataclass
 import torch
 
 LEAST_UNIT = 1e-15
+# Errors that a target bounds, each relative to its own norm, and the factor of their sum.
+PARTS = {
+    "output": ("output",),
+    "denominator": ("denominator",),
+    "numerator": ("numerator",),
+    "sdpa": ("numerator", "denominator"),
+}
+FACTOR = {"output": 1.0, "denominator": 1.0, "numerator": 1.0, "sdpa": 2.0}
 
 
 @dataclass
@@ -21,11 +29,39 @@ class Head:
         float64 ``[n, head_dim]``.
     fixed : torch.Tensor
         bool ``[n]``, sink and window.
+    upper : torch.Tensor, optional
+        float64 ``[N]`` provable upper bounds on the range's logits; bound ``bernstein`` only.
+    upper_norm : torch.Tensor, optional
+        float64 ``[N]`` provable upper bounds on ``|v|`` of the range; bound ``bernstein`` only.
     """
 
     logits: torch.Tensor
     values: torch.Tensor
     fixed: torch.Tensor
+    upper: torch.Tensor | None = None
+    upper_norm: torch.Tensor | None = None
+
+
+@dataclass
+class Part:
+    """An error that is bounded.
+
+    Attributes
+    ----------
+    vectors : torch.Tensor
+        ``y_i`` (denominator), ``y_i v_i`` (numerator) or ``y_i (v_i - o)`` (output) of the tokens read, float64
+        ``[m, dim]``; ``dim`` is 1 for the denominator.
+    unit : float
+        ``D`` or ``D |o| = |Nv|``: what epsilon is relative to.
+    """
+
+    vectors: torch.Tensor
+    unit: float
+
+    @property
+    def relative2(self) -> torch.Tensor:
+        """``d_i^2 / unit^2``, float64 ``[m]``."""
+        return self.vectors.square().sum(-1) / self.unit**2
 
 
 @dataclass
@@ -36,25 +72,35 @@ class Estimate:
     ----------
     out : torch.Tensor
         float64 ``[head_dim]``.
-    mass : torch.Tensor
-        ``y_i = exp(l_i - m)`` of the tokens read, float64 ``[m]``.
-    deviation2 : torch.Tensor
-        ``d_i^2`` of the tokens read, float64 ``[m]``.
-    unit : float
-        ``D |o|`` or ``D``: what epsilon is relative to.
+    parts : dict of str to Part
+        Errors that are bounded, by name.
+    maximum : float
+        ``m`` of ``y_i = exp(l_i - m)``.
     residual : float
         Share of the mass that does not come from the fixed set.
     """
 
     out: torch.Tensor
-    mass: torch.Tensor
-    deviation2: torch.Tensor
-    unit: float
+    parts: dict[str, Part]
+    maximum: float
     residual: float
 
 
-def estimate(head: Head, read: torch.Tensor, weight: torch.Tensor, target: str) -> Estimate:
-    """``D = sum_F w + sum_S weight y`` and likewise ``Nv``; then ``d_i^2`` around their ratio.
+def parts_of(target: str, bernstein: bool) -> tuple[str, ...]:
+    """Names of the parts; ``bernstein`` needs the denominator beside the output (`vattn_kernels.reference.bernstein`).
+
+    Parameters
+    ----------
+    target : {"output", "denominator", "numerator", "sdpa"}
+        What the bound is about.
+    bernstein : bool
+        Whether the bound is ``bernstein``.
+    """
+    return (*PARTS[target], "denominator") if bernstein and target == "output" else PARTS[target]
+
+
+def estimate(head: Head, read: torch.Tensor, weight: torch.Tensor, target: str, bernstein: bool = False) -> Estimate:
+    """``D = sum_F w + sum_S weight y`` and likewise ``Nv``; then the residuals of every part around them.
 
     Parameters
     ----------
@@ -64,16 +110,23 @@ def estimate(head: Head, read: torch.Tensor, weight: torch.Tensor, target: str) 
         int64 ``[m]`` positions read outside the fixed set.
     weight : torch.Tensor
         float64 ``[m]`` inverse inclusion probabilities.
-    target : {"output", "denominator"}
+    target : {"output", "denominator", "numerator", "sdpa"}
         What the bound is about.
+    bernstein : bool
+        Whether the bound is ``bernstein``.
     """
     everything = torch.cat([head.logits[head.fixed], head.logits[read]])
     m = everything.max()
     fixed = (head.logits[head.fixed] - m).exp()
     mass = (head.logits[read] - m).exp()
+    values = head.values[read]
     denominator = fixed.sum() + (weight * mass).sum()
-    numerator = fixed @ head.values[head.fixed] + (weight * mass) @ head.values[read]
+    numerator = fixed @ head.values[head.fixed] + (weight * mass) @ values
     out = numerator / denominator
-    gap = (head.values[read] - out).square().sum(-1) if target == "output" else torch.ones_like(mass)
-    unit = max(float(denominator * (out.norm() if target == "output" else 1.0)), LEAST_UNIT)
-    return Estimate(out, mass, mass.square() * gap, unit, 1 - float(fixed.sum() / denominator))
+    units = {"output": denominator * out.norm(), "denominator": denominator, "numerator": numerator.norm()}
+    gaps = {"output": values - out, "denominator": torch.ones_like(mass)[:, None], "numerator": values}
+    parts = {
+        name: Part(mass[:, None] * gaps[name], max(float(units[name]), LEAST_UNIT))
+        for name in parts_of(target, bernstein)
+    }
+    return Estimate(out, parts, float(m), 1 - float(fixed.sum() / denominator))

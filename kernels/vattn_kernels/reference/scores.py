@@ -8,6 +8,13 @@ from vattn_kernels.reference import rng
 
 TINY = 1e-30
 MAX_EXPONENT = 60.0
+# Rounding of a float32 logit against the exact one; an upper bound must lie above it.
+MARGIN = 1e-4
+
+
+def widened(upper: torch.Tensor) -> torch.Tensor:
+    """Upper bounds on logits, raised by ``MARGIN (1 + |upper|)`` for rounding."""
+    return upper + MARGIN * (1 + upper.abs())
 
 
 def shares(

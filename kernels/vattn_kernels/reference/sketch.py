@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from vattn_kernels.sketch import NORM_STEPS_PER_OCTAVE, NORM_ZERO
+
+# With room for the rounding of the byte's own logarithm in float32.
+HALF_STEP = 0.501
+LAST_LEVEL = 255
 
 
 def encode(
@@ -47,6 +53,42 @@ def level(norm: torch.Tensor) -> torch.Tensor:
 def norm_of(level: torch.Tensor) -> torch.Tensor:
     """Norm that a byte stands for, float64."""
     return torch.exp2((level.double() - NORM_ZERO) / NORM_STEPS_PER_OCTAVE)
+
+
+def upper_norm(level: torch.Tensor) -> torch.Tensor:
+    """Largest norm that rounds to a byte, float64: half a step above `norm_of`, and infinite at the last byte."""
+    above = torch.exp2((level.double() + HALF_STEP - NORM_ZERO) / NORM_STEPS_PER_OCTAVE)
+    return torch.where(level == LAST_LEVEL, math.inf, above)
+
+
+def upper_logits(
+    q: torch.Tensor,
+    codes: torch.Tensor,
+    norms: torch.Tensor,
+    mean: torch.Tensor,
+    query_basis: torch.Tensor,
+    steps: torch.Tensor,
+    fields: torch.Tensor,
+    sm_scale: float,
+) -> torch.Tensor:
+    """Provable upper bound on the logits, whatever the keys are.
+
+    ``q . k = q . mean + t . z`` with ``t = L^-1 q``, and the code gives ``zhat``; by Cauchy-Schwarz
+    ``t . z <= t . zhat + |t| |z - zhat|``, and the norm byte bounds the last factor (`upper_norm`).
+
+    Parameters
+    ----------
+    q, codes, norms, mean, query_basis, steps, fields, sm_scale
+        As in `logits`.
+
+    Returns
+    -------
+    torch.Tensor
+        float64 ``[group, n]``.
+    """
+    estimate, _ = logits(q, codes, norms, mean, query_basis, steps, fields, sm_scale)
+    length = sm_scale * (q @ query_basis.double()).norm(dim=-1)
+    return estimate + length[:, None] * upper_norm(norms[:, 0])
 
 
 def logits(

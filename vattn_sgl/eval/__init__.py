@@ -1,0 +1,1 @@
+"""Studies of the estimator: what it promises and what it delivers."""
