@@ -1,0 +1,1 @@
+"""Evaluation: fidelity on a real model's attention, and the statistical proof."""
