@@ -201,3 +201,30 @@ def capture(model: Any, tokens: Sequence[int], positions: Sequence[int]) -> Capt
     with attention(model, attend):
         hidden = forward(model, ids)
     return Captured(ids, keys, values, queries, at, log_probs(model, hidden[at]))
+
+
+@torch.inference_mode()
+def continue_densely(model: Any, prompts: Sequence[Sequence[int]], count: int) -> list[list[int]]:
+    """Greedy continuations by the model's own attention, past any end token.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        From `load_model`.
+    prompts : sequence of sequence of int
+        Prompts of one length.
+    count : int
+        Tokens to add to each.
+
+    Returns
+    -------
+    list of list of int
+        Prompts with their continuations.
+    """
+    tokens = torch.tensor(prompts)
+    read, cache = tokens, None
+    for _ in range(count):
+        step = model(input_ids=read, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        read, cache = step.logits[:, -1].argmax(-1, keepdim=True), step.past_key_values
+        tokens = torch.cat([tokens, read], 1)
+    return [[int(t) for t in row] for row in tokens]

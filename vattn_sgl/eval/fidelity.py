@@ -60,6 +60,9 @@ class Plan:
         Every so many positions are decoded through the whole model.
     agreement_positions : int
         Further positions per piece, all over it, decoded through the whole model at the product's default.
+    prompts, prompt_tokens, continuation : int
+        Prompts whose greedy dense continuations are decoded again by the product's default, their length, and how many
+        tokens each is continued by.
     inefficiency_positions : int
         Queries per piece and context.
     seed : int
@@ -79,6 +82,9 @@ class Plan:
     sweep_positions: int = 24
     forced_share: int = 8
     agreement_positions: int = 1024
+    prompts: int = 4
+    prompt_tokens: int = 4096
+    continuation: int = 512
     inefficiency_positions: int = 4
     seed: int = 0
     text: str = texts.EVALUATION
@@ -90,7 +96,8 @@ class Plan:
 
 
 QUICK = Plan((2048,), 1, 12, (0.05, 0.2), densities=(0.1,), sweep_context=2048, sweep_pieces=1, sweep_positions=4,
-             forced_share=2, agreement_positions=8, inefficiency_positions=1)  # fmt: skip
+             forced_share=2, agreement_positions=8, prompts=1, prompt_tokens=2048,
+             continuation=8, inefficiency_positions=1)  # fmt: skip
 
 
 @dataclass
@@ -152,6 +159,12 @@ class Cell:
             "dense_perplexity": math.exp(float(dense.nanmean())),
         }
 
+    def next_tokens(self) -> dict[str, Any]:
+        """Figures of positions that were only decoded through the whole model."""
+        kl, agreement = self.divergence()
+        about = {"selector": self.adapter.name, "bits": self.adapter.bits, "epsilon": self.method.epsilon}
+        return about | {"kl": kl, "agreement": agreement} | self.decoded()
+
 
 class Fidelity:
     """Measures a model by a plan.
@@ -196,7 +209,33 @@ class Fidelity:
             self._piece(piece, tokens[piece * plan.longest : (piece + 1) * plan.longest])
             result = self._result(piece + 1, time.monotonic() - began)
             self.keep(result)
-        return result
+        self.step("dense's own tokens")
+        return result | {"continued": self.continued(tokens)}
+
+    def continued(self, tokens: list[int]) -> dict[str, Any]:
+        """Next tokens of the product's default, forced on dense's greedy continuations of pieces of a text.
+
+        Parameters
+        ----------
+        tokens : list of int
+            The text; the prompts are spread over it.
+        """
+        plan = self.plan
+        last = len(tokens) - plan.prompt_tokens
+        starts = [last * i // max(1, plan.prompts - 1) for i in range(plan.prompts)]
+        prompts = [tokens[start : start + plan.prompt_tokens] for start in starts]
+        cell = Cell(methods.Method(), self._default_adapter(), plan.prompt_tokens, Tally(self.geometry, 1.0))
+        positions = range(plan.prompt_tokens, plan.prompt_tokens + plan.continuation - 1)
+        for index, text in enumerate(capture.continue_densely(self.model, prompts, plan.continuation)):
+            captured = capture.capture(self.model, text, positions)
+            cell.adapter.attach(captured)
+            attention = Attention(captured, self.geometry, plan.seed + index)
+            for some in torch.arange(len(positions)).split(BATCH):
+                cell.forced.append(self._forced(attention, cell, some))
+        return cell.next_tokens()
+
+    def _default_adapter(self) -> Adapter:
+        return next(a for a in self.adapters if (a.name, a.bits) == DEFAULT_SELECTOR)
 
     def _make_cells(self) -> None:
         plan = self.plan
@@ -208,8 +247,7 @@ class Fidelity:
                     continue
                 for sampler, target in (("proportional", "denominator"), ("uniform", "output")):
                     self._cell(self.cells, certified(sampler, target, 0.05, plan.delta), adapter, context)
-        default = next(a for a in self.adapters if (a.name, a.bits) == DEFAULT_SELECTOR)
-        self._cell(self.agreement, methods.Method(), default, plan.longest)
+        self._cell(self.agreement, methods.Method(), self._default_adapter(), plan.longest)
         oracle = next(a for a in self.adapters if a.name == "oracle")
         for epsilon in PUBLISHED_EPSILONS:
             method = replace(certified("uniform", "denominator", epsilon, 0.05, **PUBLISHED_SETTINGS), bound="clt")
@@ -323,16 +361,7 @@ class Fidelity:
                 }
                 for (index, context), found in self.inefficiencies.items()
             ],
-            "agreement": [
-                {
-                    "selector": c.adapter.name,
-                    "bits": c.adapter.bits,
-                    "epsilon": c.method.epsilon,
-                    **dict(zip(("kl", "agreement"), c.divergence(), strict=True)),
-                    **c.decoded(),
-                }
-                for c in self.agreement
-            ],
+            "agreement": [c.next_tokens() for c in self.agreement],
             "layer_density": self._layer_density(),
             "left_out": selectors.missing(),
             "plan": self.plan.__dict__ | {"pieces": pieces, "calibration": [texts.CALIBRATION, texts.CALIBRATION_MORE]},
@@ -403,7 +432,7 @@ def check(path: Path, plan: Plan) -> None:
 def steps(plan: Plan) -> int:
     """How often `Fidelity.run` calls ``step``."""
     sweeps = min(plan.pieces, plan.sweep_pieces) * len(plan.densities) if plan.sweep_context in plan.contexts else 0
-    return 2 + plan.pieces * (2 + 3 * len(plan.contexts)) + sweeps
+    return 3 + plan.pieces * (2 + 3 * len(plan.contexts)) + sweeps
 
 
 def machine() -> str:

@@ -101,7 +101,7 @@ def markdown(result: dict[str, Any], name: str) -> str:
         lines += [f"![error against density]({name}-density.png)", "", *_sweep_table(parts["sweep"], result)]
     lines += ["", "## The published table", "", *_published_table(parts["published"])]
     if result["agreement"]:
-        lines += ["", "## Next tokens", "", *_agreement_table(result["agreement"])]
+        lines += ["", "## Next tokens", "", *_agreement_table(result)]
     if result["layer_density"]:
         shares = ", ".join(f"{x:.3f}" for x in result["layer_density"])
         lines += ["", "## Density by layer", "", f"At the default, {plan['contexts'][-1]} tokens: {shares}."]
@@ -147,7 +147,8 @@ def _sweep_table(pairs: list[tuple[Row, Row]], result: dict[str, Any]) -> list[s
         head,
         [
             [
-                f"{asked:.0%}", r["sampler"], label(r), r["target"] or "-", f"{r['epsilon'] or 0:.3g}",
+                f"{asked:.0%}", r["sampler"], label(r), r["target"] or "-",
+                f"{r['epsilon']:.3g}" if r["target"] else "-",
                 f"{r['density']:.4f}", f"{r['mean_error']:.4f}", f"{r['p95_error']:.4f}", f"{r['kl']:.5f}",
                 f"{r['agreement']:.2%}", f"{d['perplexity']:.3f}",
             ]
@@ -171,15 +172,22 @@ def _published_table(pairs: list[tuple[Row, Row]]) -> list[str]:
     return [text, "", *_table(head, rows)]
 
 
-def _agreement_table(entries: list[Row]) -> list[str]:
-    text = "The product's default selector at positions all over the texts, from 1,536 tokens on, offline as above."
-    head = ["selector", "epsilon", "positions", "density", "agreement", "KL", "perplexity / dense"]
+def _agreement_table(result: dict[str, Any]) -> list[str]:
+    plan = result["plan"]
+    text = "The product's default, offline as above, at positions all over the text from 1,536 tokens on"
+    forced = [("the text", e) for e in result["agreement"]]
+    if result.get("continued"):
+        forced.append(("dense's tokens", result["continued"]))
+        text += (
+            f", and along dense's greedy continuations of {plan['prompts']} prompts of {plan['prompt_tokens']} tokens"
+        )
+    head = ["forced on", "selector", "epsilon", "positions", "density", "agreement", "KL", "perplexity / dense"]
     rows = [
-        [label(e), f"{e['epsilon']:g}", str(e["positions"]), f"{e['decoded_density']:.3f}", f"{e['agreement']:.2%}",
-         f"{e['kl']:.5f}", f"{e['perplexity']:.3f} / {e['dense_perplexity']:.3f}"]
-        for e in entries
+        [what, label(e), f"{e['epsilon']:g}", str(e["positions"]), f"{e['decoded_density']:.3f}",
+         f"{e['agreement']:.2%}", f"{e['kl']:.5f}", f"{e['perplexity']:.3f} / {e['dense_perplexity']:.3f}"]
+        for what, e in forced
     ]  # fmt: skip
-    return [text, "", *_table(head, rows)]
+    return [text + ".", "", *_table(head, rows)]
 
 
 def _server_table(server: list[Row]) -> list[str]:

@@ -49,6 +49,12 @@ def _fail(layer, q, k, v):
     raise RuntimeError("on purpose")
 
 
+def test_continuations_are_the_models_own(small):
+    prompts = [small.tokens[:50], small.tokens[50:100]]
+    own = small.model.generate(torch.tensor(prompts), max_new_tokens=5, do_sample=False, eos_token_id=None)
+    assert capture.continue_densely(small.model, prompts, 5) == own.tolist()
+
+
 @pytest.mark.parametrize("positions", [[], [-1], [400]])
 def test_positions_outside_the_text_are_refused(small, positions):
     with pytest.raises(ValueError, match="positions"):

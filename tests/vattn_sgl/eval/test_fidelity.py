@@ -50,7 +50,8 @@ SCHEMA = {
     },
 }
 PLAN = Plan((256, 384), 1, 6, (0.05, 0.2), densities=(0.2, 0.4), sweep_context=384, sweep_pieces=1, sweep_positions=3,
-            forced_share=2, agreement_positions=4, inefficiency_positions=1)  # fmt: skip
+            forced_share=2, agreement_positions=4, prompts=2, prompt_tokens=200, continuation=6,
+            inefficiency_positions=1)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +95,14 @@ def test_a_smaller_epsilon_reads_more_and_errs_less(result):
     tight, loose = (next(r for r in rows if r["epsilon"] == e and r["sampler"] == "proportional") for e in (0.05, 0.2))
     assert tight["density"] > loose["density"]
     assert tight["mean_error"] < loose["mean_error"]
+
+
+def test_next_tokens_are_forced_on_the_text_and_on_denses_own(result):
+    assert result["agreement"][0]["positions"] == PLAN.agreement_positions
+    assert result["continued"]["positions"] == 2 * (PLAN.continuation - 1)
+    assert 0.5 < result["continued"]["agreement"] <= 1
+    # Dense's own continuation is its most likely one.
+    assert result["continued"]["dense_perplexity"] < result["agreement"][0]["dense_perplexity"]
 
 
 def test_page_and_plots_are_written(result, tmp_path):
