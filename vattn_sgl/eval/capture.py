@@ -204,27 +204,45 @@ def capture(model: Any, tokens: Sequence[int], positions: Sequence[int]) -> Capt
 
 
 @torch.inference_mode()
-def continue_densely(model: Any, prompts: Sequence[Sequence[int]], count: int) -> list[list[int]]:
-    """Greedy continuations by the model's own attention, past any end token.
+def continue_densely(model: Any, prompt: Sequence[int], count: int) -> Captured:
+    """Continue a prompt greedily by dense attention, past any end token, and keep what `capture` keeps.
 
     Parameters
     ----------
     model : transformers.PreTrainedModel
         From `load_model`.
-    prompts : sequence of sequence of int
-        Prompts of one length.
+    prompt : sequence of int
+        The prompt.
     count : int
-        Tokens to add to each.
+        Tokens to add, at least 2.
 
     Returns
     -------
-    list of list of int
-        Prompts with their continuations.
+    Captured
+        ``tokens`` are the prompt and its continuation but for the last token; ``positions`` are those of the
+        continuation's tokens.
     """
-    tokens = torch.tensor(prompts)
-    read, cache = tokens, None
-    for _ in range(count):
-        step = model(input_ids=read, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        read, cache = step.logits[:, -1].argmax(-1, keepdim=True), step.past_key_values
-        tokens = torch.cat([tokens, read], 1)
-    return [[int(t) for t in row] for row in tokens]
+    g, first, total = geometry(model), len(prompt), len(prompt) + count - 1
+    keys = torch.zeros(g.num_layers, total + count - 1, g.num_kv_heads, g.head_dim)
+    values = torch.zeros_like(keys)
+    queries = torch.empty(g.num_layers, count - 1, g.num_qo_heads, g.head_dim)
+    tokens, found = torch.empty(total, dtype=torch.int64), []
+    tokens[:first] = torch.tensor(prompt)
+    begin = 0
+
+    def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        end = begin + k.shape[0]
+        keys[layer, begin:end], values[layer, begin:end] = k, v
+        if begin == 0:
+            return dense(q, k, v)
+        queries[layer, begin - first] = q[0]
+        q, k, v = (x.transpose(0, 1)[None] for x in (q, keys[layer, :end], values[layer, :end]))
+        return functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)[0].transpose(0, 1)
+
+    with attention(model, attend):
+        following = log_probs(model, forward(model, tokens[:first])[-1:]).argmax(-1)
+        for begin in range(first, total):
+            tokens[begin] = following
+            found.append(log_probs(model, forward(model, following, torch.tensor([begin]))))
+            following = found[-1].argmax(-1)
+    return Captured(tokens, keys, values, queries, torch.arange(first, total), torch.cat(found))

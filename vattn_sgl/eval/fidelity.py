@@ -223,14 +223,13 @@ class Fidelity:
         plan = self.plan
         last = len(tokens) - plan.prompt_tokens
         starts = [last * i // max(1, plan.prompts - 1) for i in range(plan.prompts)]
-        prompts = [tokens[start : start + plan.prompt_tokens] for start in starts]
         cell = Cell(methods.Method(), self._default_adapter(), plan.prompt_tokens, Tally(self.geometry, 1.0))
-        positions = range(plan.prompt_tokens, plan.prompt_tokens + plan.continuation - 1)
-        for index, text in enumerate(capture.continue_densely(self.model, prompts, plan.continuation)):
-            captured = capture.capture(self.model, text, positions)
+        for index, start in enumerate(starts):
+            prompt = tokens[start : start + plan.prompt_tokens]
+            captured = capture.continue_densely(self.model, prompt, plan.continuation)
             cell.adapter.attach(captured)
             attention = Attention(captured, self.geometry, plan.seed + index)
-            for some in torch.arange(len(positions)).split(BATCH):
+            for some in torch.arange(captured.positions.numel()).split(BATCH):
                 cell.forced.append(self._forced(attention, cell, some))
         return cell.next_tokens()
 

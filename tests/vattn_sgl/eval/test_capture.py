@@ -49,10 +49,15 @@ def _fail(layer, q, k, v):
     raise RuntimeError("on purpose")
 
 
-def test_continuations_are_the_models_own(small):
-    prompts = [small.tokens[:50], small.tokens[50:100]]
-    own = small.model.generate(torch.tensor(prompts), max_new_tokens=5, do_sample=False, eos_token_id=None)
-    assert capture.continue_densely(small.model, prompts, 5) == own.tolist()
+def test_continuations_are_the_models_own_and_captured(small):
+    prompt = small.tokens[:50]
+    own = small.model.generate(torch.tensor([prompt]), max_new_tokens=6, do_sample=False, eos_token_id=None)
+    continued = capture.continue_densely(small.model, prompt, 6)
+    assert continued.tokens.tolist() == own[0, :-1].tolist()
+    again = capture.capture(small.model, continued.tokens.tolist(), range(50, 55))
+    for name in ("k", "v", "q", "log_probs"):
+        torch.testing.assert_close(getattr(continued, name), getattr(again, name), atol=1e-4, rtol=1e-4)
+    assert torch.equal(continued.positions, again.positions)
 
 
 @pytest.mark.parametrize("positions", [[], [-1], [400]])
