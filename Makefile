@@ -6,6 +6,7 @@ REQUIREMENTS := requirements/cpu.txt
 TORCH := torch==2.13.0
 STAMP := $(VENV)/ready
 DEMO_ARGS ?=
+FIDELITY_ARGS ?=
 PROVE_ARGS ?=
 PYTEST_ARGS ?=
 SGLANG_VERSIONS ?= 0.5.17 0.5.23
@@ -13,7 +14,7 @@ LOAD_HOST ?= http://127.0.0.1:30000
 APT = DEBIAN_FRONTEND=noninteractive apt-get -q -y
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-sglang-versions prove bench loadtest lint format env model tools clean
+.PHONY: help demo test test-fast test-sglang-versions prove bench fidelity loadtest lint format env model tools clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-22s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,6 +39,9 @@ prove: env ## violations of delta by sampler, target, bound and population; writ
 
 bench: env ## decode speed against SGLang's torch_native, both in one run
 	@$(BIN)/python kernels/benchmarks/serve_cpu.py
+
+fidelity: env ## measure the bound on a real model's attention and write docs/fidelity.md (FIDELITY_ARGS="--quick")
+	@$(BIN)/vattn eval fidelity --out docs --server $(FIDELITY_ARGS)
 
 loadtest: env ## load a running server for a minute (LOAD_HOST=http://127.0.0.1:30000)
 	@$(BIN)/python -m locust -f loadtest/locustfile.py --headless --host $(LOAD_HOST) --users 4 --spawn-rate 2 --run-time 1m

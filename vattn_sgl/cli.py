@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -10,10 +11,19 @@ import typer
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="Decode attention with a stated error.")
 config_app = typer.Typer(no_args_is_help=True, help="Settings: show them, check a file.")
 model_app = typer.Typer(no_args_is_help=True, help="The demonstration model.")
+eval_app = typer.Typer(no_args_is_help=True, help="Measurements against dense attention.")
 app.add_typer(config_app, name="config")
 app.add_typer(model_app, name="model")
+app.add_typer(eval_app, name="eval")
 
 MISTAKE = 2
+
+
+class Text(StrEnum):
+    """Shipped texts that nothing was calibrated on."""
+
+    ALICE = "alice"
+    CONSTITUTION = "us-constitution"
 
 
 def _fail(error: Exception, status: int = 1) -> NoReturn:
@@ -101,6 +111,29 @@ def calibrate(model: Annotated[Path, typer.Argument(help="Folder of a model.")])
     try:
         calibration.run(model)
     except (ServerError, calibration.CalibrationError) as error:
+        _fail(error)
+
+
+@eval_app.command("fidelity")
+def eval_fidelity(
+    quick: Annotated[bool, typer.Option(help="A small run of about a minute.")] = False,
+    context: Annotated[list[int] | None, typer.Option(min=512, help="Tokens; may be given several times.")] = None,
+    text: Annotated[Text | None, typer.Option(help="Another shipped text to measure on.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for fidelity.md and its plots.")] = None,
+    json: Annotated[Path | None, typer.Option(help="File for every figure.")] = None,
+    server: Annotated[bool, typer.Option(help="Compare through a real server too.")] = False,
+    model: Annotated[Path | None, typer.Option(help="Folder of another model.")] = None,
+) -> None:
+    """Error, violations and divergence on a real model's queries, keys and values, against dense attention."""
+    from vattn_sgl.eval import command
+    from vattn_sgl.model import ModelError
+    from vattn_sgl.server import ServerError
+
+    if out is None and json is None:
+        _fail(ValueError("nothing would be written: pass --out DIR or --json FILE"), MISTAKE)
+    try:
+        command.run(quick, tuple(context or ()), text and text.value, out, json, server, model)
+    except (ModelError, ServerError, command.FidelityError) as error:
         _fail(error)
 
 

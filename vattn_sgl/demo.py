@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import secrets
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +12,14 @@ from rich.console import Console
 from rich.table import Table
 
 from vattn_sgl import model, texts
+from vattn_sgl.eval.served import ARGUMENTS, forced_steps, started, totals
 from vattn_sgl.server import Server
 
 PROMPT_TOKENS = 4000
 POSITIONS = 160
 SPEED_TOKENS = 64
 EPSILON_AFTER = 0.2
-WORKERS = 8
 QUESTION = "What is the capital of France?"
-ARGUMENTS = ("--dtype", "float32", "--context-length", "8192")
 console = Console(stderr=True)
 
 
@@ -67,9 +65,6 @@ def prompt_tokens(path: Path) -> list[int]:
 def agreement(server: Server, prompt: list[int], dense: list[int], positions: int) -> tuple[float, int]:
     """Share of next tokens that equal dense's, each forced on dense's text.
 
-    Position j is decoded by a request of its own whose cache holds the prompt and dense's tokens up to j: the first of
-    its two new tokens comes from prefill, which is exact, and the second from a decode step of this backend.
-
     Parameters
     ----------
     server : Server
@@ -86,24 +81,14 @@ def agreement(server: Server, prompt: list[int], dense: list[int], positions: in
     int
         Positions compared; those whose prefill differs from dense's token by rounding are left out.
     """
+    with console.status("comparing with dense") as status:
 
-    def second(j: int) -> tuple[bool, bool]:
-        tokens = server.generate(prompt + dense[:j], 2)["output_ids"]
-        return tokens[0] == dense[j], tokens[1] == dense[j + 1]
+        def answered(count: int) -> None:
+            status.update(f"comparing with dense: {count}/{positions} positions")
 
-    with ThreadPoolExecutor(WORKERS) as pool, console.status("comparing with dense") as status:
-        pairs = []
-        for pair in pool.map(second, range(positions)):
-            pairs.append(pair)
-            status.update(f"comparing with dense: {len(pairs)}/{positions} positions")
-    forced = [equal for kept, equal in pairs if kept]
-    return sum(forced) / max(1, len(forced)), len(forced)
-
-
-def totals(status: dict[str, Any]) -> tuple[float, float]:
-    """Tokens read and tokens in context over all layers, since the server's start."""
-    layers = status["ranks"][0]["layers"]
-    return sum(sum(row["read"].values()) for row in layers), sum(row["context_tokens"] for row in layers)
+        forced = forced_steps(server, prompt, dense, positions, answered)
+    equal = [step.token == dense[step.index + 1] for step in forced]
+    return sum(equal) / max(1, len(equal)), len(equal)
 
 
 def _dense_text(path: Path, prompt: list[int]) -> list[int]:
@@ -198,8 +183,7 @@ def _stay(server: Server) -> None:
 
 
 def _started(server: Server, what: str) -> Server:
-    """Start with a progress line and leave stopping to the context manager."""
-    with console.status(f"starting {what}") as status:
-        server.start(lambda seconds: status.update(f"starting {what}: {seconds:.0f} s (about 30)"))
+    """Start with a progress line and say where it answers."""
+    started(server, what)
     console.print(f"{what}: {server.url}")
     return server

@@ -153,11 +153,20 @@ class Server:
     ) -> None:
         self.stop()
 
-    def generate(self, input_ids: list[int], max_new_tokens: int) -> dict[str, Any]:
-        """Greedy continuation by ``/generate``, past any end token; SGLang's answer."""
-        answer = requests.post(
-            f"{self.url}/generate", json=_request(input_ids, max_new_tokens), timeout=REQUEST_LIMIT_S
-        )
+    def generate(self, input_ids: list[int], max_new_tokens: int, **fields: Any) -> dict[str, Any]:
+        """Greedy continuation by ``/generate``, past any end token; SGLang's answer.
+
+        Parameters
+        ----------
+        input_ids : list of int
+            The prompt.
+        max_new_tokens : int
+            Tokens to generate.
+        **fields
+            Further fields of the request, such as ``return_logprob``.
+        """
+        body = _request(input_ids, max_new_tokens) | fields
+        answer = requests.post(f"{self.url}/generate", json=body, timeout=REQUEST_LIMIT_S)
         answer.raise_for_status()
         return dict(answer.json())
 

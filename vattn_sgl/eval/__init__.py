@@ -1,1 +1,1 @@
-"""Studies of the estimator: what it promises and what it delivers."""
+"""Evaluation: fidelity on a real model's attention, and the statistical proof."""

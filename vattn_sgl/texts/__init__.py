@@ -1,11 +1,13 @@
-"""Texts that may be shipped: one to calibrate on, another of a different kind to demonstrate with."""
+"""Texts that may be shipped: to calibrate on, and of different kinds to demonstrate and to evaluate with."""
 
 from __future__ import annotations
 
 from importlib.resources import files
 
 CALIBRATION = "gpl-3"
+CALIBRATION_MORE = "gfdl-1.3"
 DEMONSTRATION = "us-constitution"
+EVALUATION = "alice"
 
 
 def load(name: str) -> str:
@@ -14,6 +16,6 @@ def load(name: str) -> str:
     Parameters
     ----------
     name : str
-        `CALIBRATION` or `DEMONSTRATION`.
+        `CALIBRATION`, `CALIBRATION_MORE`, `DEMONSTRATION` or `EVALUATION`.
     """
     return files(__name__).joinpath(f"{name}.txt").read_text(encoding="utf-8")

@@ -1,0 +1,73 @@
+"""``vattn eval fidelity`` as it is typed."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from vattn_sgl.cli import app
+from vattn_sgl.eval import command, fidelity, served
+
+RUNNER = CliRunner()
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """The plans that were run; nothing is measured."""
+    plans = []
+
+    class Fake:
+        def __init__(self, path, plan, step, keep):
+            self.keep = keep
+            plans.append(plan)
+
+        def run(self):
+            result = {"rows": []}
+            self.keep(result)
+            return result
+
+    monkeypatch.setattr(fidelity, "Fidelity", Fake)
+    monkeypatch.setattr(fidelity, "check", lambda path, plan: None)
+    monkeypatch.setattr(served, "run", lambda path, quick: [{"epsilon": 0.05}])
+    monkeypatch.setattr(command.capture, "token_ids", lambda path, *names: [0] * 10_000)
+    return plans
+
+
+def invoke(tmp_path, *arguments):
+    return RUNNER.invoke(app, ["eval", "fidelity", "--model", str(tmp_path), *arguments])
+
+
+def test_nowhere_to_write_is_a_mistake(tmp_path):
+    answer = invoke(tmp_path)
+    assert answer.exit_code == 2
+    assert "--out" in answer.output
+
+
+def test_json_holds_the_result_and_how_it_was_made(measured, tmp_path):
+    answer = invoke(tmp_path, "--quick", "--server", "--json", str(tmp_path / "made" / "f.json"))
+    assert answer.exit_code == 0, answer.output
+    read = json.loads((tmp_path / "made" / "f.json").read_text())
+    assert read["rows"] == [] and read["server"] == [{"epsilon": 0.05}]
+    assert set(read) >= {"model", "command", "date"}
+    assert measured == [fidelity.QUICK]
+
+
+def test_contexts_and_text_change_the_plan(measured, tmp_path):
+    wanted = ["--context", "4096", "--context", "1024", "--text", "us-constitution", "--json", str(tmp_path / "f.json")]
+    assert invoke(tmp_path, *wanted).exit_code == 0
+    (plan,) = measured
+    assert (plan.contexts, plan.sweep_context, plan.text, plan.pieces) == ((1024, 4096), 4096, "us-constitution", 2)
+    assert invoke(tmp_path, "--context", "8192", "--text", "us-constitution", *wanted[6:]).exit_code == 0
+    assert (measured[1].pieces, measured[1].sweep_context) == (1, 8192)
+
+
+def test_a_model_that_is_too_short_is_named(monkeypatch, tmp_path):
+    def refuse(path, plan):
+        raise ValueError("context 8192 is longer than the model's 2048 positions")
+
+    monkeypatch.setattr(fidelity, "check", refuse)
+    answer = invoke(tmp_path, "--json", str(tmp_path / "f.json"))
+    assert answer.exit_code == 1
+    assert "2048 positions" in answer.output

@@ -1,0 +1,142 @@
+"""The whole run on a small model: every row is there, whole, and written as the issue asks."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import jsonschema
+import pytest
+
+from vattn_kernels import ops, quantiles
+from vattn_sgl.eval import capture, fidelity, report
+from vattn_sgl.eval.fidelity import Fidelity, Plan
+
+NUMBER, RATE = {"type": "number"}, {"type": "number", "minimum": 0, "maximum": 1}
+SCHEMA = {
+    "type": "object",
+    "required": ["rows"],
+    "properties": {
+        "rows": {
+            "type": "array",
+            "minItems": 1,
+            "items": {
+                "type": "object",
+                "additionalProperties": False,
+                "required": list(report.ROW_KEYS),
+                "properties": {
+                    "sampler": {"enum": ["proportional", "uniform", "window", "random", "top_k"]},
+                    "selector": {"enum": [*ops.SELECTORS, None]},
+                    "target": {"enum": [*ops.TARGETS, None]},
+                    "bound": {"enum": [*quantiles.BOUNDS, None]},
+                    "epsilon": {"type": ["number", "null"]},
+                    "delta": {"type": ["number", "null"]},
+                    "context": {"type": "integer"},
+                    "head_steps": {"type": "integer", "minimum": 1},
+                    "bits": {"type": ["integer", "null"]},
+                    "density": RATE,
+                    "violation_rate": RATE,
+                    "binding_violation_rate": RATE,
+                    "heads_over_delta": {"type": "integer", "minimum": 0},
+                    "mean_error": NUMBER,
+                    "p95_error": NUMBER,
+                    "kl": NUMBER,
+                    "agreement": RATE,
+                },
+            },
+        }
+    },
+}
+PLAN = Plan((256, 384), 1, 6, (0.05, 0.2), densities=(0.2, 0.4), sweep_context=384, sweep_pieces=1, sweep_positions=3,
+            forced_share=2, agreement_positions=4, prompts=2, prompt_tokens=200, continuation=6,
+            inefficiency_positions=1)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def result(small):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(capture, "load_model", lambda path: small.model)
+        patch.setattr(capture, "token_ids", lambda path, *names: small.tokens)
+        steps, kept = [], []
+        found = Fidelity(Path("small"), PLAN, steps.append, kept.append).run()
+    assert [k["rows"] for k in kept] == [found["rows"]]
+    assert len(steps) == fidelity.steps(PLAN)
+    return found | {"model": "small", "command": "vattn eval fidelity", "date": "2026-01-01"}
+
+
+def test_rows_are_complete_and_follow_the_schema(result, tmp_path):
+    report.write_json(result, tmp_path / "f.json")
+    read = json.loads((tmp_path / "f.json").read_text())
+    jsonschema.validate(read, SCHEMA)
+    main = {(r["selector"], r["bits"], r["context"], r["epsilon"]) for r in read["rows"] if r["target"] == "output"}
+    for selector, bits in (("oracle", 0), ("sketch", 64), ("sketch", 128)):
+        for context in PLAN.contexts:
+            assert {(selector, bits, context, e) for e in PLAN.epsilons} <= main
+    assert read["rows"][0]["head_steps"] == 2 * 6 * PLAN.positions
+    assert all(math.isfinite(r["kl"]) and r["kl"] > -1e-12 for r in read["rows"])
+
+
+def test_every_method_is_compared_at_every_density(result):
+    sweep = [r for r, _ in report.groups(result)["sweep"]]
+    coded, targets = len({(r["selector"], r["bits"]) for r in sweep if r["sampler"] == "top_k"}), len(ops.TARGETS)
+    assert coded >= 3
+    samplers = ["window", "random"] + coded * (["top_k"] + targets * ["proportional", "uniform"])
+    for density in PLAN.densities:
+        rows = [r for r, asked in zip(sweep, result["sweep_density"], strict=True) if asked == density]
+        assert sorted(r["sampler"] for r in rows) == sorted(samplers)
+        fixed = [r["density"] for r in rows if r["sampler"] in ("window", "random", "top_k")]
+        assert fixed == pytest.approx([density] * len(fixed), abs=0.01)
+
+
+def test_a_smaller_epsilon_reads_more_and_errs_less(result):
+    rows = [r for r, _ in report.groups(result)["main"] if (r["context"], r["bits"]) == (384, 64)]
+    tight, loose = (next(r for r in rows if r["epsilon"] == e and r["sampler"] == "proportional") for e in (0.05, 0.2))
+    assert tight["density"] > loose["density"]
+    assert tight["mean_error"] < loose["mean_error"]
+
+
+def test_next_tokens_are_forced_on_the_text_and_on_denses_own(result):
+    assert result["agreement"][0]["positions"] == PLAN.agreement_positions
+    assert result["continued"]["positions"] == 2 * (PLAN.continuation - 1)
+    assert 0.5 < result["continued"]["agreement"] <= 1
+    # Dense's own continuation is its most likely one.
+    assert result["continued"]["dense_perplexity"] < result["agreement"][0]["dense_perplexity"]
+
+
+def test_page_and_plots_are_written(result, tmp_path):
+    server = [{"epsilon": 0.05, "positions": 3, "density": 0.1, "agreement": 1.0, "kl": 0.0, "perplexity": 2.0,
+               "dense_perplexity": 2.0}]  # fmt: skip
+    files = report.write(result | {"server": server}, tmp_path)
+    assert [f.name for f in files] == ["fidelity.md", "fidelity-violations.png", "fidelity-density.png"]
+    text = files[0].read_text()
+    for what in ("vattn eval fidelity", "2026-01-01", "seed 0", "0.054", "Through the server", "Binomial".lower()):
+        assert what in text
+    for file in files[1:]:
+        assert file.name in text
+        assert 5_000 < file.stat().st_size < 150_000
+
+
+def test_positions_end_at_the_context():
+    positions = fidelity.spread(4096, 128)
+    assert len(set(positions)) == 128
+    assert positions[-1] == 4095
+    assert positions[0] >= 4096 - 4096 // fidelity.TAIL
+
+
+@pytest.mark.parametrize("density", [0.01, 0.02, 0.05, 0.2])
+def test_sink_and_window_leave_room(density):
+    fixed, pilot = fidelity.small_settings(density, 4096)
+    assert fixed["sink"] + fixed["window"] <= max(3, density * 4096 / 2)
+    assert pilot["pilot"] * 4096 + fixed["sink"] + fixed["window"] < density * 4096
+
+
+def test_texts_too_short_for_a_plan_are_refused(small, monkeypatch, tmp_path):
+    small.model.config.save_pretrained(tmp_path)
+    monkeypatch.setattr(capture, "token_ids", lambda path, *names: small.tokens)
+    fidelity.check(tmp_path, PLAN)
+    with pytest.raises(ValueError, match="800 are needed"):
+        fidelity.check(tmp_path, replace(PLAN, contexts=(400,), pieces=2))
+    with pytest.raises(ValueError, match="1024 positions"):
+        fidelity.check(tmp_path, replace(PLAN, contexts=(2048,)))

@@ -1,0 +1,97 @@
+"""What ``vattn eval fidelity`` does: run, write, say where."""
+
+from __future__ import annotations
+
+import datetime
+import shlex
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from vattn_sgl import model
+from vattn_sgl.eval import capture, fidelity, report
+
+console = Console(stderr=True)
+
+
+class FidelityError(ValueError):
+    """The run that was asked for is not possible."""
+
+
+def run(
+    quick: bool,
+    contexts: tuple[int, ...],
+    text: str | None,
+    out: Path | None,
+    json_file: Path | None,
+    server: bool,
+    path: Path | None,
+) -> None:
+    """Measure and write.
+
+    Parameters
+    ----------
+    quick : bool
+        A smaller run, about a minute.
+    contexts : tuple of int
+        Contexts in tokens; empty takes the plan's.
+    text : str, optional
+        Another shipped text than the plan's, see `vattn_sgl.texts`; as many pieces of it are used as it holds.
+    out : pathlib.Path, optional
+        Folder of the Markdown page and its plots; None writes none.
+    json_file : pathlib.Path, optional
+        Where the whole result goes.
+    server : bool
+        Also compare through a real server.
+    path : pathlib.Path, optional
+        Folder of another model.
+
+    Raises
+    ------
+    FidelityError
+        If the model or the texts are too short for a context.
+    """
+    plan = fidelity.QUICK if quick else fidelity.Plan()
+    if contexts:
+        sweep = plan.sweep_context if plan.sweep_context in contexts else min(contexts)
+        plan = replace(plan, contexts=tuple(sorted(set(contexts))), sweep_context=sweep)
+    folder = path or model.fetch()
+    if text is not None:
+        held = len(capture.token_ids(folder, text)) // plan.longest
+        plan = replace(plan, text=text, pieces=max(1, min(plan.pieces, held)))
+    try:
+        fidelity.check(folder, plan)
+    except ValueError as error:
+        raise FidelityError(str(error)) from error
+    about = {
+        "model": folder.name,
+        "command": shlex.join(["vattn", *sys.argv[1:]]),
+        "date": datetime.date.today().isoformat(),
+    }
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("fidelity", total=fidelity.steps(plan))
+
+        def step(what: str) -> None:
+            progress.update(task, advance=1, description=what)
+
+        def keep(result: dict[str, Any]) -> None:
+            result |= about
+            if json_file is not None:
+                report.write_json(result, json_file)
+
+        result = fidelity.Fidelity(folder, plan, step, keep).run()
+    if server:
+        from vattn_sgl.eval import served
+
+        result["server"] = served.run(folder, quick)
+    if json_file is not None:
+        report.write_json(result, json_file)
+        console.print(f"wrote {json_file}")
+    if out is not None:
+        for file in report.write(result, out):
+            console.print(f"wrote {file}")

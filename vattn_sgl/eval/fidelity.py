@@ -1,0 +1,444 @@
+"""``vattn eval fidelity``: the op on a real model's queries, keys and values, against float64 dense attention."""
+
+from __future__ import annotations
+
+import math
+import platform
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vattn_kernels import ops
+from vattn_sgl import texts
+from vattn_sgl.eval import capture, forced, methods, selectors
+from vattn_sgl.eval.inefficiency import inefficiency
+from vattn_sgl.eval.methods import Attention, Method, certified
+from vattn_sgl.eval.metrics import Tally
+from vattn_sgl.eval.selectors import Adapter
+
+# Positions are an even spread over the last eighth of a context.
+TAIL = 8
+LEAST_EPSILON, MOST_EPSILON = 1e-3, 4.0
+BISECTIONS = 10
+# First position of the next tokens, and how many are decoded at once.
+LEAST_AGREEMENT = 1536
+BATCH = 128
+DEFAULT_SELECTOR = (methods.DEFAULTS.selector, methods.DEFAULTS.sketch_bits)
+PUBLISHED_EPSILONS = (0.05, 0.1, 0.2)
+PUBLISHED_SETTINGS = {"sink": 128, "window": 128, "top_k": 0.025}
+Step = Callable[[str], None]
+Keep = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much is measured.
+
+    Attributes
+    ----------
+    contexts : tuple of int
+        Tokens.
+    pieces : int
+        Disjoint pieces of the evaluation text, each as long as the longest context.
+    positions : int
+        Queries per piece and context.
+    epsilons : tuple of float
+        Bounds of the main rows.
+    delta : float
+        Their probability of failure.
+    densities : tuple of float
+        Of the comparison at equal density.
+    sweep_context : int
+        Its context.
+    sweep_pieces, sweep_positions : int
+        Its pieces, and queries per piece.
+    forced_share : int
+        Every so many positions are decoded through the whole model.
+    agreement_positions : int
+        Further positions per piece, all over it, decoded through the whole model at the product's default.
+    prompts, prompt_tokens, continuation : int
+        Prompts whose greedy dense continuations are decoded again by the product's default, their length, and how many
+        tokens each is continued by.
+    inefficiency_positions : int
+        Queries per piece and context.
+    seed : int
+        Of the samples; piece i uses ``seed + i``.
+    text : str
+        Evaluation text, see `vattn_sgl.texts.load`.
+    """
+
+    contexts: tuple[int, ...] = (2048, 4096, 8192)
+    pieces: int = 2
+    positions: int = 128
+    epsilons: tuple[float, ...] = (0.02, 0.05, 0.1, 0.2)
+    delta: float = 0.05
+    densities: tuple[float, ...] = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2)
+    sweep_context: int = 4096
+    sweep_pieces: int = 2
+    sweep_positions: int = 24
+    forced_share: int = 8
+    agreement_positions: int = 1024
+    prompts: int = 4
+    prompt_tokens: int = 4096
+    continuation: int = 512
+    inefficiency_positions: int = 4
+    seed: int = 0
+    text: str = texts.EVALUATION
+
+    @property
+    def longest(self) -> int:
+        """Tokens of one piece."""
+        return max(self.contexts)
+
+
+QUICK = Plan((2048,), 1, 12, (0.05, 0.2), densities=(0.1,), sweep_context=2048, sweep_pieces=1, sweep_positions=4,
+             forced_share=2, agreement_positions=8, prompts=1, prompt_tokens=2048,
+             continuation=8, inefficiency_positions=1)  # fmt: skip
+
+
+@dataclass
+class Cell:
+    """One row in the making.
+
+    Attributes
+    ----------
+    method : Method
+        How it attends.
+    adapter : Adapter
+        Selector.
+    context : int
+        Tokens.
+    tally : Tally
+        Head-steps on captured queries.
+    forced : list of forced.Forced
+        Positions decoded through the whole model.
+    """
+
+    method: Method
+    adapter: Adapter
+    context: int
+    tally: Tally
+    forced: list[forced.Forced] = field(default_factory=list)
+
+    def row(self) -> dict[str, Any]:
+        """The row as the report gives it."""
+        m, blind = self.method, self.method.sampler in ("window", "random")
+        kl, agreement = None, None
+        if self.forced:
+            kl, agreement = self.divergence()
+        return {
+            "sampler": m.sampler,
+            "selector": None if blind else self.adapter.name,
+            "target": m.target or None,
+            "bound": m.bound or None,
+            "epsilon": m.epsilon or None,
+            "delta": m.delta or None,
+            "context": self.context,
+            "bits": None if blind else self.adapter.bits,
+            **self.tally.row(m.delta),
+            "kl": kl,
+            "agreement": agreement,
+        }
+
+    def divergence(self) -> tuple[float, float]:
+        """Mean KL to dense and share of equal next tokens."""
+        kl, agrees = (torch.cat([getattr(f, name) for f in self.forced]).double() for name in ("kl", "agrees"))
+        return float(kl.mean()), float(agrees.mean())
+
+    def decoded(self) -> dict[str, Any]:
+        """What the positions decoded through the whole model add to the row."""
+        loss, dense = (torch.cat([getattr(f, name) for f in self.forced]) for name in ("loss", "dense_loss"))
+        return {
+            "positions": loss.numel(),
+            "decoded_density": float(torch.cat([f.density for f in self.forced]).mean()),
+            "perplexity": math.exp(float(loss.nanmean())),
+            "dense_perplexity": math.exp(float(dense.nanmean())),
+        }
+
+    def next_tokens(self) -> dict[str, Any]:
+        """Figures of positions that were only decoded through the whole model."""
+        kl, agreement = self.divergence()
+        about = {"selector": self.adapter.name, "bits": self.adapter.bits, "epsilon": self.method.epsilon}
+        return about | {"kl": kl, "agreement": agreement} | self.decoded()
+
+
+class Fidelity:
+    """Measures a model by a plan.
+
+    Parameters
+    ----------
+    path : pathlib.Path
+        Folder of the model.
+    plan : Plan
+        How much.
+    step : callable
+        Told what begins; called `steps` times.
+    keep : callable
+        Given the result so far after every piece.
+    """
+
+    def __init__(
+        self, path: Path, plan: Plan, step: Step = lambda what: None, keep: Keep = lambda result: None
+    ) -> None:
+        self.path, self.plan, self.step, self.keep = path, plan, step, keep
+        self.cells: list[Cell] = []
+        self.sweep: list[tuple[float, Cell]] = []
+        self.published: list[Cell] = []
+        self.agreement: list[Cell] = []
+        self.inefficiencies: dict[tuple[int, int], list[torch.Tensor]] = {}
+
+    @torch.inference_mode()
+    def run(self) -> dict[str, Any]:
+        """Everything but the server; the report's contents."""
+        plan, began = self.plan, time.monotonic()
+        self.step("loading the model")
+        self.model = capture.load_model(self.path)
+        self.geometry = capture.geometry(self.model)
+        self.step("calibrating on another text")
+        calibration = capture.token_ids(self.path, texts.CALIBRATION, texts.CALIBRATION_MORE)[: plan.longest]
+        calibrator = selectors.Calibrator(self.model, self.geometry, calibration)
+        self.adapters = selectors.adapters(self.geometry, calibrator)
+        tokens = capture.token_ids(self.path, plan.text)
+        self._make_cells()
+        for piece in range(plan.pieces):
+            self.step(f"text {piece + 1}: capturing")
+            self._piece(piece, tokens[piece * plan.longest : (piece + 1) * plan.longest])
+            result = self._result(piece + 1, time.monotonic() - began)
+            self.keep(result)
+        self.step("dense's own tokens")
+        return result | {"continued": self.continued(tokens)}
+
+    def continued(self, tokens: list[int]) -> dict[str, Any]:
+        """Next tokens of the product's default, forced on dense's greedy continuations of pieces of a text.
+
+        Parameters
+        ----------
+        tokens : list of int
+            The text; the prompts are spread over it.
+        """
+        plan = self.plan
+        last = len(tokens) - plan.prompt_tokens
+        starts = [last * i // max(1, plan.prompts - 1) for i in range(plan.prompts)]
+        cell = Cell(methods.Method(), self._default_adapter(), plan.prompt_tokens, Tally(self.geometry, 1.0))
+        for index, start in enumerate(starts):
+            prompt = tokens[start : start + plan.prompt_tokens]
+            captured = capture.continue_densely(self.model, prompt, plan.continuation)
+            cell.adapter.attach(captured)
+            attention = Attention(captured, self.geometry, plan.seed + index)
+            for some in torch.arange(captured.positions.numel()).split(BATCH):
+                cell.forced.append(self._forced(attention, cell, some))
+        return cell.next_tokens()
+
+    def _default_adapter(self) -> Adapter:
+        return next(a for a in self.adapters if (a.name, a.bits) == DEFAULT_SELECTOR)
+
+    def _make_cells(self) -> None:
+        plan = self.plan
+        for context in plan.contexts:
+            for adapter in self.adapters:
+                for epsilon in plan.epsilons:
+                    self._cell(self.cells, certified("proportional", "output", epsilon, plan.delta), adapter, context)
+                if context != plan.sweep_context:
+                    continue
+                for sampler, target in (("proportional", "denominator"), ("uniform", "output")):
+                    self._cell(self.cells, certified(sampler, target, 0.05, plan.delta), adapter, context)
+        self._cell(self.agreement, methods.Method(), self._default_adapter(), plan.longest)
+        oracle = next(a for a in self.adapters if a.name == "oracle")
+        for epsilon in PUBLISHED_EPSILONS:
+            method = replace(certified("uniform", "denominator", epsilon, 0.05, **PUBLISHED_SETTINGS), bound="clt")
+            self._cell(self.published, method, oracle, plan.longest)
+
+    def _cell(self, cells: list[Cell], method: Method, adapter: Adapter, context: int) -> Cell:
+        cell = Cell(method, adapter, context, Tally(self.geometry, method.epsilon))
+        cells.append(cell)
+        return cell
+
+    def _piece(self, piece: int, tokens: list[int]) -> None:
+        plan = self.plan
+        positions = [p for context in plan.contexts for p in spread(context, plan.positions)]
+        first = len(positions)
+        least = min(LEAST_AGREEMENT, plan.longest // 2)
+        positions += torch.linspace(least, plan.longest - 2, plan.agreement_positions).long().tolist()
+        captured = capture.capture(self.model, tokens, positions)
+        for adapter in self.adapters:
+            adapter.attach(captured)
+        attention = Attention(captured, self.geometry, plan.seed + piece)
+        for index, context in enumerate(plan.contexts):
+            chosen = torch.arange(index * plan.positions, (index + 1) * plan.positions)
+            self.step(f"text {piece + 1}, {context} tokens: captured queries")
+            cells = [c for c in (*self.cells, *self.published) if c.context == context]
+            self._measure(attention, cells, chosen)
+            self.step(f"text {piece + 1}, {context} tokens: whole model")
+            for cell in cells:
+                cell.forced.append(self._forced(attention, cell, chosen[:: plan.forced_share]))
+            self.step(f"text {piece + 1}, {context} tokens: inefficiency")
+            few = chosen[:: max(1, plan.positions // plan.inefficiency_positions)]
+            for adapter in self.adapters:
+                if adapter.name != "oracle":
+                    found = inefficiency(captured, self.geometry, adapter, few)
+                    self.inefficiencies.setdefault((self.adapters.index(adapter), context), []).append(found)
+            if context == plan.sweep_context and piece < plan.sweep_pieces:
+                self._sweep(attention, chosen[:: max(1, plan.positions // plan.sweep_positions)], piece)
+
+        self.step(f"text {piece + 1}: next tokens")
+        for cell in self.agreement:
+            for some in torch.arange(first, len(positions)).split(BATCH):
+                cell.forced.append(self._forced(attention, cell, some))
+
+    def _is_default(self, cell: Cell) -> bool:
+        m, d = cell.method, methods.DEFAULTS
+        same = (m.sampler, m.target, m.epsilon) == (d.sampler, d.target, d.epsilon)
+        return same and (cell.adapter.name, cell.adapter.bits) == DEFAULT_SELECTOR
+
+    def _measure(self, attention: Attention, cells: list[Cell], chosen: torch.Tensor) -> None:
+        for layer in range(self.geometry.num_layers):
+            rows = methods.causal_rows(attention.captured, layer, chosen)
+            exact = methods.exact(attention.captured, self.geometry, rows)
+            for cell in cells:
+                cell.tally.add(layer, *attention.attend(cell.method, cell.adapter, rows), exact)
+
+    def _forced(self, attention: Attention, cell: Cell, chosen: torch.Tensor) -> forced.Forced:
+        return forced.run(self.model, attention, cell.method, cell.adapter, chosen)
+
+    def _sweep(self, attention: Attention, chosen: torch.Tensor, piece: int) -> None:
+        """Every method at every density; epsilon is found on the first piece and kept for the others."""
+        for density in self.plan.densities:
+            self.step(f"text {piece + 1}: comparing at density {density:.0%}")
+            if piece == 0:
+                for method, adapter in self._contenders(density):
+                    if not method.is_baseline:
+                        method = self._at_density(attention, method, adapter, density, chosen)
+                    cell = Cell(method, adapter, self.plan.sweep_context, Tally(self.geometry, method.epsilon))
+                    self.sweep.append((density, cell))
+            cells = [cell for at, cell in self.sweep if at == density]
+            self._measure(attention, cells, chosen)
+            for cell in cells:
+                cell.forced.append(self._forced(attention, cell, chosen))
+
+    def _contenders(self, density: float) -> Iterator[tuple[Method, Adapter]]:
+        fixed, small = small_settings(density, self.plan.sweep_context)
+        for kind in ("window", "random"):
+            yield methods.baseline(kind, density, **fixed), self.adapters[0]
+        top_k = max(0.0, density - (fixed["sink"] + fixed["window"]) / self.plan.sweep_context) / 2
+        for adapter in self.adapters:
+            yield methods.baseline("top_k", density, **fixed), adapter
+            for target in ops.TARGETS:
+                yield certified("proportional", target, 1.0, self.plan.delta, **fixed, **small), adapter
+                yield certified("uniform", target, 1.0, self.plan.delta, **fixed, **small, top_k=top_k), adapter
+
+    def _at_density(
+        self, attention: Attention, method: Method, adapter: Adapter, density: float, chosen: torch.Tensor
+    ) -> Method:
+        """The method with the epsilon at which it reads ``density``; density falls in epsilon."""
+        few = chosen[:: max(1, chosen.numel() // 8)]
+        rows = [methods.causal_rows(attention.captured, layer, few) for layer in range(self.geometry.num_layers)]
+        low, high = LEAST_EPSILON, MOST_EPSILON
+        for _ in range(BISECTIONS):
+            method = replace(method, epsilon=math.sqrt(low * high))
+            read = [float(attention.attend(method, adapter, r)[1][..., 0].mean()) for r in rows]
+            low, high = (method.epsilon, high) if sum(read) / len(read) > density else (low, method.epsilon)
+        return method
+
+    def _result(self, pieces: int, seconds: float) -> dict[str, Any]:
+        cells = [*self.cells, *self.published, *(cell for _, cell in self.sweep)]
+        return {
+            "rows": [cell.row() for cell in cells],
+            "decoded": [cell.decoded() for cell in cells],
+            "groups": {"main": len(self.cells), "published": len(self.published), "sweep": len(self.sweep)},
+            "sweep_density": [density for density, _ in self.sweep],
+            "inefficiency": [
+                {
+                    "selector": self.adapters[index].name,
+                    "bits": self.adapters[index].bits,
+                    "context": context,
+                    "median": float(torch.cat(found, -1).median()),
+                    "mean": float(torch.cat(found, -1).mean()),
+                }
+                for (index, context), found in self.inefficiencies.items()
+            ],
+            "agreement": [c.next_tokens() for c in self.agreement],
+            "layer_density": self._layer_density(),
+            "left_out": selectors.missing(),
+            "plan": self.plan.__dict__ | {"pieces": pieces, "calibration": [texts.CALIBRATION, texts.CALIBRATION_MORE]},
+            "seconds": round(seconds),
+            "machine": machine(),
+        }
+
+    def _layer_density(self) -> list[float]:
+        """Density of each layer at the product's default, longest context."""
+        cell = next((c for c in self.cells if c.context == self.plan.longest and self._is_default(c)), None)
+        if cell is None:
+            return []
+        per_layer = cell.tally.steps.sum(1).double()
+        return [float(x) for x in cell.tally.layer_density / per_layer]
+
+
+def spread(context: int, count: int) -> list[int]:
+    """Positions of an even spread over the last eighth of a context; the last one sees all of it."""
+    return [int(p) for p in torch.linspace(context - context // TAIL, context - 1, count)]
+
+
+def small_settings(density: float, context: int) -> tuple[dict[str, int], dict[str, Any]]:
+    """Sink and window, and pilot, that leave room at low densities; the defaults where there is room.
+
+    Parameters
+    ----------
+    density : float
+        Share of the context to be read.
+    context : int
+        Tokens.
+    """
+    d, tokens = methods.DEFAULTS, density * context
+    total = min(d.sink + d.window, int(tokens / 3))
+    sink = min(d.sink, max(2, total // 5))
+    pilot = {"pilot": min(d.pilot, density / 8), "pilot_min": min(d.pilot_min, max(4, int(tokens / 8)))}
+    return {"sink": sink, "window": max(1, total - sink)}, pilot
+
+
+def check(path: Path, plan: Plan) -> None:
+    """Refuse a plan that the model or the shipped texts cannot carry.
+
+    Parameters
+    ----------
+    path : pathlib.Path
+        Folder of the model.
+    plan : Plan
+        How much is to be measured.
+
+    Raises
+    ------
+    ValueError
+        If a text or the model's range of positions is too short.
+    """
+    from transformers import AutoConfig
+
+    limit = AutoConfig.from_pretrained(path).max_position_embeddings
+    if plan.longest > limit:
+        raise ValueError(f"context {plan.longest} is longer than the model's {limit} positions")
+    for names, needed in (
+        ((texts.CALIBRATION, texts.CALIBRATION_MORE), plan.longest),
+        ((plan.text,), plan.longest * plan.pieces),
+    ):
+        found = len(capture.token_ids(path, *names))
+        if found < needed:
+            raise ValueError(f"{' + '.join(names)} has {found} tokens of this model, {needed} are needed")
+
+
+def steps(plan: Plan) -> int:
+    """How often `Fidelity.run` calls ``step``."""
+    sweeps = min(plan.pieces, plan.sweep_pieces) * len(plan.densities) if plan.sweep_context in plan.contexts else 0
+    return 3 + plan.pieces * (2 + 3 * len(plan.contexts)) + sweeps
+
+
+def machine() -> str:
+    """Processor, cores and versions, in words."""
+    name = platform.processor() or platform.machine()
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
+        if line.startswith("model name"):
+            name = line.split(":", 1)[1].strip()
+            break
+    return f"{name}, {torch.get_num_threads()} thread(s), Python {platform.python_version()}, torch {torch.__version__}"

@@ -1,0 +1,141 @@
+"""What a run of head-steps amounts to: violations, the heads that bind, and what chance allows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from scipy import stats as distributions
+
+from vattn_sgl.eval.capture import Geometry
+
+FAMILY_ALPHA = 0.05
+HALF_WIDTH = 2
+
+
+@dataclass
+class Tally:
+    """Sums over the head-steps of one row of the report.
+
+    A head *binds* in a step when its half-width, as the final sample supports it, is the largest of its KV group: the
+    group's scale grows until every head's half-width is at most epsilon, so this is the head that it grew for. A group
+    that read everything has half-widths 0 and no binding head.
+    """
+
+    geometry: Geometry
+    epsilon: float
+    violations: torch.Tensor = field(init=False)
+    steps: torch.Tensor = field(init=False)
+    binding_steps: int = 0
+    binding_violations: int = 0
+    density_sum: float = 0.0
+    layer_density: torch.Tensor = field(init=False)
+    errors: list[torch.Tensor] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        shape = (self.geometry.num_layers, self.geometry.num_qo_heads)
+        self.violations = torch.zeros(shape, dtype=torch.int64)
+        self.steps = torch.zeros(shape, dtype=torch.int64)
+        self.layer_density = torch.zeros(shape[0], dtype=torch.float64)
+
+    def add(self, layer: int, out: torch.Tensor, stats: torch.Tensor, exact: torch.Tensor) -> None:
+        """Count one layer's steps.
+
+        Parameters
+        ----------
+        layer : int
+            Layer.
+        out, exact : torch.Tensor
+            ``[batch, num_qo_heads, head_dim]``, approximate and exact.
+        stats : torch.Tensor
+            ``[batch, num_qo_heads, 6]``, columns `vattn_kernels.ops.STATS`.
+        """
+        error = (out.double() - exact).norm(dim=-1) / exact.norm(dim=-1)  # [B, H]
+        over = error > self.epsilon
+        self.violations[layer] += over.sum(0)
+        self.steps[layer] += over.shape[0]
+        binding = binding_heads(stats[..., HALF_WIDTH], self.geometry.group)
+        self.binding_steps += int(binding.sum())
+        self.binding_violations += int((binding & over).sum())
+        self.density_sum += float(stats[..., 0].double().sum())
+        self.layer_density[layer] += float(stats[..., 0].double().sum())
+        self.errors.append(error.float().flatten())
+
+    @property
+    def head_steps(self) -> int:
+        """Number of (layer, query head, step)."""
+        return int(self.steps.sum())
+
+    @property
+    def density(self) -> float:
+        """Mean share of the context that was read."""
+        return self.density_sum / self.head_steps
+
+    def row(self, delta: float) -> dict[str, float | int]:
+        """The row's figures."""
+        errors = torch.cat(self.errors)
+        return {
+            "head_steps": self.head_steps,
+            "density": self.density,
+            "violation_rate": int(self.violations.sum()) / self.head_steps,
+            "binding_violation_rate": self.binding_violations / max(1, self.binding_steps),
+            "heads_over_delta": heads_over(self.violations, self.steps, delta),
+            "mean_error": float(errors.mean()),
+            "p95_error": float(errors.kthvalue(max(1, round(0.95 * errors.numel()))).values),
+        }
+
+
+def binding_heads(half_width: torch.Tensor, group: int) -> torch.Tensor:
+    """Heads whose half-width is the largest of their KV group and above 0, bool ``[batch, num_qo_heads]``.
+
+    Parameters
+    ----------
+    half_width : torch.Tensor
+        ``[batch, num_qo_heads]``.
+    group : int
+        Query heads per KV head.
+    """
+    grouped = half_width.unflatten(1, (-1, group))
+    first = torch.nn.functional.one_hot(grouped.argmax(-1), group).bool()
+    return (first & (grouped > 0)).flatten(1)
+
+
+def heads_over(violations: torch.Tensor, steps: torch.Tensor, delta: float) -> int:
+    """Heads whose violations exceed delta beyond chance.
+
+    One-sided binomial test of ``violations > delta * steps`` for each head, at a level of `FAMILY_ALPHA` over all heads
+    together (Bonferroni): were every head's true rate delta, the count would be 0 in at least 95 % of runs.
+
+    Parameters
+    ----------
+    violations, steps : torch.Tensor
+        int64 counts of each head.
+    delta : float
+        Rate claimed; 0 counts no head.
+    """
+    if delta <= 0:
+        return 0
+    chance = distributions.binom.sf(violations.numpy() - 1, steps.numpy(), delta)
+    return int((chance < FAMILY_ALPHA / violations.numel()).sum())
+
+
+def detectable_rate(steps: int, heads: int, delta: float, power: float = 0.9) -> float:
+    """Least true violation rate that `heads_over` finds in a head with the given power.
+
+    Parameters
+    ----------
+    steps : int
+        Steps per head.
+    heads : int
+        Heads tested together.
+    delta : float
+        Rate claimed.
+    power : float
+        Probability to find it.
+    """
+    threshold = int(distributions.binom.isf(FAMILY_ALPHA / heads, steps, delta)) + 1
+    low, high = delta, 1.0
+    for _ in range(50):
+        middle = 0.5 * (low + high)
+        low, high = (middle, high) if distributions.binom.sf(threshold - 1, steps, middle) < power else (low, middle)
+    return high
