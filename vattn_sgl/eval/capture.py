@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from vattn_kernels.rope import Rope
 from vattn_sgl import texts
 
 # ``attend(layer, q, k, v)`` with ``[T, heads, head_dim]`` tensors gives ``[T, num_qo_heads, head_dim]``.
@@ -91,6 +92,21 @@ def geometry(model: Any) -> Geometry:
     c = model.config
     head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
     return Geometry(c.num_hidden_layers, c.num_attention_heads, c.num_key_value_heads, head_dim)
+
+
+def rope(model: Any, num_positions: int) -> Rope:
+    """Rotation of the model's queries and keys at positions below ``num_positions``.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        From `load_model`; of a family whose layers share one ``rotary_emb`` over halves, as Llama's do.
+    num_positions : int
+        Positions, from 0.
+    """
+    cos, sin = model.model.rotary_emb(torch.zeros(1), torch.arange(num_positions)[None])
+    half = cos.shape[-1] // 2
+    return Rope.from_cache(torch.cat([cos[0, :, :half], sin[0, :, :half]], -1), geometry(model).head_dim, True)
 
 
 def token_ids(path: Path, *names: str) -> list[int]:

@@ -10,10 +10,10 @@ import torch
 from vattn_kernels import ops
 from vattn_kernels.reference import sketch as reference
 from vattn_kernels.sketch import WORD_BITS, Moments, SketchTables, solve
-from vattn_sgl.eval.capture import Captured, Geometry, observe
+from vattn_sgl.eval.capture import Captured, Geometry, observe, rope
 from vattn_sgl.selectors.base import SideArguments
+from vattn_sgl.selectors.calibration import LEAST_SPAN, even_sample, spread_positions
 
-KEY_SAMPLE = 1024
 NO_SIDE: SideArguments = (None,) * 7
 
 
@@ -112,24 +112,26 @@ class Sketch:
 
 
 class Calibrator:
-    """Moments of a calibration text, from which tables of any size are solved."""
+    """Moments of a calibration text, moved to every position as a server does; tables of any size come from them."""
 
     def __init__(self, model: Any, geometry: Geometry, tokens: list[int]) -> None:
         self.geometry, self.length = geometry, len(tokens)
+        self.rope = rope(model, max(LEAST_SPAN, len(tokens)))
         self.moments = Moments.zeros(geometry.num_layers, geometry.num_kv_heads, geometry.head_dim, "cpu")
-        shape = (geometry.num_layers, min(KEY_SAMPLE, len(tokens)), geometry.num_kv_heads, geometry.head_dim)
-        self.sample = torch.empty(shape)
-        chosen = torch.linspace(0, len(tokens) - 1, shape[1]).long()
+        here, chosen = torch.arange(len(tokens)), even_sample(torch.arange(len(tokens)))
+        elsewhere = spread_positions(chosen.numel(), self.rope.num_positions)
+        self.sample = torch.empty(geometry.num_layers, chosen.numel(), geometry.num_kv_heads, geometry.head_dim)
 
         def see(layer: int, q: torch.Tensor, k: torch.Tensor) -> None:
-            self.moments.add(layer, q, k)
-            self.sample[layer] = k[chosen]
+            k = self.rope.unrotate(k, here)
+            self.moments.add(layer, self.rope.unrotate(q, here), k)
+            self.sample[layer] = self.rope.rotate(k[chosen], elsewhere)
 
         observe(model, tokens, see)
 
     def tables(self, bits: int) -> SketchTables:
         """Tables of codes of ``bits`` bits."""
-        return solve(self.moments, self.sample, bits)
+        return solve(self.moments.at_positions(self.rope, self.rope.num_positions), self.sample, bits)
 
 
 Build = Callable[[Geometry, Calibrator, int], Adapter]
