@@ -123,8 +123,10 @@ def eval_fidelity(
     json: Annotated[Path | None, typer.Option(help="File for every figure.")] = None,
     server: Annotated[bool, typer.Option(help="Compare through a real server too.")] = False,
     model: Annotated[Path | None, typer.Option(help="Folder of another model.")] = None,
+    hash_weights: Annotated[Path | None, typer.Option(help="HashAttention's weights, to measure `hash` too.")] = None,
 ) -> None:
     """Error, violations and divergence on a real model's queries, keys and values, against dense attention."""
+    from vattn_sgl.config import ConfigError
     from vattn_sgl.eval import command
     from vattn_sgl.model import ModelError
     from vattn_sgl.server import ServerError
@@ -132,8 +134,8 @@ def eval_fidelity(
     if out is None and json is None:
         _fail(ValueError("nothing would be written: pass --out DIR or --json FILE"), MISTAKE)
     try:
-        command.run(quick, tuple(context or ()), text and text.value, out, json, server, model)
-    except (ModelError, ServerError, command.FidelityError) as error:
+        command.run(quick, tuple(context or ()), text and text.value, out, json, server, model, hash_weights)
+    except (ModelError, ServerError, ConfigError, command.FidelityError) as error:
         _fail(error)
 
 

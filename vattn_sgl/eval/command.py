@@ -30,13 +30,14 @@ def run(
     json_file: Path | None,
     server: bool,
     path: Path | None,
+    hash_weights: Path | None = None,
 ) -> None:
     """Measure and write.
 
     Parameters
     ----------
     quick : bool
-        A smaller run, about a minute.
+        A smaller run, a few minutes.
     contexts : tuple of int
         Contexts in tokens; empty takes the plan's.
     text : str, optional
@@ -49,13 +50,19 @@ def run(
         Also compare through a real server.
     path : pathlib.Path, optional
         Folder of another model.
+    hash_weights : pathlib.Path, optional
+        HashAttention's weights for the model; without them selector ``hash`` is left out.
 
     Raises
     ------
     FidelityError
         If the model or the texts are too short for a context.
+    vattn_sgl.config.ConfigError
+        If the weights cannot be read or do not fit the model.
     """
     plan = fidelity.QUICK if quick else fidelity.Plan()
+    if hash_weights is not None:
+        plan = replace(plan, hash_weights=str(hash_weights))
     if contexts:
         sweep = plan.sweep_context if plan.sweep_context in contexts else min(contexts)
         plan = replace(plan, contexts=tuple(sorted(set(contexts))), sweep_context=sweep)

@@ -69,6 +69,8 @@ class Plan:
         Of the samples; piece i uses ``seed + i``.
     text : str
         Evaluation text, see `vattn_sgl.texts.load`.
+    hash_weights : str or None
+        File of HashAttention's weights for this model; without one selector ``hash`` is left out.
     """
 
     contexts: tuple[int, ...] = (2048, 4096, 8192)
@@ -88,6 +90,7 @@ class Plan:
     inefficiency_positions: int = 4
     seed: int = 0
     text: str = texts.EVALUATION
+    hash_weights: str | None = None
 
     @property
     def longest(self) -> int:
@@ -201,7 +204,7 @@ class Fidelity:
         self.step("calibrating on another text")
         calibration = capture.token_ids(self.path, texts.CALIBRATION, texts.CALIBRATION_MORE)[: plan.longest]
         calibrator = selectors.Calibrator(self.model, self.geometry, calibration)
-        self.adapters = selectors.adapters(self.geometry, calibrator)
+        self.adapters = selectors.adapters(self.geometry, calibrator, self.plan.hash_weights)
         tokens = capture.token_ids(self.path, plan.text)
         self._make_cells()
         for piece in range(plan.pieces):
@@ -362,7 +365,7 @@ class Fidelity:
             ],
             "agreement": [c.next_tokens() for c in self.agreement],
             "layer_density": self._layer_density(),
-            "left_out": selectors.missing(),
+            "left_out": selectors.missing(self.plan.hash_weights),
             "plan": self.plan.__dict__ | {"pieces": pieces, "calibration": [texts.CALIBRATION, texts.CALIBRATION_MORE]},
             "seconds": round(seconds),
             "machine": machine(),

@@ -127,7 +127,7 @@ class Attention:
         """
         if method.is_baseline:
             return self._baseline(method, adapter, rows)
-        settings = Settings(**({"selector": adapter.name} | dict(method.settings)))
+        settings = Settings(**dict(method.settings))
         top_k, layer = settings.top_k, rows.layer
         out = torch.empty_like(rows.q)
         stats = torch.empty(*rows.q.shape[:2], len(ops.STATS))
@@ -161,6 +161,7 @@ class Attention:
             cap=settings.cap,
             floor=settings.floor,
             audit_rate=0.0,
+            group_score=settings.group_score,
         )
         return out, stats
 

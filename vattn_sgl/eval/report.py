@@ -92,7 +92,7 @@ def markdown(result: dict[str, Any], name: str) -> str:
         "the text before it, whose K and V are dense; KL(dense, method) in nats over the whole vocabulary.",
     ]
     if result["left_out"]:
-        lines += ["", f"Not measured, no adapter: {', '.join(result['left_out'])}."]
+        lines += ["", f"Not measured: {', '.join(result['left_out'])}."]
     lines += ["", "## The bound", "", f"![violations]({name}-violations.png)", ""]
     lines += _main_table(parts["main"])
     lines += ["", "## Scores", "", *_inefficiency_table(result["inefficiency"])]
@@ -234,7 +234,7 @@ def _plot_sweep(result: dict[str, Any], file: Path) -> Path:
     figure, (left, right) = _figure(2)
     pairs = groups(result)["sweep"]
     lines = {"window": ":", "random": ":", "top_k": "--", "uniform": "-.", "proportional": "-"}
-    chosen = [r for r, _ in pairs if r["target"] != "denominator"]
+    chosen = [r for r, _ in pairs if r["target"] in (None, "output")]
     for key in dict.fromkeys((r["sampler"], label(r)) for r in chosen):
         rows = [r for r in chosen if (r["sampler"], label(r)) == key]
         style = {"linestyle": lines[key[0]], "marker": "o", "markersize": 3, "label": " ".join(key)}

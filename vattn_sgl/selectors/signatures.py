@@ -60,14 +60,31 @@ class SignatureSelector(CalibratedSelector):
         return codes, norms, valid, t.mean[layer], nets.query, t.line[layer], nets.query_widths
 
     def _line(self, moments: Moments, keys: torch.Tensor, queries: torch.Tensor) -> line.LineTables:
-        heads, scale = self.geometry.num_kv_heads, self.geometry.scale
+        return fit_line(self.nets, self.angular, self.geometry.scale, moments, queries, keys)
 
-        def features(
-            layer: int, head: int, q: torch.Tensor, k: torch.Tensor, mean: torch.Tensor
-        ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-            nets = self.nets[layer]
-            query, key = (net.unflatten(0, (heads, -1))[head] for net in (nets.query, nets.key))
-            widths = nets.query_widths.tolist(), nets.key_widths.tolist()
-            return signature.sample_features(q, k, mean, query, key, *widths, self.angular, scale)
 
-        return line.solve(moments, queries, keys, scale, features)
+def fit_line(
+    nets: list[Nets], angular: bool, sm_scale: float, moments: Moments, queries: torch.Tensor, keys: torch.Tensor
+) -> line.LineTables:
+    """Lines that weigh the signatures of given nets.
+
+    Parameters
+    ----------
+    nets : list of Nets
+        One a layer.
+    angular : bool
+        As in `vattn_kernels.signature.agreement`.
+    sm_scale, moments, queries, keys
+        As in `vattn_kernels.line.solve`.
+    """
+    heads = keys.shape[2]
+
+    def features(
+        layer: int, head: int, q: torch.Tensor, k: torch.Tensor, mean: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        here = nets[layer]
+        query, key = (net.unflatten(0, (heads, -1))[head] for net in (here.query, here.key))
+        widths = here.query_widths.tolist(), here.key_widths.tolist()
+        return signature.sample_features(q, k, mean, query, key, *widths, angular, sm_scale)
+
+    return line.solve(moments, queries, keys, sm_scale, features)

@@ -8,6 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from vattn_sgl.cli import app
+from vattn_sgl.config import ConfigError, Mistake
 from vattn_sgl.eval import command, fidelity, served
 
 RUNNER = CliRunner()
@@ -61,6 +62,20 @@ def test_contexts_and_text_change_the_plan(measured, tmp_path):
     assert (plan.contexts, plan.sweep_context, plan.text, plan.pieces) == ((1024, 4096), 4096, "us-constitution", 2)
     assert invoke(tmp_path, "--context", "8192", "--text", "us-constitution", *wanted[6:]).exit_code == 0
     assert (measured[1].pieces, measured[1].sweep_context) == (1, 8192)
+
+
+def test_hash_weights_are_part_of_the_plan_and_named_when_they_are_wrong(measured, tmp_path, monkeypatch):
+    wanted = ["--quick", "--hash-weights", "w.pt", "--json", str(tmp_path / "f.json")]
+    assert invoke(tmp_path, *wanted).exit_code == 0
+    assert measured[0].hash_weights == "w.pt"
+
+    def refuse(self):
+        raise ConfigError("hash_weights w.pt", [Mistake("layer 0", "missing", "weights of this very model")])
+
+    monkeypatch.setattr(fidelity.Fidelity, "run", refuse)
+    answer = invoke(tmp_path, *wanted)
+    assert answer.exit_code == 1
+    assert "weights of this very model" in answer.output
 
 
 def test_a_model_that_is_too_short_is_named(monkeypatch, tmp_path):

@@ -71,7 +71,7 @@ def test_rows_are_complete_and_follow_the_schema(result, tmp_path):
     read = json.loads((tmp_path / "f.json").read_text())
     jsonschema.validate(read, SCHEMA)
     main = {(r["selector"], r["bits"], r["context"], r["epsilon"]) for r in read["rows"] if r["target"] == "output"}
-    for selector, bits in (("oracle", 0), ("sketch", 64), ("sketch", 128)):
+    for selector, bits in (("oracle", 0), ("sketch", 64), ("sketch", 128), ("quest", 128), ("sign", 64)):
         for context in PLAN.contexts:
             assert {(selector, bits, context, e) for e in PLAN.epsilons} <= main
     assert read["rows"][0]["head_steps"] == 2 * 6 * PLAN.positions
@@ -91,7 +91,7 @@ def test_every_method_is_compared_at_every_density(result):
 
 
 def test_a_smaller_epsilon_reads_more_and_errs_less(result):
-    rows = [r for r, _ in report.groups(result)["main"] if (r["context"], r["bits"]) == (384, 64)]
+    rows = [r for r, _ in report.groups(result)["main"] if (r["context"], report.label(r)) == (384, "sketch 64")]
     tight, loose = (next(r for r in rows if r["epsilon"] == e and r["sampler"] == "proportional") for e in (0.05, 0.2))
     assert tight["density"] > loose["density"]
     assert tight["mean_error"] < loose["mean_error"]
@@ -113,6 +113,7 @@ def test_page_and_plots_are_written(result, tmp_path):
     text = files[0].read_text()
     for what in ("vattn eval fidelity", "2026-01-01", "seed 0", "0.054", "Through the server", "Binomial".lower()):
         assert what in text
+    assert "Not measured: `hash` (no weights of this model were given)." in text
     for file in files[1:]:
         assert file.name in text
         assert 5_000 < file.stat().st_size < 150_000

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from vattn_kernels.reference import signature
 from vattn_sgl.eval import forced, methods
 from vattn_sgl.eval.methods import Attention, baseline, certified
 
@@ -27,7 +28,7 @@ def error(small, setting, method, adapter, layer=1):
     return float(((out - exact).norm(dim=-1) / exact.norm(dim=-1)).max()), stats
 
 
-@pytest.mark.parametrize("adapter", ["oracle-0", "sketch-64", "sketch-128"])
+@pytest.mark.parametrize("adapter", ["oracle-0", "sketch-64", "sketch-128", "quest-128", "sign-64", "hash-192"])
 @pytest.mark.parametrize("sampler", ["proportional", "uniform"])
 def test_epsilon_to_zero_is_dense(small, setting, sampler, adapter):
     assert error(small, setting, certified(sampler, "output", 1e-6, **SMALL), adapter)[0] < 1e-4
@@ -46,6 +47,22 @@ def test_top_k_by_exact_scores_beats_a_random_choice(small, setting):
     top, _ = error(small, setting, baseline("top_k", 0.3, sink=4, window=16), "oracle-0")
     drawn, _ = error(small, setting, baseline("random", 0.3, sink=4, window=16), "oracle-0")
     assert top < drawn
+
+
+@pytest.mark.parametrize("adapter", ["sign-64", "hash-192"])
+def test_each_query_head_has_its_own_signatures(small, setting, adapter):
+    """Queries of two positions, the group's heads one after another, against the reference of one position."""
+    captured, adapters, _ = setting
+    g, layer, slots = small.geometry, 1, torch.arange(300)
+    codes, norms, _, mean, nets, line, widths = adapters[adapter].arguments(layer)
+    for h in range(g.num_kv_heads):
+        heads = slice(h * g.group, (h + 1) * g.group)
+        q = captured.q[layer, :2, heads]
+        found = adapters[adapter].logits(layer, h, q.flatten(0, 1), slots).unflatten(0, (2, -1))
+        side = (codes[slots, h], norms[slots, h], mean[h], nets[heads], line[h], widths)
+        for position in range(2):
+            expected = signature.logits(q[position].double(), *side, adapter == "sign-64", g.sm_scale)
+            assert torch.allclose(found[position], expected)
 
 
 @pytest.mark.parametrize("adapter", ["oracle-0", "sketch-64"])
