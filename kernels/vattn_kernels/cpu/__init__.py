@@ -33,11 +33,12 @@ _DecodeArgs = _structure(
     "_DecodeArgs",
     "q k_cache v_cache kv_indices seq_lens codes norms valid mean query_basis steps fields params covered out stats "
     "counters counter_offsets budget_edges error_edges audit_edges workspace",
+    "selector group_mean norm_bytes num_layers "
     "batch num_qo_heads num_kv_heads head_dim kv_stride max_fields words num_budget_edges num_error_edges "
     "num_audit_edges layer_id seed sink window dense_below top_k_count pilot_min workspace_stride seq_lens_is_int64 "
-    "is_bf16 is_uniform is_output selector threads",
+    "is_bf16 is_uniform is_output is_oracle threads",
     "sm_scale top_k_share pilot cap floor audit_rate",
-    "table table_points table_steps group_mean norm_bytes num_layers",
+    "table table_points table_steps",
 )
 _EncodeArgs = _structure(
     "_EncodeArgs",
@@ -124,6 +125,8 @@ def decode(
     words = side["codes"].shape[-1] if "codes" in side else 0
     max_fields = side["fields"].shape[-2] if selector == "sketch" else 0
     num_layers = side["fields"].numel() - 1 if selector in ("sign", "hash") else 0
+    norm_bytes = side["norms"].shape[-1] if "norms" in side else 0
+    is_oracle = selector == "oracle"
     offsets = (ctypes.c_int64 * len(counter_offsets))(*counter_offsets)
     stride = (group + 1) * kv_indices.stride(0)
     args = _DecodeArgs(
@@ -132,14 +135,13 @@ def decode(
         params.data_ptr(), covered.data_ptr(), out.data_ptr(),
         stats.data_ptr(), counters.data_ptr(), ctypes.addressof(offsets), budget_edges.data_ptr(),
         error_edges.data_ptr(), audit_edges.data_ptr(), _reserve(batch * num_kv_heads * stride),
-        batch, num_qo_heads, num_kv_heads, head_dim, kv_indices.stride(0), max_fields, words,
-        budget_edges.numel(), error_edges.numel(), audit_edges.numel(), layer_id, seed & 0xFFFFFFFF, sink, window,
-        dense_below, top_k_count, pilot_min, stride, seq_lens.dtype == torch.int64,
-        q.dtype == torch.bfloat16, sampler == "uniform", target == "output", SELECTOR_NUMBERS[selector],
-        torch.get_num_threads(),
+        SELECTOR_NUMBERS[selector], group_score == "mean", norm_bytes, num_layers,
+        batch, num_qo_heads, num_kv_heads, head_dim, kv_indices.stride(0), max_fields,
+        words, budget_edges.numel(), error_edges.numel(), audit_edges.numel(), layer_id,
+        seed & 0xFFFFFFFF, sink, window, dense_below, top_k_count, pilot_min, stride, seq_lens.dtype == torch.int64,
+        q.dtype == torch.bfloat16, sampler == "uniform", target == "output", is_oracle, torch.get_num_threads(),
         sm_scale, top_k_share, pilot, cap, floor, audit_rate,
-        layout.TABLE, layout.TABLE_POINTS, layout.TABLE_STEPS_PER_UNIT, group_score == "mean",
-        side["norms"].shape[-1] if "norms" in side else 0, num_layers,
+        layout.TABLE, layout.TABLE_POINTS, layout.TABLE_STEPS_PER_UNIT,
     )  # fmt: skip
     build.library().vattn_decode(ctypes.byref(args))
 

@@ -44,13 +44,13 @@ struct DecodeArgs {
   const int64_t *counter_offsets;
   const float *budget_edges, *error_edges, *audit_edges;
   float *workspace;
+  int64_t selector, group_mean, norm_bytes, num_layers;
   int64_t batch, num_qo_heads, num_kv_heads, head_dim, kv_stride, max_fields, words;
   int64_t num_budget_edges, num_error_edges, num_audit_edges;
   int64_t layer_id, seed, sink, window, dense_below, top_k_count, pilot_min, workspace_stride;
-  int64_t seq_lens_is_int64, is_bf16, is_uniform, is_output, selector, threads;
+  int64_t seq_lens_is_int64, is_bf16, is_uniform, is_output, is_oracle, threads;
   double sm_scale, top_k_share, pilot, cap, floor, audit_rate;
   int64_t table, table_points, table_steps;
-  int64_t group_mean, norm_bytes, num_layers;
 };
 
 // As in vattn_kernels/cpu/__init__.py.
@@ -309,10 +309,18 @@ template <typename T> struct Decode {
   const DecodeArgs &a;
   const int dim, group;
   const T *keys, *values;
+  float norm_of[256], agreement[kMaxBits + 1];
 
   explicit Decode(const DecodeArgs &args)
       : a(args), dim(int(args.head_dim)), group(int(args.num_qo_heads / args.num_kv_heads)),
-        keys(static_cast<const T *>(args.k_cache)), values(static_cast<const T *>(args.v_cache)) {}
+        keys(static_cast<const T *>(args.k_cache)), values(static_cast<const T *>(args.v_cache)) {
+    for (int i = 0; i < 256; ++i) norm_of[i] = std::exp2(float(i - 128) / 8.0f);
+    const int bits = args.selector >= kSign ? args.fields[args.num_layers] : 0;
+    for (int i = 0; i < bits + 1; ++i) {
+      const double part = double(i) / std::max(bits, 1);
+      agreement[i] = float(args.selector == kSign ? std::cos(M_PI * part) : 1 - 2 * part);
+    }
+  }
 
   struct Item {
     int64_t request = 0, head = 0;
@@ -404,8 +412,8 @@ template <typename T> struct Decode {
     if (item.dense) return;
     attend(item, 0, item.lo, item.fixed);
     attend(item, item.hi, item.n, item.fixed);
-    if (a.selector == kSketch) project(item);
-    if (a.selector >= kQuest) project_on_line(item);
+    if (a.selector >= kQuest) return project_on_line(item);
+    if (!a.is_oracle) project(item);
   }
 
   const float *line(const Item &item) const { return a.steps + item.head * 3; }
@@ -452,55 +460,14 @@ template <typename T> struct Decode {
 
   static constexpr int kScoreBlock = 256;
 
-  // Estimated logits of a block of tokens; a token with usable 0 has no valid side data.
-  struct Estimates {
-    float lhat[kMaxGroup][kScoreBlock], variance[kScoreBlock], usable[kScoreBlock];
-    uint32_t words[8][kScoreBlock];
-  };
-
-  void estimate_oracle(const Item &item, const int32_t *slots, int count, Estimates &e) const {
-    for (int j = 0; j < count; ++j) {
-      const T *k = row(keys, slots[j], item.head);
-      for (int g = 0; g < group; ++g) e.lhat[g][j] = float(a.sm_scale) * dot(item.q + g * dim, k, dim);
-      e.usable[j] = 1;
-    }
-  }
-
-  void estimate_sketch(const Item &item, const int32_t *slots, int count, const float *error_of, Estimates &e) const {
-    const int32_t *fields = a.fields + item.head * a.max_fields * 3;
-    for (int j = 0; j < count; ++j) {
-      const int64_t at = int64_t(slots[j]) * a.num_kv_heads + item.head;
-      for (int w = 0; w < a.words; ++w) e.words[w][j] = uint32_t(a.codes[at * a.words + w]);
-      const float error = error_of[a.norms[at * 2]];
-      e.variance[j] = error * error;
-      e.usable[j] = a.valid[slots[j]];
-    }
-    for (int g = 0; g < group; ++g)
-      for (int j = 0; j < count; ++j) e.lhat[g][j] = item.bias[g] + item.kappa[g] * e.variance[j];
-    for (int f = 0; f < a.max_fields; ++f) {
-      const int width = fields[f * 3 + 2];
-      if (!width) continue;
-      const uint32_t shift = uint32_t(fields[f * 3 + 1]), mask = (1u << width) - 1;
-      const uint32_t *word = e.words[fields[f * 3]];
-      float code[kScoreBlock];
-#pragma omp simd
-      for (int j = 0; j < count; ++j) code[j] = float(int32_t((word[j] >> shift) & mask));
-      for (int g = 0; g < group; ++g) {
-        const float weight = item.coded_query[g * dim + f];
-#pragma omp simd
-        for (int j = 0; j < count; ++j) e.lhat[g][j] += weight * code[j];
-      }
-    }
-  }
-
   // Neighbouring tokens mostly share a page, so its logits are kept until the page changes.
-  void estimate_quest(const Item &item, const int32_t *slots, int count, Estimates &e) const {
+  void estimate_quest(const Item &item, const int32_t *slots, int count, float (*lhat)[kScoreBlock], float *usable) const {
     const T *bounds = static_cast<const T *>(static_cast<const void *>(a.codes));
     const float scale = float(a.sm_scale), slope = line(item)[1], offset = line(item)[2];
     float current[kMaxGroup];
     int32_t page = -1;
     for (int j = 0; j < count; ++j) {
-      e.usable[j] = a.valid[slots[j]];
+      usable[j] = a.valid[slots[j]];
       if (slots[j] / kPage != page) {
         page = slots[j] / kPage;
         const T *least = bounds + (int64_t(page) * a.num_kv_heads + item.head) * 2 * dim, *greatest = least + dim;
@@ -516,57 +483,99 @@ template <typename T> struct Decode {
           current[g] = item.bias[g] + 0.5f * scale * (slope * middle + offset * half);
         }
       }
-      for (int g = 0; g < group; ++g) e.lhat[g][j] = current[g];
+      for (int g = 0; g < group; ++g) lhat[g][j] = current[g];
     }
   }
 
-  void estimate_signature(const Item &item, const int32_t *slots, int count, const float *norm_of, const float *agreement,
-                          Estimates &e) const {
+  void estimate_signature(const Item &item, const int32_t *slots, int count, float (*lhat)[kScoreBlock], float *usable) const {
     const int words = a.fields[a.num_layers] / 32, apart = a.words > words ? words : 0;
     const float slope = line(item)[1], offset = line(item)[2];
     for (int j = 0; j < count; ++j) {
       const int64_t at = int64_t(slots[j]) * a.num_kv_heads + item.head;
-      e.usable[j] = a.valid[slots[j]];
+      usable[j] = a.valid[slots[j]];
       const float norm = norm_of[a.norms[at * a.norm_bytes]];
       const uint32_t *codes = reinterpret_cast<const uint32_t *>(a.codes) + at * a.words;
       for (int g = 0; g < group; ++g) {
         int differing = 0;
         for (int w = 0; w < words; ++w) differing += __builtin_popcount(codes[g * apart + w] ^ item.signature[g * words + w]);
-        e.lhat[g][j] = item.bias[g] + item.kappa[g] * norm * (offset + slope * agreement[differing]);
+        lhat[g][j] = item.bias[g] + item.kappa[g] * norm * (offset + slope * agreement[differing]);
+      }
+    }
+  }
+
+  // Estimated logits of up to kScoreBlock positions, the squared coding errors, and whether a sketch is usable.
+  void estimated(const Item &item, int64_t start, int count, float (*lhat)[kScoreBlock], float *variance, float *usable) const {
+    const int32_t *fields = a.fields + item.head * a.max_fields * 3;
+    const int32_t *slots = item.slots + start;
+    if (a.selector >= kQuest) {
+      std::fill_n(variance, count, 0.0f);
+      return a.selector == kQuest ? estimate_quest(item, slots, count, lhat, usable) : estimate_signature(item, slots, count, lhat, usable);
+    }
+    uint32_t words[8][kScoreBlock];
+    if (a.is_oracle) {
+      for (int j = 0; j < count; ++j) {
+        const T *k = row(keys, slots[j], item.head);
+        for (int g = 0; g < group; ++g) lhat[g][j] = float(a.sm_scale) * dot(item.q + g * dim, k, dim);
+        variance[j] = 0;
+        usable[j] = 1;
+      }
+      return;
+    }
+    for (int j = 0; j < count; ++j) {
+      const int64_t at = int64_t(slots[j]) * a.num_kv_heads + item.head;
+      for (int w = 0; w < a.words; ++w) words[w][j] = uint32_t(a.codes[at * a.words + w]);
+      const float error = norm_of[a.norms[at * 2]];
+      variance[j] = error * error;
+      usable[j] = a.valid[slots[j]];
+    }
+    for (int g = 0; g < group; ++g)
+      for (int j = 0; j < count; ++j) lhat[g][j] = item.bias[g];
+    for (int f = 0; f < a.max_fields; ++f) {
+      const int width = fields[f * 3 + 2];
+      if (!width) continue;
+      const uint32_t shift = uint32_t(fields[f * 3 + 1]), mask = (1u << width) - 1;
+      const uint32_t *word = words[fields[f * 3]];
+      float code[kScoreBlock];
+#pragma omp simd
+      for (int j = 0; j < count; ++j) code[j] = float(int32_t((word[j] >> shift) & mask));
+      for (int g = 0; g < group; ++g) {
+        const float weight = item.coded_query[g * dim + f];
+#pragma omp simd
+        for (int j = 0; j < count; ++j) lhat[g][j] += weight * code[j];
       }
     }
   }
 
   // Estimated weights of positions [from, to) relative to the fixed maximum; adds their sum per head to `sums`.
-  // A token without valid side data gets kUnusable and is later read for certain.
-  void score(Item &item, int64_t from, int64_t to, const float *norm_of, const float *agreement, double *sums) const {
-    Estimates e;
+  // A token without a valid sketch gets kUnusable and is later read for certain.
+  void score(Item &item, int64_t from, int64_t to, double *sums) const {
+    float lhat[kMaxGroup][kScoreBlock], variance[kScoreBlock], usable[kScoreBlock];
     for (int64_t start = from; start < to; start += kScoreBlock) {
       const int count = int(std::min<int64_t>(kScoreBlock, to - start));
-      const int32_t *slots = item.slots + start;
-      switch (a.selector) {
-      case kSketch: estimate_sketch(item, slots, count, norm_of, e); break;
-      case kOracle: estimate_oracle(item, slots, count, e); break;
-      case kQuest: estimate_quest(item, slots, count, e); break;
-      default: estimate_signature(item, slots, count, norm_of, agreement, e);
-      }
+      estimated(item, start, count, lhat, variance, usable);
       for (int g = 0; g < group; ++g) {
         float *out = item.scores + g * a.kv_stride + start;
-        const float m = item.fixed[g].max;
+        const float m = item.fixed[g].max, kappa = a.is_oracle ? 0.0f : item.kappa[g];
         float sum = 0;
 #pragma omp simd reduction(+ : sum)
         for (int j = 0; j < count; ++j) {
-          const float weight = fast_exp(std::min(e.lhat[g][j] - m, kMaxExponent));
-          out[j] = e.usable[j] != 0 ? weight : kUnusable;
-          sum += e.usable[j] != 0 ? weight : 0;
+          const float e = fast_exp(std::min(lhat[g][j] + kappa * variance[j] - m, kMaxExponent));
+          out[j] = usable[j] != 0 ? e : kUnusable;
+          sum += usable[j] != 0 ? e : 0;
         }
         sums[g] += sum;
       }
     }
   }
 
+  float value_norm(const T *v) const {
+    float square = 0;
+    for (int d = 0; d < dim; ++d) square += load(v + d) * load(v + d);
+    return std::sqrt(square);
+  }
+
   // Share of the output (or of the mass) per token, the largest or the mean over the group, left in head 0's row.
-  double share(Item &item, int64_t from, int64_t to, const double *sums, const float *value_of) const {
+  double share(Item &item, int64_t from, int64_t to, const double *sums) const {
     float inverse[kMaxGroup];
     for (int g = 0; g < group; ++g) inverse[g] = float(1.0 / (item.fixed[g].sum + sums[g])) / (a.group_mean ? group : 1);
     float *first = item.scores;
@@ -587,14 +596,7 @@ template <typename T> struct Decode {
     for (int64_t i = from; i < to; ++i) {
       if (with_norm) {
         const int64_t at = int64_t(item.slots[i]) * a.num_kv_heads + item.head;
-        if (a.selector == kOracle) {
-          const T *v = row(values, item.slots[i], item.head);
-          float square = 0;
-          for (int d = 0; d < dim; ++d) square += load(v + d) * load(v + d);
-          first[i] *= std::sqrt(square);
-        } else {
-          first[i] *= value_of[a.norms[(at + 1) * a.norm_bytes - 1]];
-        }
+        first[i] *= a.is_oracle ? value_norm(row(values, item.slots[i], item.head)) : norm_of[a.norms[(at + 1) * a.norm_bytes - 1]];
       }
       total += std::max(first[i], 0.0f);
     }
@@ -981,14 +983,6 @@ template <typename T> struct Decode {
     sums.assign(size_t(total * chunks * kMaxGroup), 0);
     shares.assign(size_t(total * chunks), 0);
     ranks.assign(size_t(total * chunks), 0);
-    float norm_of[256];
-    for (int i = 0; i < 256; ++i) norm_of[i] = std::exp2(float(i - 128) / 8.0f);
-    float agreement[kMaxBits + 1];
-    const int bits = a.selector >= kSign ? a.fields[a.num_layers] : 0;
-    for (int i = 0; i <= bits && bits; ++i) {
-      const double part = double(i) / bits;
-      agreement[i] = float(a.selector == kSign ? std::cos(M_PI * part) : 1 - 2 * part);
-    }
 
     Item *const items_ = items.data();
     Partial *const parts_ = parts.data();
@@ -1021,7 +1015,7 @@ template <typename T> struct Decode {
           clear(parts_ + at * group);
           attend(item, from, to, parts_ + at * group);
         } else {
-          score(item, from, to, norm_of, agreement, sums_ + at * kMaxGroup);
+          score(item, from, to, sums_ + at * kMaxGroup);
         }
       }
 #pragma omp for schedule(dynamic, 1)
@@ -1033,7 +1027,7 @@ template <typename T> struct Decode {
         double sum[kMaxGroup] = {0};
         for (int64_t c = 0; c < chunks; ++c)
           for (int g = 0; g < group; ++g) sum[g] += sums_[(tasks_[t].item * chunks + c) * kMaxGroup + g];
-        shares_[tasks_[t].item * chunks + tasks_[t].chunk] = share(item, from, to, sum, norm_of);
+        shares_[tasks_[t].item * chunks + tasks_[t].chunk] = share(item, from, to, sum);
       }
 #pragma omp for schedule(dynamic, 1)
       for (int64_t t = 0; t < num_tasks; ++t) {
