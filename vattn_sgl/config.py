@@ -15,13 +15,24 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictInt,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from vattn_kernels.quantiles import BOUNDS, BOUNDS_OF_TARGET, PROVABLE_SELECTORS, default_bound
 
 PREFIX = "VATTN_"
 NOT_SETTINGS = ("VATTN_CONFIG", "VATTN_CACHE")
 RUNTIME_FIELDS = ("epsilon", "delta")
+# Page scores miss more, so more is spread evenly: at 15 % density the error was .127 at .2 and .134 at .05.
+FLOORS = {"quest": 0.2}
 
 Epsilon = Annotated[float, Field(gt=0, le=1)]
 Delta = Annotated[float, Field(gt=0, lt=0.5)]
@@ -71,9 +82,12 @@ class Settings(BaseModel):
     sketch_bits : {32, 64, 128}
         Size of a token's code per KV head; selectors ``sketch`` and ``sign``.
     group_score : {"max", "mean"}
-        How the query heads of a KV head share one score.
+        How the query heads of a KV head share one score. Measured on SmolLM2-135M at 4K, all layers: equal densities
+        with ``sketch`` and 2-7 % more reads by ``max`` with weaker selectors, but fewer violations by ``max`` (of
+        binding heads 2.0 against 2.4 % and 5.6 against 6.7 %).
     floor : float
-        Least score, as a share of the mean score; keeps every inclusion probability above 0.
+        Least score, as a share of the mean score; keeps every inclusion probability above 0. `FLOORS` has the
+        defaults of selectors that want another.
     seed : int
         Of the sample; equal seeds and inputs give equal outputs.
     audit_rate : float
@@ -110,6 +124,13 @@ class Settings(BaseModel):
     calibration_tokens: Annotated[StrictInt, Field(ge=512)] = 2048
     prefill_backend: str | None = None
     layers: dict[str, LayerOverride] = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _floor_of_the_selector(cls, values: Any) -> Any:
+        if isinstance(values, Mapping) and "floor" not in values and str(values.get("selector")) in FLOORS:
+            return {**values, "floor": FLOORS[str(values["selector"])]}
+        return values
 
     @field_validator("bound")
     @classmethod

@@ -66,6 +66,18 @@ def assert_matches(case: DecodeCase) -> None:
     assert torch.allclose(stats[same_sample].double(), expected_stats[same_sample], rtol=2e-3, atol=2e-4)
 
 
+@pytest.mark.parametrize("group_score", ops.GROUP_SCORES)
+@pytest.mark.parametrize("sampler", ops.SAMPLERS)
+def test_group_score(sampler, group_score):
+    settings = {"sampler": sampler, "selector": "sign", "group_score": group_score}
+    case = DecodeCase(context=1500, num_qo_heads=8, epsilon=0.2, settings=settings)
+    out, stats, _ = case.run()
+    expected, expected_stats = reference.decode(*case.arguments()[:14], **case.step)
+    same = stats[..., READ].double() == expected_stats[..., READ]
+    assert same.double().mean() >= 0.6
+    assert relative_rms(out[same], expected[same]) < 1e-4
+
+
 @pytest.mark.parametrize("cap", [0.05, 0.3])
 @pytest.mark.parametrize("sampler", ops.SAMPLERS)
 def test_cap(sampler, cap):
@@ -98,7 +110,7 @@ def test_invalid_slots_have_no_provable_bound(sampler, selector):
     assert (case.run()[1][..., ops.STATS.index("density")] == 1).all() == (sampler == "uniform")
 
 
-@pytest.mark.parametrize("bits", [64, 128])
+@pytest.mark.parametrize("bits", [32, 64, 128])
 @pytest.mark.parametrize("head_dim", [64, 96, 128])
 def test_encode(bits, head_dim):
     case = DecodeCase(batch=1, context=400, head_dim=head_dim, bits=bits, settings={"selector": "sketch"})

@@ -190,6 +190,12 @@ def test_show_prints_settings_that_can_be_read_again(monkeypatch):
     assert "# VATTN_EPSILON" in result.stdout
 
 
+def test_the_floor_follows_the_selector_unless_it_is_given():
+    assert [Settings(selector=s).floor for s in ("sketch", "sign", "quest")] == [0.05, 0.05, 0.2]
+    assert Settings(selector="quest", floor=0.1).floor == 0.1
+    assert load_settings(env={"VATTN_SELECTOR": "quest"}).floor == 0.2
+
+
 def test_hash_without_weights_is_told_where_it_is_asked_for():
     with pytest.raises(ConfigError, match=r"VATTN_SELECTOR: got 'hash'; expected .*needs hash_weights"):
         load_settings(env={"VATTN_SELECTOR": "hash"})
