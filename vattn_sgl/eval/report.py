@@ -224,8 +224,10 @@ def _plot_violations(result: dict[str, Any], file: Path) -> Path:
     right.axhline(delta, color="black", linestyle="--", linewidth=1, label="delta")
     for axes, what in ((left, "density"), (right, "violations among binding heads")):
         axes.set(xlabel="epsilon", ylabel=what, xscale="log", ylim=(0, None))
+        axes.set_xticks(result["plan"]["epsilons"], [f"{e:g}" for e in result["plan"]["epsilons"]])
+        axes.minorticks_off()
         axes.grid(alpha=0.3)
-    right.legend(fontsize=6)
+    left.legend(*right.get_legend_handles_labels(), fontsize=6)
     figure.savefig(file, dpi=DPI)
     return file
 
@@ -243,6 +245,6 @@ def _plot_sweep(result: dict[str, Any], file: Path) -> Path:
     for axes, what in ((left, "mean relative output error"), (right, "KL to dense, nats")):
         axes.set(xlabel="density", ylabel=what, yscale="log", xlim=(0, None))
         axes.grid(alpha=0.3)
-    left.legend(fontsize=6)
+    figure.legend(*left.get_legend_handles_labels(), fontsize=6, loc="outside right center")
     figure.savefig(file, dpi=DPI)
     return file
