@@ -116,7 +116,7 @@ def calibrate(model: Annotated[Path, typer.Argument(help="Folder of a model.")])
 
 @eval_app.command("fidelity")
 def eval_fidelity(
-    quick: Annotated[bool, typer.Option(help="A small run of about a minute.")] = False,
+    quick: Annotated[bool, typer.Option(help="A small run of a few minutes.")] = False,
     context: Annotated[list[int] | None, typer.Option(min=512, help="Tokens; may be given several times.")] = None,
     text: Annotated[Text | None, typer.Option(help="Another shipped text to measure on.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for fidelity.md and its plots.")] = None,

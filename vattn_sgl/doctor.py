@@ -87,9 +87,9 @@ def findings(model_path: Path | None) -> Iterator[Finding]:
     yield from _model(model_path, settings)
 
 
-def _guard(check: Callable[[], Finding]) -> Finding:
+def _guard(check: Callable[..., Finding], *arguments: Any) -> Finding:
     try:
-        return check()
+        return check(*arguments)
     except Exception as error:
         return Finding(False, f"{check.__name__.strip('_')}: {error}", "mend what the message names")
 
@@ -161,8 +161,10 @@ def _model(path: Path | None, settings: Settings) -> Iterator[Finding]:
     heads = f"{described.num_attention_heads} query and {described.num_key_value_heads} KV heads"
     yield Finding(True, f"model {path.name}: {heads} of {described.head_dim}")
     geometry = _geometry(config, described)
-    yield _guard(lambda: _side_data(geometry, settings))
-    yield _guard(lambda: _calibration(path, geometry, settings))
+    side_data = _guard(_side_data, geometry, settings)
+    yield side_data
+    if side_data.ok:
+        yield _guard(_calibration, path, geometry, settings)
 
 
 def describe(config: Any) -> Any:

@@ -184,9 +184,8 @@ def _descend(features: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
             hessian = hessian + (second - mean.T @ mean) / queries
         step = torch.linalg.solve(hessian, gradient)
         length = 1.0
-        while cost(weights - length * step) >= current and length > LEAST_STEP:
+        while not (trial := cost(weights - length * step)) < current and length > LEAST_STEP:
             length /= 2
-        trial = cost(weights - length * step)
         if not trial < current:
             break
         weights = weights - length * step

@@ -110,7 +110,7 @@ def test_invalid_slots_have_no_provable_bound(sampler, selector):
     assert (case.run()[1][..., ops.STATS.index("density")] == 1).all() == (sampler == "uniform")
 
 
-@pytest.mark.parametrize("bits", [64, 128])
+@pytest.mark.parametrize("bits", [32, 64, 128])
 @pytest.mark.parametrize("head_dim", [64, 96, 128])
 def test_encode(bits, head_dim):
     case = DecodeCase(batch=1, context=400, head_dim=head_dim, bits=bits, settings={"selector": "sketch"})

@@ -206,8 +206,9 @@ def test_padded_rows_are_neither_read_nor_counted():
     assert counters[0] == 2 * case.context * case.num_qo_heads
 
 
-def test_bfloat16_matches_float32_on_rounded_inputs():
-    case = DecodeCase(dtype=torch.bfloat16, context=3000, epsilon=0.05)
+@SELECTORS
+def test_bfloat16_matches_float32_on_rounded_inputs(selector):
+    case = DecodeCase(dtype=torch.bfloat16, context=3000, epsilon=0.05, settings={"selector": selector})
     out, _, _ = case.run()
     assert out.dtype == torch.bfloat16
     assert case.errors(out).max() < 0.08

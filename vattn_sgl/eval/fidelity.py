@@ -22,7 +22,7 @@ from vattn_sgl.eval.selectors import Adapter
 
 # Positions are an even spread over the last eighth of a context.
 TAIL = 8
-LEAST_EPSILON, MOST_EPSILON = 1e-3, 4.0
+LEAST_EPSILON, MOST_EPSILON = 1e-3, 64.0
 BISECTIONS = 10
 # First position of the next tokens, and how many are decoded at once.
 LEAST_AGREEMENT = 1536

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from vattn_sgl.eval.capture import Captured, Geometry
-from vattn_sgl.eval.methods import DEFAULTS
+from vattn_sgl.eval.methods import DEFAULTS, floor_of
 from vattn_sgl.eval.selectors import Adapter
 
 
@@ -48,12 +48,13 @@ def inefficiency(captured: Captured, geometry: Geometry, adapter: Adapter, chose
                 a = (weight * deviation)[:, inner]
                 norm = values[inner].norm(dim=-1)
                 estimated = adapter.logits(layer, h, q, slots)[:, inner]
-                ours = spread(torch.softmax(estimated, -1) * norm, a)
-                result[layer, heads, index] = ours / spread(torch.softmax(logits[:, inner], -1) * norm, a)
+                ours = spread(torch.softmax(estimated, -1) * norm, a, floor_of(adapter))
+                exact = spread(torch.softmax(logits[:, inner], -1) * norm, a)
+                result[layer, heads, index] = ours / exact
     return result
 
 
-def spread(scores: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+def spread(scores: torch.Tensor, a: torch.Tensor, floor: float = DEFAULTS.floor) -> torch.Tensor:
     """``sum(s) sum(a^2 / s)`` over the last axis, with the sampler's floor under the scores."""
-    s = scores + DEFAULTS.floor * scores.mean(-1, keepdim=True)
+    s = scores + floor * scores.mean(-1, keepdim=True)
     return s.sum(-1) * (a.square() / s).sum(-1)

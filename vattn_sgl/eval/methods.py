@@ -10,7 +10,7 @@ import torch
 
 from vattn_kernels import ops, params, quantiles
 from vattn_kernels.reference import rng
-from vattn_sgl.config import Settings
+from vattn_sgl.config import FLOORS, Settings
 from vattn_sgl.eval.capture import Captured, Geometry
 from vattn_sgl.eval.selectors import Adapter
 from vattn_sgl.selectors.base import UNLIMITED
@@ -63,6 +63,11 @@ def certified(sampler: str, target: str, epsilon: float, delta: float = 0.05, **
 def baseline(kind: str, density: float, **settings: Any) -> Method:
     """A baseline of fixed density."""
     return Method(kind, "", "", 0.0, 0.0, density, tuple(settings.items()))
+
+
+def floor_of(adapter: Adapter) -> float:
+    """The product's floor of a selector."""
+    return FLOORS.get(adapter.name, DEFAULTS.floor)
 
 
 @dataclass
@@ -127,7 +132,7 @@ class Attention:
         """
         if method.is_baseline:
             return self._baseline(method, adapter, rows)
-        settings = Settings(**dict(method.settings))
+        settings = Settings(**({"floor": floor_of(adapter)} | dict(method.settings)))
         top_k, layer = settings.top_k, rows.layer
         out = torch.empty_like(rows.q)
         stats = torch.empty(*rows.q.shape[:2], len(ops.STATS))

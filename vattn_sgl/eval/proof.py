@@ -20,6 +20,7 @@ from vattn_kernels.quantiles import BOUNDS_OF_TARGET
 from vattn_kernels.reference import quest, scores, sketch
 from vattn_kernels.reference import signature as signatures
 from vattn_kernels.sketch import GAUSSIAN_STEPS, Moments
+from vattn_sgl.config import FLOORS
 
 DELTA = 0.05
 LEVEL = 1e-4
@@ -201,7 +202,8 @@ class Population:
             torch.tensor([2**31 - 1], dtype=torch.int32), edges, edges, edges, out, stats,
             torch.zeros(21, dtype=torch.float64), offsets, sm_scale=1.0, layer_id=0, seed=seed, sampler=sampler,
             target=target, selector=selector, sink=SINK, window=WINDOW, dense_below=0, top_k_count=-1,
-            top_k_share=TOP_K, pilot=pilot, pilot_min=PILOT_MIN, cap=cap, floor=FLOOR, audit_rate=0.0,
+            top_k_share=TOP_K, pilot=pilot, pilot_min=PILOT_MIN, cap=cap, floor=FLOORS.get(selector, FLOOR),
+            audit_rate=0.0,
         )  # fmt: skip
         return out[:, 0].double(), stats[:, 0].double()
 
@@ -244,7 +246,7 @@ class Population:
                 spreads.append(math.sqrt(max(0.0, fourth / second**2 - 1) / first) / normal if second > 1e-30 else 0.0)
                 continue
             usable = torch.ones(total, dtype=torch.bool)
-            score = scores.ranks(share, usable, FLOOR, 0, 0)[0]
+            score = scores.ranks(share, usable, FLOORS.get(selector, FLOOR), 0, 0)[0]
             pi = (first / float(score.sum()) * score).clamp(max=1)
             terms = (1 - pi) / pi * x.square().sum(-1)
             spreads.append(float((terms.square() * (1 - pi) / pi).sum().sqrt() / terms.sum()) / normal)

@@ -230,6 +230,8 @@ def _mistakes(entry: dict[str, list[torch.Tensor]], layer: int, side: str, geome
 def words_per_kv_head(path: str, num_kv_heads: int) -> int:
     """Words of side data a token and KV head, from the first layer of a file."""
     last = next(iter(load(path).values()))["key_matrix"][-1]
+    if last.ndim != 3:
+        return 0  # refused with its layer by `nets`
     return last.shape[0] // num_kv_heads * last.shape[-1] // signature.WORD_BITS
 
 
