@@ -16,7 +16,7 @@ from vattn_sgl.eval.served import ARGUMENTS, forced_steps, started, totals
 from vattn_sgl.server import Server
 
 PROMPT_TOKENS = 4000
-POSITIONS = 160
+POSITIONS = 320
 SPEED_TOKENS = 64
 EPSILON_AFTER = 0.2
 QUESTION = "What is the capital of France?"
