@@ -80,7 +80,8 @@ class Server:
         # Otherwise an idle server keeps a core busy.
         self.command += ["--sleep-on-idle", *arguments]
         if admin_key is not None:
-            self.command += ["--admin-api-key", admin_key]
+            # One word, because a key may begin with a dash.
+            self.command.append(f"--admin-api-key={admin_key}")
         self.env = {**os.environ, **(env or {})}
         self.process: subprocess.Popen[bytes] | None = None
 

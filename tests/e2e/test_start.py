@@ -44,9 +44,12 @@ def test_a_hook_that_does_not_take_stops_the_server(model_path, tmp_path):
     assert "did not apply these hooks" in server.log.read_text(errors="replace")
 
 
-def test_launch_server_in_the_checkout_does_not_import_our_folder_as_kernels():
+@pytest.mark.parametrize("installed", [True, False])
+def test_launch_server_in_the_checkout_does_not_import_our_folder_as_kernels(tmp_path, installed):
+    """Hugging Face's package, of which a stand-in lies behind the checkout on the path, wins over our folder."""
     code = (
         "import sys, runpy\n"
+        f"sys.path.append({str(tmp_path)!r})\n"
         "sys.argv = ['launch_server', '--help']\n"
         "try:\n    runpy.run_module('sglang.launch_server', run_name='__main__')\n"
         "except SystemExit:\n    pass\n"
@@ -54,11 +57,14 @@ def test_launch_server_in_the_checkout_does_not_import_our_folder_as_kernels():
         "spec = importlib.util.find_spec('kernels')\n"
         "print('KERNELS', spec.origin if spec else None)\n"
     )
+    if installed:
+        (tmp_path / "kernels").mkdir()
+        (tmp_path / "kernels" / "__init__.py").write_text("")
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=180)
     found = [line for line in result.stdout.splitlines() if line.startswith("KERNELS")]
     assert len(found) == 1, result.stderr[-2000:]
     assert str(ROOT / "kernels") not in found[0]
-    assert "site-packages" in found[0] or found[0].endswith("None")
+    assert found[0].endswith(str(tmp_path / "kernels" / "__init__.py") if installed else "None")
 
 
 def test_engine_without_radix_cache(model_path, tmp_path):
