@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 from collections.abc import Callable
@@ -313,8 +312,3 @@ class Calibration:
         """Positions that tables for ``longest`` tokens are made for: a power of two, so that few are made."""
         assert self.rope is not None
         return min(self.rope.num_positions, max(LEAST_SPAN, 1 << (longest - 1).bit_length()))
-
-    def describe(self) -> str:
-        """One line for logs and ``vattn doctor``."""
-        state = {"covered": self.covered, "observed_tokens": self.observed_tokens, "file": str(self.store.path)}
-        return json.dumps(state)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from vattn_kernels import ops
+from vattn_kernels.reference import sketch as reference
 from vattn_kernels.sketch import WORD_BITS, SketchTables
 from vattn_sgl.config import Settings
 from vattn_sgl.selectors.base import CacheGeometry, SideArguments, SideTensor
@@ -53,3 +54,16 @@ class SketchSelector(CalibratedSelector):
         t = self.tables
         codes, norms, valid = (side[layer] for side in self.side.values())
         return codes, norms, valid, t.mean[layer], t.query_basis[layer], t.steps[layer], t.fields[layer]
+
+    def upper_bound(self, layer: int, q: torch.Tensor, slots: torch.Tensor) -> torch.Tensor | None:
+        """`vattn_kernels.reference.sketch.upper_logits`; see `vattn_sgl.selectors.base.Selector`."""
+        t, codes, norms = self.tables, self.side["codes"][layer], self.side["norms"][layer]
+        grouped = q.double().unflatten(1, (self.geometry.num_kv_heads, -1))  # [T, H, G, D]
+        bounds = []
+        for head in range(self.geometry.num_kv_heads):
+            bound = reference.upper_logits(
+                grouped[:, head].flatten(0, 1), codes[slots, head], norms[slots, head], t.mean[layer, head],
+                t.query_basis[layer, head], t.steps[layer, head], t.fields[layer, head], self.geometry.scale,
+            )  # fmt: skip
+            bounds.append(bound.float().unflatten(0, grouped.shape[::2][:2]))
+        return torch.stack(bounds, 1).flatten(1, 2)
