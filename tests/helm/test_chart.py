@@ -154,7 +154,8 @@ def test_flags_exist_in_the_installed_sglang(render):
     sglang = Path(importlib.util.find_spec("sglang").origin).parent / "srt"
     paths = [sglang / "server_args.py", *sglang.glob("arg_groups/**/*.py")]
     source = "\n".join(path.read_text(encoding="utf-8") for path in paths)
-    flags = [a for a in container(render("--set", "admin.key=k,model.servedName=n"))["args"] if a.startswith("--")]
+    args = container(render("--set", "admin.key=k,model.servedName=n"))["args"]
+    flags = [a.partition("=")[0] for a in args if a.startswith("--")]
     assert flags
     for flag in flags:
         assert re.search(rf"\b{flag.removeprefix('--').replace('-', '_')}: ", source), flag
