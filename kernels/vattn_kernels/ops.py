@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from vattn_kernels import cpu
+from vattn_kernels.quantiles import TARGETS as TARGETS
 
 SAMPLERS = ("proportional", "uniform")
-TARGETS = cpu.TARGETS
 SELECTORS = ("sketch", "oracle", "quest", "sign", "hash")
 GROUP_SCORES = ("max", "mean")
 OUTCOMES = ("certified", "uncertified", "capped", "dense")
@@ -30,7 +30,8 @@ _LIBRARY.define(
     "Tensor(a!) out, Tensor(b!) stats, Tensor(c!) counters, int[] counter_offsets, "
     "float sm_scale, int layer_id, int seed, str sampler, str target, str selector, "
     "int sink, int window, int dense_below, int top_k_count, float top_k_share, "
-    'float pilot, int pilot_min, float cap, float floor, float audit_rate, str group_score="max") -> ()'
+    'float pilot, int pilot_min, float cap, float floor, float audit_rate, str group_score="max", '
+    "Tensor(d!)? state=None, Tensor? state_rows=None) -> ()"
 )
 _LIBRARY.define(
     "encode(Tensor k_cache, Tensor v_cache, Tensor slots, Tensor mean, Tensor key_basis, Tensor steps, Tensor fields, "

@@ -1,0 +1,118 @@
+"""Stage ``select``: score the codes of the sampled range, draw tokens and compact them into lists."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from vattn_kernels.triton.layout import CODING, FLOOR, NUM_SCALES, SAMPLED, UNIT
+
+LOG2E = tl.constexpr(1.4426950408889634)
+GOLDEN = tl.constexpr(0x9E3779B1)
+INCREMENT = tl.constexpr(0x7F4A7C15)
+LANES = tl.constexpr(0x01010101)
+
+
+@triton.jit
+def mix(x):
+    """Two-multiply 32-bit hash, `vattn_kernels.reference.rng.mix`."""
+    x = x ^ (x >> 16)
+    x = x * 0x7FEB352D
+    x = x ^ (x >> 15)
+    x = x * 0x846CA68B
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def absorb(x, part):
+    """One step of `vattn_kernels.reference.rng.stream_key`."""
+    return mix((x ^ (part * GOLDEN)) + INCREMENT)
+
+
+@triton.jit
+def dot_bytes(codes, query, acc, DP4A: tl.constexpr):
+    """``acc`` plus the products of four unsigned codes and four signed weights, byte by byte."""
+    if DP4A:
+        return tl.inline_asm_elementwise(
+            "dp4a.u32.s32 $0, $1, $2, $3;", "=r,r,r,r", [codes, query, acc], dtype=tl.int32, is_pure=True, pack=1
+        )
+    for byte in tl.static_range(4):
+        weight = (query << (24 - 8 * byte)) >> 24
+        acc += ((codes >> (8 * byte)) & 0xFF) * weight
+    return acc
+
+
+@triton.jit(do_not_specialize=["seed", "layer"])
+def select_fwd_kernel(
+    p_codes, p_norms, p_valid, p_kv_indices, p_seq_lens, p_fields,
+    p_mode, p_query, p_bias, p_log_scale, p_scale, p_slots, p_weights, p_counts, p_reads,
+    sink, window, seed, layer, kv_stride, code_slot, code_head, norm_slot, norm_head, capacity,
+    HKV: tl.constexpr, G: tl.constexpr, R: tl.constexpr, GROUPS: tl.constexpr, WORDS: tl.constexpr,
+    WITH_VALUES: tl.constexpr, SEGMENTS: tl.constexpr, BLOCK: tl.constexpr, MOST: tl.constexpr, DP4A: tl.constexpr,
+):  # fmt: skip
+    i_segment, i_row = tl.program_id(0), tl.program_id(1)
+    if tl.load(p_mode + i_row) != SAMPLED:
+        return
+    b, h = i_row // HKV, i_row % HKV
+    n = tl.load(p_seq_lens + b).to(tl.int32)
+    high = n - window
+    key = absorb(absorb(absorb(seed.to(tl.uint32), layer.to(tl.uint32)), h.to(tl.uint32)), n.to(tl.uint32))
+    p_own = p_scale + i_row * NUM_SCALES
+    unit, coding, least = tl.load(p_own + UNIT), tl.load(p_own + CODING), tl.load(p_own + FLOOR)
+    unit2 = unit * LOG2E
+    p_indices = p_kv_indices + b.to(tl.int64) * kv_stride
+    own = capacity // SEGMENTS
+    base = i_row.to(tl.int64) * capacity + i_segment * own
+    o_b = tl.arange(0, BLOCK)
+    count = 0
+    reads = tl.zeros([BLOCK], tl.float32)
+    for start in range(sink + i_segment * BLOCK, high, SEGMENTS * BLOCK):
+        position = start + o_b
+        m_b = position < high
+        slot = tl.load(p_indices + position, mask=m_b, other=0).to(tl.int64)
+        p_code = p_codes + slot * code_slot + h * code_head
+        if WORDS == 1:
+            word0 = tl.load(p_code, mask=m_b, other=0)
+            word1, word2, word3 = word0, word0, word0
+        else:
+            pair = tl.load(p_code.to(tl.pointer_type(tl.int64)), mask=m_b, other=0)
+            word0, word1 = pair.to(tl.int32), (pair >> 32).to(tl.int32)
+            word2, word3 = word0, word1
+            if WORDS == 4:
+                more = tl.load((p_code + 2).to(tl.pointer_type(tl.int64)), mask=m_b, other=0)
+                word2, word3 = more.to(tl.int32), (more >> 32).to(tl.int32)
+        norm = tl.load(
+            (p_norms + slot * norm_slot + h * norm_head).to(tl.pointer_type(tl.int16)), mask=m_b, other=0
+        ).to(tl.int32)
+        usable = tl.load(p_valid + slot, mask=m_b, other=1) != 0
+        best = tl.full([BLOCK], -2147483648, tl.int32)
+        for g in tl.static_range(G):
+            head = i_row * G + g
+            level = (tl.load(p_bias + head) + tl.load(p_log_scale + head)) / unit
+            level = tl.minimum(tl.maximum(level, -1.0e9), 1.0e9)
+            acc = tl.zeros([BLOCK], tl.int32) + tl.floor(level + 0.5).to(tl.int32)
+            for j in tl.static_range(GROUPS):
+                p_field = p_fields + (h * R + 4 * j) * 3
+                which, shift, width = tl.load(p_field), tl.load(p_field + 1), tl.load(p_field + 2)
+                word = tl.where(which == 0, word0, word1)
+                if WORDS == 4:
+                    word = tl.where(which < 2, word, tl.where(which == 2, word2, word3))
+                lanes = (word >> shift) & (((1 << width) - 1) * LANES)
+                query = tl.load((p_query + head * 4 * GROUPS + 4 * j).to(tl.pointer_type(tl.int32)))
+                acc = dot_bytes(lanes, query, acc, DP4A)
+            best = tl.maximum(best, acc)
+        log_pi = unit2 * best.to(tl.float32) + coding * tl.exp2((((norm & 0xFF) - 128) * 0.25).to(tl.float32))
+        if WITH_VALUES:
+            log_pi += (((norm >> 8) & 0xFF) - 128).to(tl.float32) * 0.125
+        pi = tl.minimum(tl.exp2(tl.minimum(log_pi, 0.0)) + least, 1.0)
+        pi = tl.where(usable, pi, 1.0)
+        u = (mix(position.to(tl.uint32) * GOLDEN + key) >> 8).to(tl.float32) * 5.9604644775390625e-8
+        chosen = m_b & (u < pi)
+        reads += tl.where(m_b, pi, 0.0)
+        hit = chosen.to(tl.int32)
+        place = count + tl.cumsum(hit, 0) - hit
+        tl.store(p_slots + base + place, slot.to(tl.int32), mask=chosen)
+        tl.store(p_weights + base + place, 1.0 / pi, mask=chosen)
+        count += tl.sum(hit, 0)
+    tl.store(p_counts + i_row * MOST + i_segment, count)
+    tl.store(p_reads + i_row * MOST + i_segment, tl.sum(reads, 0))
