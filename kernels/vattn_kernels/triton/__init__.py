@@ -13,7 +13,7 @@ from torch import Tensor
 from vattn_kernels import params as parameters
 from vattn_kernels.quantiles import TARGETS
 from vattn_kernels.triton import layout
-from vattn_kernels.triton.attend import attend_fwd_kernel
+from vattn_kernels.triton.attend import attend_exact_fwd_kernel, attend_fwd_kernel
 from vattn_kernels.triton.combine import combine_fwd_kernel
 from vattn_kernels.triton.prepare import prepare_fwd_kernel
 from vattn_kernels.triton.select import select_fwd_kernel
@@ -114,45 +114,60 @@ def decode(
     groups = GROUPS_PER_WORD * words
     padded_group, padded_dim = _power_of_two(group), _power_of_two(head_dim)
     kv_stride, k_stride = kv_indices.stride(0), k_cache.stride(0)
+    launch = layout.LAUNCH
     is_split = target == "sdpa"
+    model = {"HKV": num_kv_heads, "G": group, "D": head_dim, "DP": padded_dim}
+    rows_p, counters_at = _power_of_two(rows), counter_offsets[:5]
     prepare_fwd_kernel[(rows,)](
         q, k_cache, kv_indices, seq_lens, mean, query_basis, steps, fields, covered, state, state_rows,
         work.mode, work.codes, work.bias, work.log_scale, work.fixed, work.scale,
         sm_scale, floor, sink, window, dense_below, pilot_min, kv_stride, k_stride,
-        HKV=num_kv_heads, G=group, GP=max(16, padded_group), D=head_dim, DP=padded_dim, R=steps.shape[-1],
-        C=4 * groups, F=64, WIDTH=layout.STATE_WIDTH, MOST_AGE=MOST_AGE, num_warps=4,
+        **model, GP=max(16, padded_group), R=steps.shape[-1], C=4 * groups, F=64, WIDTH=layout.STATE_WIDTH,
+        MOST_AGE=MOST_AGE, num_warps=launch.prepare_warps,
     )  # fmt: skip
-    rounds = ROUNDS if cap < 1 else ROUNDS + 1
-    for number in range(rounds):
-        exact = number == ROUNDS
-        if not exact:
-            select_fwd_kernel[(segments, rows)](
-                codes, norms, valid, kv_indices, seq_lens, fields,
-                work.mode, work.codes, work.bias, work.log_scale, work.scale, work.slots, work.weights, work.counts,
-                work.reads, sink, window, seed & 0x7FFFFFFF, layer_id, kv_stride, codes.stride(0), codes.stride(1),
-                norms.stride(0), norms.stride(1), capacity,
-                HKV=num_kv_heads, G=group, R=steps.shape[-1], GROUPS=groups, WORDS=words,
-                WITH_VALUES=target != "denominator", SEGMENTS=segments, BLOCK=layout.BLOCK, MOST=layout.MOST_SEGMENTS,
-                DP4A=q.is_cuda, num_warps=1,
-            )  # fmt: skip
-        attend_fwd_kernel[(segments + 1, rows)](
-            q, k_cache, v_cache, kv_indices, seq_lens, work.mode, work.slots, work.weights, work.counts, work.outs,
-            work.scalars, sm_scale, sink, window, kv_stride, k_stride, capacity,
-            HKV=num_kv_heads, G=group, WIDTH=width, D=head_dim, DP=padded_dim, BN=64, SEGMENTS=segments,
-            BLOCK=layout.BLOCK, MOST=layout.MOST_SEGMENTS, WIDE=q.dtype != torch.bfloat16, STAGES=2, num_warps=4,
-        )  # fmt: skip
-        combine_fwd_kernel[(rows,)](
-            work.outs, work.scalars, seq_lens, work.mode, work.log_scale, work.fixed, work.counts, work.reads, params,
-            state, state_rows, budget_edges, error_edges, out, stats, counters,
-            sink, window, cap, *counter_offsets[:5],
-            HKV=num_kv_heads, G=group, GP=padded_group, WIDTH=width, D=head_dim, DP=padded_dim, SEGMENTS=segments,
-            SPLITS_P=_power_of_two(segments + 1), MOST=layout.MOST_SEGMENTS, STATE=layout.STATE_WIDTH,
-            TARGET=TARGETS.index(target), LAST=number == rounds - 1, EXACT_NEXT=number == ROUNDS - 1,
+
+    def combine(exact: bool, last: bool, exact_next: bool) -> None:
+        combine_fwd_kernel[(group, rows)](
+            work.outs, work.scalars, seq_lens, work.mode, work.log_scale, work.fixed, work.counts, work.reads,
+            work.heads, work.arrivals, params, state, state_rows, budget_edges, error_edges, out, stats, counters,
+            sink, window, cap, rows, *counters_at,
+            **model, GP=padded_group, WIDTH=width, SEGMENTS=segments, SPLITS_P=_power_of_two(segments + 1),
+            MOST=layout.MOST_SEGMENTS, STATE=layout.STATE_WIDTH, TARGET=TARGETS.index(target),
+            EXACT=exact, LAST=last, EXACT_NEXT=exact_next,
             TABLE=parameters.SPLIT_TABLE if is_split else parameters.TABLE, POINTS=parameters.TABLE_POINTS,
             PER_UNIT=parameters.TABLE_STEPS_PER_UNIT, BUDGET_EDGES=budget_edges.numel(),
             BUDGET_EDGES_P=_power_of_two(budget_edges.numel()), ERROR_EDGES=error_edges.numel(),
-            ERROR_EDGES_P=_power_of_two(error_edges.numel()), num_warps=4,
+            ERROR_EDGES_P=_power_of_two(error_edges.numel()), num_warps=launch.combine_warps,
         )  # fmt: skip
+
+    for number in range(ROUNDS):
+        retry = number > 0
+        programs = launch.retry_programs if retry else rows * (segments + 1)
+        select_fwd_kernel[(min(programs, rows * segments),)](
+            codes, norms, valid, kv_indices, seq_lens, fields,
+            work.mode, work.codes, work.bias, work.log_scale, work.scale, work.slots, work.weights, work.counts,
+            work.reads, sink, window, seed & 0x7FFFFFFF, layer_id, rows, kv_stride, codes.stride(0), codes.stride(1),
+            norms.stride(0), norms.stride(1), capacity,
+            HKV=num_kv_heads, G=group, R=steps.shape[-1], GROUPS=groups, WORDS=words,
+            WITH_VALUES=target != "denominator", SEGMENTS=segments, BLOCK=launch.select_block,
+            MOST=layout.MOST_SEGMENTS, DP4A=q.is_cuda, RETRY=retry, ROWS_P=rows_p, num_warps=launch.select_warps,
+            maxnreg=launch.select_registers,
+        )  # fmt: skip
+        attend_fwd_kernel[(programs,)](
+            q, k_cache, v_cache, kv_indices, seq_lens, work.mode, work.slots, work.weights, work.counts, work.outs,
+            work.scalars, sm_scale, sink, window, rows, kv_stride, k_stride, capacity,
+            **model, WIDTH=width, BN=launch.attend_block, SEGMENTS=segments, MOST=layout.MOST_SEGMENTS,
+            WIDE=q.dtype != torch.bfloat16, STAGES=launch.attend_stages, RETRY=retry, ROWS_P=rows_p,
+            num_warps=launch.attend_warps, maxnreg=launch.attend_registers,
+        )  # fmt: skip
+        final = number == ROUNDS - 1
+        combine(exact=False, last=final and cap < 1, exact_next=final)
+    attend_exact_fwd_kernel[(rows * segments,)](
+        q, k_cache, v_cache, kv_indices, seq_lens, work.mode, work.outs, work.scalars, sm_scale, rows, kv_stride,
+        k_stride, **model, WIDTH=width, BN=launch.exact_block, SEGMENTS=segments, STAGES=launch.exact_stages,
+        ROWS_P=rows_p, num_warps=launch.exact_warps,
+    )  # fmt: skip
+    combine(exact=True, last=True, exact_next=False)
 
 
 def encode(

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Final
 
 import torch
+import triton
 import triton.language as tl
 
 # What a row does in a round.
@@ -40,10 +41,33 @@ CODING: Final = tl.constexpr(1)
 FLOOR: Final = tl.constexpr(2)
 NUM_SCALES: Final = tl.constexpr(4)
 
+# Tokens a segment takes in a row; a multiple of every launch's block.
 BLOCK: Final = 512
 MOST_SEGMENTS: Final = 64
 LEAST_SEGMENTS: Final = 4
-PROGRAMS: Final = 2048
+
+
+@dataclass
+class Launch:
+    """How kernels are launched; the figures behind the choices are in ``kernels/benchmarks/RESULTS.md``."""
+
+    programs: int = 1024
+    retry_programs: int = 528
+    prepare_warps: int = 4
+    select_block: int = 256
+    select_warps: int = 2
+    select_registers: int | None = None
+    attend_block: int = 64
+    attend_warps: int = 4
+    attend_stages: int = 1
+    attend_registers: int | None = None
+    exact_block: int = 128
+    exact_warps: int = 4
+    exact_stages: int = 2
+    combine_warps: int = 4
+
+
+LAUNCH: Final = Launch()
 # Coded dimensions of the widest sketch: 128 bits in groups of four.
 MOST_FIELDS: Final = 64
 
@@ -56,7 +80,7 @@ def segments(rows: int) -> int:
     rows : int
         Requests times KV heads.
     """
-    wanted = 1 << max(0, math.ceil(math.log2(PROGRAMS / max(rows, 1))))
+    wanted = 1 << max(0, math.ceil(math.log2(LAUNCH.programs / max(rows, 1))))
     return min(max(wanted, LEAST_SEGMENTS), MOST_SEGMENTS)
 
 
@@ -77,6 +101,10 @@ class Workspace:
         float32 ``[rows, NUM_SCALES]``.
     slots, weights : torch.Tensor
         int32 and float32 ``[rows, capacity]``, tokens selected and their inverse inclusion probabilities.
+    heads : torch.Tensor
+        float32 ``[rows * group, 4]``, half-width, guard, first scale and residual mass of a head.
+    arrivals : torch.Tensor
+        int32 ``[rows]``, heads of a group that were merged; 0 between launches.
     counts, reads : torch.Tensor
         int32 and float32 ``[rows, MOST_SEGMENTS]``, tokens selected and their expected number, by segment.
     outs, scalars : torch.Tensor
@@ -91,6 +119,8 @@ class Workspace:
     scale: torch.Tensor
     slots: torch.Tensor
     weights: torch.Tensor
+    heads: torch.Tensor
+    arrivals: torch.Tensor
     counts: torch.Tensor
     reads: torch.Tensor
     outs: torch.Tensor
@@ -157,6 +187,8 @@ def workspace(
         empty(rows, NUM_SCALES.value),
         empty(entries, dtype=torch.int32),
         empty(entries),
+        empty(heads, 4),
+        torch.zeros(rows, dtype=torch.int32, device=device),
         empty(rows, MOST_SEGMENTS, dtype=torch.int32),
         empty(rows, MOST_SEGMENTS),
         empty(splits, width, dim),
@@ -164,3 +196,11 @@ def workspace(
     )
     _workspaces[device] = ((rows, heads, entries, splits, width, dim), made)
     return made
+
+
+@triton.jit
+def nothing_to_do(p_mode, rows, wanted: tl.constexpr, ROWS_P: tl.constexpr):
+    """Whether no row is in a mode: lets a retry's launch end after one load."""
+    o_r = tl.arange(0, ROWS_P)
+    modes = tl.load(p_mode + o_r, mask=o_r < rows, other=0)
+    return tl.max((modes == wanted).to(tl.int32), 0) == 0

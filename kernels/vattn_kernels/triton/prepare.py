@@ -8,7 +8,6 @@ import triton.language as tl
 from vattn_kernels.triton.layout import (
     CODING,
     DENSE,
-    DONE,
     FLOOR,
     NUM_SCALES,
     SAMPLED,
@@ -42,7 +41,7 @@ def prepare_fwd_kernel(
     age = n - learnt.to(tl.int32)
     known = tl.min(((learnt > 0) & (age >= 0) & (age <= MOST_AGE) | (o_g >= G)).to(tl.int32), 0)
     sampled = (n >= dense_below) & (n <= tl.load(p_covered)) & (total > 2 * pilot_min) & (known > 0)
-    mode = tl.where(n > 0, tl.where(sampled, SAMPLED, DENSE), DONE)
+    mode = tl.where(sampled, SAMPLED, DENSE)
     tl.store(p_mode + i_row, mode)
 
     o_d = tl.arange(0, DP)
@@ -73,12 +72,6 @@ def prepare_fwd_kernel(
     basis = p_query_basis + h * D * D
     first = tl.load(basis + o_d[:, None] * D + o_r[None, :], mask=m_d[:, None] & m_r[None, :], other=0.0)
     t = tl.dot(qf, first, input_precision="tf32x3")  # [GP, C]
-    energy = tl.sum(t * t, 1)
-    for at in range(C, D, C):
-        o_c = at + o_r
-        part = tl.load(basis + o_d[:, None] * D + o_c[None, :], mask=m_d[:, None] & (o_c < D)[None, :], other=0.0)
-        rest = tl.dot(qf, part, input_precision="tf32x3")
-        energy += tl.sum(rest * rest, 1)
     step = tl.load(p_steps + h * R + o_r, mask=m_r, other=0.0)
     field_width = tl.load(p_fields + (h * R + o_r) * 3 + 2, mask=m_r, other=0)
     weight = tl.where((field_width > 0)[None, :], sm_scale * t * step[None, :], 0.0)
@@ -93,7 +86,8 @@ def prepare_fwd_kernel(
     scale = tl.load(state + STATE_SCALE, mask=m_g, other=0.0)
     tl.store(p_log_scale + head, scale - fixed, mask=m_g)
 
-    kappa = 0.5 * sm_scale * sm_scale * tl.sum(energy, 0) / (D * G)
+    # Queries are white in these coordinates, so the coded ones tell the energy of the rest.
+    kappa = 0.5 * sm_scale * sm_scale * tl.sum(tl.sum(t * t, 1), 0) / (G * C)
     reads = tl.max(tl.load(state + STATE_READS, mask=m_g, other=0.0), 0)
     p_own = p_scale + i_row * NUM_SCALES
     tl.store(p_own + UNIT, unit)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vattn_kernels.triton.layout import CODING, FLOOR, NUM_SCALES, SAMPLED, UNIT
+from vattn_kernels.triton.layout import CODING, FLOOR, NUM_SCALES, SAMPLED, UNIT, nothing_to_do
 
 LOG2E = tl.constexpr(1.4426950408889634)
 GOLDEN = tl.constexpr(0x9E3779B1)
@@ -46,13 +46,36 @@ def dot_bytes(codes, query, acc, DP4A: tl.constexpr):
 def select_fwd_kernel(
     p_codes, p_norms, p_valid, p_kv_indices, p_seq_lens, p_fields,
     p_mode, p_query, p_bias, p_log_scale, p_scale, p_slots, p_weights, p_counts, p_reads,
+    sink, window, seed, layer, rows, kv_stride, code_slot, code_head, norm_slot, norm_head, capacity,
+    HKV: tl.constexpr, G: tl.constexpr, R: tl.constexpr, GROUPS: tl.constexpr, WORDS: tl.constexpr,
+    WITH_VALUES: tl.constexpr, SEGMENTS: tl.constexpr, BLOCK: tl.constexpr, MOST: tl.constexpr, DP4A: tl.constexpr,
+    RETRY: tl.constexpr, ROWS_P: tl.constexpr,
+):  # fmt: skip
+    if RETRY:
+        if nothing_to_do(p_mode, rows, SAMPLED, ROWS_P):
+            return
+    item = tl.program_id(0)
+    while item < rows * SEGMENTS:
+        i_row, i_segment = item // SEGMENTS, item % SEGMENTS
+        if tl.load(p_mode + i_row) == SAMPLED:
+            select_segment(
+                i_row, i_segment, p_codes, p_norms, p_valid, p_kv_indices, p_seq_lens, p_fields,
+                p_query, p_bias, p_log_scale, p_scale, p_slots, p_weights, p_counts, p_reads,
+                sink, window, seed, layer, kv_stride, code_slot, code_head, norm_slot, norm_head, capacity,
+                HKV, G, R, GROUPS, WORDS, WITH_VALUES, SEGMENTS, BLOCK, MOST, DP4A,
+            )  # fmt: skip
+        item += tl.num_programs(0)
+
+
+@triton.jit
+def select_segment(
+    i_row, i_segment, p_codes, p_norms, p_valid, p_kv_indices, p_seq_lens, p_fields,
+    p_query, p_bias, p_log_scale, p_scale, p_slots, p_weights, p_counts, p_reads,
     sink, window, seed, layer, kv_stride, code_slot, code_head, norm_slot, norm_head, capacity,
     HKV: tl.constexpr, G: tl.constexpr, R: tl.constexpr, GROUPS: tl.constexpr, WORDS: tl.constexpr,
     WITH_VALUES: tl.constexpr, SEGMENTS: tl.constexpr, BLOCK: tl.constexpr, MOST: tl.constexpr, DP4A: tl.constexpr,
 ):  # fmt: skip
-    i_segment, i_row = tl.program_id(0), tl.program_id(1)
-    if tl.load(p_mode + i_row) != SAMPLED:
-        return
+    """List one segment of one row."""
     b, h = i_row // HKV, i_row % HKV
     n = tl.load(p_seq_lens + b).to(tl.int32)
     high = n - window
@@ -60,20 +83,41 @@ def select_fwd_kernel(
     p_own = p_scale + i_row * NUM_SCALES
     unit, coding, least = tl.load(p_own + UNIT), tl.load(p_own + CODING), tl.load(p_own + FLOOR)
     unit2 = unit * LOG2E
+    # What is constant over tokens is loaded here: the stores below keep the compiler from moving a load out of the loop.
+    words = ()
+    shifts = ()
+    masks = ()
+    for j in tl.static_range(GROUPS):
+        p_field = p_fields + (h * R + 4 * j) * 3
+        words = words + (tl.load(p_field),)
+        shifts = shifts + (tl.load(p_field + 1),)
+        masks = masks + (((1 << tl.load(p_field + 2)) - 1) * LANES,)
+    levels = ()
+    queries = ()
+    for g in tl.static_range(G):
+        head = i_row * G + g
+        level = (tl.load(p_bias + head) + tl.load(p_log_scale + head)) / unit
+        levels = levels + (tl.floor(tl.minimum(tl.maximum(level, -1.0e9), 1.0e9) + 0.5).to(tl.int32),)
+        for j in tl.static_range(GROUPS):
+            queries = queries + (tl.load((p_query + (head * GROUPS + j) * 4).to(tl.pointer_type(tl.int32))),)
+
+    p_code_head, p_norm_head = p_codes + h * code_head, p_norms + h * norm_head
     p_indices = p_kv_indices + b.to(tl.int64) * kv_stride
-    own = capacity // SEGMENTS
-    base = i_row.to(tl.int64) * capacity + i_segment * own
+    base = i_row.to(tl.int64) * capacity + i_segment * (capacity // SEGMENTS)
     o_b = tl.arange(0, BLOCK)
     count = 0
     reads = tl.zeros([BLOCK], tl.float32)
-    for start in range(sink + i_segment * BLOCK, high, SEGMENTS * BLOCK):
+    begin = sink + i_segment * BLOCK
+    upcoming = tl.load(p_indices + begin + o_b, mask=begin + o_b < high, other=0)
+    for start in range(begin, high, SEGMENTS * BLOCK):
         position = start + o_b
         m_b = position < high
-        slot = tl.load(p_indices + position, mask=m_b, other=0).to(tl.int64)
-        p_code = p_codes + slot * code_slot + h * code_head
+        slot = upcoming.to(tl.int64)
+        p_code = p_code_head + slot * code_slot
         if WORDS == 1:
             word0 = tl.load(p_code, mask=m_b, other=0)
-            word1, word2, word3 = word0, word0, word0
+            word1 = word0
+            word2, word3 = word0, word0
         else:
             pair = tl.load(p_code.to(tl.pointer_type(tl.int64)), mask=m_b, other=0)
             word0, word1 = pair.to(tl.int32), (pair >> 32).to(tl.int32)
@@ -81,27 +125,29 @@ def select_fwd_kernel(
             if WORDS == 4:
                 more = tl.load((p_code + 2).to(tl.pointer_type(tl.int64)), mask=m_b, other=0)
                 word2, word3 = more.to(tl.int32), (more >> 32).to(tl.int32)
-        norm = tl.load(
-            (p_norms + slot * norm_slot + h * norm_head).to(tl.pointer_type(tl.int16)), mask=m_b, other=0
-        ).to(tl.int32)
+        p_norm = (p_norm_head + slot * norm_slot).to(tl.pointer_type(tl.int16))
+        norm = tl.load(p_norm, mask=m_b, other=0).to(tl.int32)
         usable = tl.load(p_valid + slot, mask=m_b, other=1) != 0
-        best = tl.full([BLOCK], -2147483648, tl.int32)
+        ahead = position + SEGMENTS * BLOCK
+        upcoming = tl.load(p_indices + ahead, mask=ahead < high, other=0)
+        accs = ()
         for g in tl.static_range(G):
-            head = i_row * G + g
-            level = (tl.load(p_bias + head) + tl.load(p_log_scale + head)) / unit
-            level = tl.minimum(tl.maximum(level, -1.0e9), 1.0e9)
-            acc = tl.zeros([BLOCK], tl.int32) + tl.floor(level + 0.5).to(tl.int32)
-            for j in tl.static_range(GROUPS):
-                p_field = p_fields + (h * R + 4 * j) * 3
-                which, shift, width = tl.load(p_field), tl.load(p_field + 1), tl.load(p_field + 2)
-                word = tl.where(which == 0, word0, word1)
-                if WORDS == 4:
-                    word = tl.where(which < 2, word, tl.where(which == 2, word2, word3))
-                lanes = (word >> shift) & (((1 << width) - 1) * LANES)
-                query = tl.load((p_query + head * 4 * GROUPS + 4 * j).to(tl.pointer_type(tl.int32)))
-                acc = dot_bytes(lanes, query, acc, DP4A)
-            best = tl.maximum(best, acc)
-        log_pi = unit2 * best.to(tl.float32) + coding * tl.exp2((((norm & 0xFF) - 128) * 0.25).to(tl.float32))
+            accs = accs + (tl.zeros([BLOCK], tl.int32) + levels[g],)
+        for j in tl.static_range(GROUPS):
+            if WORDS == 4:
+                low_half = tl.where(words[j] == 0, word0, word1)
+                word = tl.where(words[j] < 2, low_half, tl.where(words[j] == 2, word2, word3))
+            else:
+                word = tl.where(words[j] == 0, word0, word1)
+            lanes = (word >> shifts[j]) & masks[j]
+            grown = ()
+            for g in tl.static_range(G):
+                grown = grown + (dot_bytes(lanes, queries[g * GROUPS + j], accs[g], DP4A),)
+            accs = grown
+        best = accs[0]
+        for g in tl.static_range(1, G):
+            best = tl.maximum(best, accs[g])
+        log_pi = unit2 * best.to(tl.float32) + coding * tl.exp2(((norm & 0xFF) - 128).to(tl.float32) * 0.25)
         if WITH_VALUES:
             log_pi += (((norm >> 8) & 0xFF) - 128).to(tl.float32) * 0.125
         pi = tl.minimum(tl.exp2(tl.minimum(log_pi, 0.0)) + least, 1.0)
@@ -110,9 +156,9 @@ def select_fwd_kernel(
         chosen = m_b & (u < pi)
         reads += tl.where(m_b, pi, 0.0)
         hit = chosen.to(tl.int32)
-        place = count + tl.cumsum(hit, 0) - hit
-        tl.store(p_slots + base + place, slot.to(tl.int32), mask=chosen)
-        tl.store(p_weights + base + place, 1.0 / pi, mask=chosen)
+        place = base + count + tl.cumsum(hit, 0) - hit
+        tl.store(p_slots + place, slot.to(tl.int32), mask=chosen)
+        tl.store(p_weights + place, 1.0 / pi, mask=chosen)
         count += tl.sum(hit, 0)
     tl.store(p_counts + i_row * MOST + i_segment, count)
     tl.store(p_reads + i_row * MOST + i_segment, tl.sum(reads, 0))

@@ -16,7 +16,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from vattn_kernels.triton.attend import attend_fwd_kernel
+from vattn_kernels.triton import layout
+from vattn_kernels.triton.attend import attend_exact_fwd_kernel, attend_fwd_kernel
 from vattn_kernels.triton.combine import combine_fwd_kernel
 from vattn_kernels.triton.prepare import prepare_fwd_kernel
 from vattn_kernels.triton.select import select_fwd_kernel
@@ -28,7 +29,7 @@ CACHE = {"p_q", "p_k", "p_v", "p_out"}
 TYPES = {
     "p_kv_indices": "i32", "p_seq_lens": "i64", "p_fields": "i32", "p_covered": "i32", "p_state_rows": "i64",
     "p_mode": "i32", "p_valid": "u8", "p_norms": "u8", "p_slots": "i32", "p_counts": "i32", "p_counters": "fp64",
-    "p_new": "i64",
+    "p_new": "i64", "p_arrivals": "i32",
 }  # fmt: skip
 
 
@@ -38,18 +39,25 @@ def shapes(dtype: str, head_dim: int, group: int, words: int):
     width = max(16, 1 << (2 * group - 1).bit_length())
     padded = 1 << (group - 1).bit_length()
     common = {"HKV": kv, "G": group, "D": head_dim, "DP": power}
-    yield prepare_fwd_kernel, 4, common | {"GP": max(16, padded), "R": head_dim, "C": 4 * groups, "F": 64, "WIDTH": 4, "MOST_AGE": 64}
-    yield select_fwd_kernel, 1, {
-        "HKV": kv, "G": group, "R": head_dim, "GROUPS": groups, "WORDS": words, "WITH_VALUES": True, "SEGMENTS": 16,
-        "BLOCK": 512, "MOST": 64, "DP4A": True,
+    launch, retry = layout.LAUNCH, {"RETRY": True, "ROWS_P": 128}
+    yield prepare_fwd_kernel, launch.prepare_warps, common | {
+        "GP": max(16, padded), "R": head_dim, "C": 4 * groups, "F": 64, "WIDTH": 4, "MOST_AGE": 64
     }  # fmt: skip
-    yield attend_fwd_kernel, 4, common | {
-        "WIDTH": width, "BN": 64, "SEGMENTS": 16, "BLOCK": 512, "MOST": 64, "WIDE": dtype == "fp16", "STAGES": 2,
+    yield select_fwd_kernel, launch.select_warps, retry | {
+        "HKV": kv, "G": group, "R": head_dim, "GROUPS": groups, "WORDS": words, "WITH_VALUES": True, "SEGMENTS": 8,
+        "BLOCK": launch.select_block, "MOST": 64, "DP4A": True,
     }  # fmt: skip
-    yield combine_fwd_kernel, 4, common | {
-        "GP": padded, "WIDTH": width, "SEGMENTS": 16, "SPLITS_P": 32, "MOST": 64, "STATE": 4, "TARGET": 0, "LAST": False,
-        "EXACT_NEXT": False, "TABLE": 4, "POINTS": 33, "PER_UNIT": 64, "BUDGET_EDGES": 12, "BUDGET_EDGES_P": 16,
-        "ERROR_EDGES": 10, "ERROR_EDGES_P": 16,
+    yield attend_fwd_kernel, launch.attend_warps, common | retry | {
+        "WIDTH": width, "BN": launch.attend_block, "SEGMENTS": 8, "MOST": 64, "WIDE": dtype == "fp16",
+        "STAGES": launch.attend_stages,
+    }  # fmt: skip
+    yield attend_exact_fwd_kernel, launch.exact_warps, common | {
+        "WIDTH": width, "BN": launch.exact_block, "SEGMENTS": 8, "STAGES": launch.exact_stages, "ROWS_P": 128
+    }  # fmt: skip
+    yield combine_fwd_kernel, launch.combine_warps, common | {
+        "GP": padded, "WIDTH": width, "SEGMENTS": 8, "SPLITS_P": 16, "MOST": 64, "STATE": 4, "TARGET": 0, "EXACT": False,
+        "LAST": False, "EXACT_NEXT": False, "TABLE": 4, "POINTS": 33, "PER_UNIT": 64, "BUDGET_EDGES": 12,
+        "BUDGET_EDGES_P": 16, "ERROR_EDGES": 10, "ERROR_EDGES_P": 16,
     }  # fmt: skip
     yield update_fwd_kernel, 4, {
         "D": head_dim, "DP": power, "R": head_dim, "C": 4 * groups, "WORDS": words, "BT": 16
@@ -67,10 +75,9 @@ def resources(cubin: bytes) -> dict[str, int]:
 
 
 def main() -> None:
+    models = (("bf16", 128, 4, 2), ("bf16", 64, 3, 2), ("fp16", 96, 1, 4), ("bf16", 256, 16, 2), ("bf16", 128, 8, 4))
     for arch in (80, 90):
-        for dtype, head_dim, group, words in (
-            ("bf16", 128, 4, 2), ("bf16", 64, 3, 2), ("fp16", 96, 1, 4), ("bf16", 256, 16, 2), ("bf16", 128, 8, 4),
-        ):  # fmt: skip
+        for dtype, head_dim, group, words in models[: int(sys.argv[1])] if sys.argv[1:] else models:
             for kernel, warps, constants in shapes(dtype, head_dim, group, words):
                 signature = {}
                 for name in kernel.arg_names:
