@@ -122,7 +122,7 @@ def decode(
         q, k_cache, kv_indices, seq_lens, mean, query_basis, steps, fields, covered, state, state_rows,
         work.mode, work.codes, work.bias, work.log_scale, work.fixed, work.scale,
         sm_scale, floor, sink, window, dense_below, pilot_min, kv_stride, k_stride,
-        **model, GP=max(16, padded_group), R=steps.shape[-1], C=4 * groups, F=64, WIDTH=layout.STATE_WIDTH,
+        **model, GP=max(16, padded_group), R=steps.shape[-1], C=4 * groups, F=128, WIDTH=layout.STATE_WIDTH,
         MOST_AGE=MOST_AGE, num_warps=launch.prepare_warps,
     )  # fmt: skip
 
@@ -157,12 +157,12 @@ def decode(
             q, k_cache, v_cache, kv_indices, seq_lens, work.mode, work.slots, work.weights, work.counts, work.outs,
             work.scalars, sm_scale, sink, window, rows, kv_stride, k_stride, capacity,
             **model, WIDTH=width, BN=launch.attend_block, SEGMENTS=segments, MOST=layout.MOST_SEGMENTS,
-            WIDE=q.dtype != torch.bfloat16, STAGES=launch.attend_stages, RETRY=retry, ROWS_P=rows_p,
+            TARGET=TARGETS.index(target), WIDE=q.dtype != torch.bfloat16, RETRY=retry, ROWS_P=rows_p,
             num_warps=launch.attend_warps, maxnreg=launch.attend_registers,
         )  # fmt: skip
         final = number == ROUNDS - 1
         combine(exact=False, last=final and cap < 1, exact_next=final)
-    attend_exact_fwd_kernel[(rows * segments,)](
+    attend_exact_fwd_kernel[(min(launch.retry_programs, rows * segments),)](
         q, k_cache, v_cache, kv_indices, seq_lens, work.mode, work.outs, work.scalars, sm_scale, rows, kv_stride,
         k_stride, **model, WIDTH=width, BN=launch.exact_block, SEGMENTS=segments, STAGES=launch.exact_stages,
         ROWS_P=rows_p, num_warps=launch.exact_warps,

@@ -6,14 +6,17 @@ import triton
 import triton.language as tl
 
 from vattn_kernels.triton.layout import (
+    DENOMINATOR,
     DENSE,
     EXHAUSTED,
     MASS,
     MAXIMUM,
-    MOMENT,
     NUM_SCALARS,
+    NUMERATOR,
     SAMPLED,
-    SQUARES,
+    SPREAD,
+    SPREAD_MASS,
+    SQUARE,
     nothing_to_do,
 )
 
@@ -33,44 +36,54 @@ def attend_fwd_kernel(
     p_q, p_k, p_v, p_kv_indices, p_seq_lens, p_mode, p_slots, p_weights, p_counts, p_outs, p_scalars,
     sm_scale, sink, window, rows, kv_stride, k_stride, capacity,
     HKV: tl.constexpr, G: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr,
-    SEGMENTS: tl.constexpr, MOST: tl.constexpr, WIDE: tl.constexpr, STAGES: tl.constexpr,
+    SEGMENTS: tl.constexpr, MOST: tl.constexpr, TARGET: tl.constexpr, WIDE: tl.constexpr,
     RETRY: tl.constexpr, ROWS_P: tl.constexpr,
 ):  # fmt: skip
+    # One item a program, or, in a retry that finds work, a few.
     if RETRY:
         if nothing_to_do(p_mode, rows, SAMPLED, ROWS_P):
             return
-    item = tl.program_id(0)
-    while item < rows * (SEGMENTS + 1):
-        i_row, i_segment = item // (SEGMENTS + 1), item % (SEGMENTS + 1)
-        if tl.load(p_mode + i_row) == SAMPLED:
+        item = tl.program_id(0)
+        while item < rows * (SEGMENTS + 1):
             attend_list(
-                i_row, i_segment, p_q, p_k, p_v, p_kv_indices, p_seq_lens, p_slots, p_weights, p_counts, p_outs,
-                p_scalars, sm_scale, sink, window, kv_stride, k_stride, capacity,
-                HKV, G, WIDTH, D, DP, BN, SEGMENTS, MOST, WIDE, STAGES,
+                item, p_q, p_k, p_v, p_kv_indices, p_seq_lens, p_mode, p_slots, p_weights, p_counts, p_outs, p_scalars,
+                sm_scale, sink, window, kv_stride, k_stride, capacity,
+                HKV, G, WIDTH, D, DP, BN, SEGMENTS, MOST, TARGET, WIDE,
             )  # fmt: skip
-        item += tl.num_programs(0)
+            item += tl.num_programs(0)
+    else:
+        attend_list(
+            tl.program_id(0), p_q, p_k, p_v, p_kv_indices, p_seq_lens, p_mode, p_slots, p_weights, p_counts, p_outs,
+            p_scalars, sm_scale, sink, window, kv_stride, k_stride, capacity,
+            HKV, G, WIDTH, D, DP, BN, SEGMENTS, MOST, TARGET, WIDE,
+        )  # fmt: skip
 
 
 @triton.jit
 def attend_list(
-    i_row, i_segment, p_q, p_k, p_v, p_kv_indices, p_seq_lens, p_slots, p_weights, p_counts, p_outs, p_scalars,
+    item, p_q, p_k, p_v, p_kv_indices, p_seq_lens, p_mode, p_slots, p_weights, p_counts, p_outs, p_scalars,
     sm_scale, sink, window, kv_stride, k_stride, capacity,
     HKV: tl.constexpr, G: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr,
-    SEGMENTS: tl.constexpr, MOST: tl.constexpr, WIDE: tl.constexpr, STAGES: tl.constexpr,
+    SEGMENTS: tl.constexpr, MOST: tl.constexpr, TARGET: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """One split: a segment's list, or, behind the last segment, sink and window."""
+    i_row, i_segment = item // (SEGMENTS + 1), item % (SEGMENTS + 1)
     b, h = i_row // HKV, i_row % HKV
-    n = tl.load(p_seq_lens + b).to(tl.int32)
     listed = i_segment < SEGMENTS
-    count = sink + window
+    mode = tl.load(p_mode + i_row)
+    n = tl.load(p_seq_lens + b).to(tl.int32)
+    count = tl.load(p_counts + i_row * MOST + i_segment, mask=listed, other=0)
     # A list holds slots; the fixed set's are in the page table, sink first.
     p_list = p_kv_indices + b.to(tl.int64) * kv_stride
+    base = i_row.to(tl.int64) * capacity + tl.where(listed, i_segment, 0) * (capacity // SEGMENTS)
     jump = n - window - sink
-    base = i_row.to(tl.int64) * capacity + i_segment * (capacity // SEGMENTS)
     if listed:
-        count = tl.load(p_counts + i_row * MOST + i_segment)
         p_list = p_slots + base
         jump = 0
+    else:
+        count = sink + window
+    if mode != SAMPLED:
+        count = 0
 
     # Rows [0, G) hold the estimate's weights w y, rows [G, 2G) its variance's w (w - 1) y^2.
     o_w = tl.arange(0, WIDTH)
@@ -83,21 +96,29 @@ def attend_list(
     acc = tl.zeros([WIDTH, DP], tl.float32)
     maximum = tl.full([WIDTH], float("-inf"), tl.float32)
     mass = tl.zeros([WIDTH, BN], tl.float32)
-    squares = tl.zeros([WIDTH, BN], tl.float32)
-    moment0 = tl.zeros([WIDTH, BN], tl.float32)
-    moment1 = tl.zeros([WIDTH, BN], tl.float32)
-    moment2 = tl.zeros([WIDTH, BN], tl.float32)
+    square = tl.zeros([WIDTH, BN], tl.float32)
+    spread = tl.zeros([WIDTH, BN], tl.float32)
+    spread_mass = tl.zeros([WIDTH, BN], tl.float32)
     o_n = tl.arange(0, BN)
     p_kh, p_vh = p_k + h * D, p_v + h * D
-    for start in tl.range(0, count, BN, num_stages=STAGES):
-        index = start + o_n
-        ok = index < count
-        slot = tl.load(p_list + index + tl.where(index < sink, 0, jump), mask=ok, other=0)
-        weight = tl.load(p_weights + base + index, mask=ok & listed, other=1.0)
-        at = slot.to(tl.int64)[:, None] * k_stride + o_d[None, :]
-        mask = ok[:, None] & m_d[None, :]
-        k = tl.load(p_kh + at, mask=mask, other=0.0)  # [BN, DP]
-        v = tl.load(p_vh + at, mask=mask, other=0.0)
+    # K and V of the next block are under way while this one is computed, and the slots of the one after it.
+    ok = o_n < count
+    slot = tl.load(p_list + o_n + tl.where(o_n < sink, 0, jump), mask=ok, other=0)
+    ahead = o_n + BN
+    upcoming = tl.load(p_list + ahead + tl.where(ahead < sink, 0, jump), mask=ahead < count, other=0)
+    weight = tl.load(p_weights + base + o_n, mask=ok & listed, other=1.0)
+    at = slot.to(tl.int64)[:, None] * k_stride + o_d[None, :]
+    k = tl.load(p_kh + at, mask=ok[:, None] & m_d[None, :], other=0.0)  # [BN, DP]
+    v = tl.load(p_vh + at, mask=ok[:, None] & m_d[None, :], other=0.0)
+    for start in range(0, count, BN):
+        index = start + BN + o_n
+        next_ok = index < count
+        at = upcoming.to(tl.int64)[:, None] * k_stride + o_d[None, :]
+        next_k = tl.load(p_kh + at, mask=next_ok[:, None] & m_d[None, :], other=0.0)
+        next_v = tl.load(p_vh + at, mask=next_ok[:, None] & m_d[None, :], other=0.0)
+        next_weight = tl.load(p_weights + base + index, mask=next_ok & listed, other=1.0)
+        ahead = index + BN
+        upcoming = tl.load(p_list + ahead + tl.where(ahead < sink, 0, jump), mask=ahead < count, other=0)
         logits = tl.dot(q, tl.trans(k), input_precision="ieee") * (sm_scale * LOG2E)
         logits = tl.where(ok[None, :], logits, float("-inf"))
         larger = tl.maximum(maximum, tl.max(logits, 1))
@@ -106,27 +127,31 @@ def attend_list(
         alpha = tl.exp2(maximum - larger)
         alpha = tl.where(is_square, alpha * alpha, alpha)
         maximum = larger
-        wide = v.to(tl.float32)
-        norm2 = tl.sum(wide * wide, 1)
         acc = accumulate(p, v, acc * alpha[:, None], WIDE)
         mass = mass * alpha[:, None] + p
-        squares = squares * alpha[:, None] + p * norm2[None, :]
-        share = p * p * (1.0 - 1.0 / weight)[None, :]
         beta = (alpha * alpha)[:, None]
-        moment0 = moment0 * beta + share
-        share = share * norm2[None, :]
-        moment1 = moment1 * beta + share
-        moment2 = moment2 * beta + share * norm2[None, :]
+        open_share = (1.0 - 1.0 / weight)[None, :]
+        if TARGET != DENOMINATOR:
+            wide = v.to(tl.float32)
+            t = p * tl.sum(wide * wide, 1)[None, :]
+            square = square * alpha[:, None] + t
+            spread = spread * beta + t * t * open_share
+        if (TARGET == DENOMINATOR) | (TARGET > NUMERATOR):
+            spread_mass = spread_mass * beta + p * p * open_share
+        k, v, weight, ok = next_k, next_v, next_weight, next_ok
+    if mode != SAMPLED:
+        return
     i_split = i_row * (SEGMENTS + 1) + i_segment
     p_out = p_outs + (i_split.to(tl.int64) * WIDTH + o_w[:, None]) * DP + o_d[None, :]
     tl.store(p_out, acc, mask=(o_w < 2 * G)[:, None])
     p_own = p_scalars + i_split * NUM_SCALARS * WIDTH + o_w
     tl.store(p_own + MAXIMUM * WIDTH, maximum)
     tl.store(p_own + MASS * WIDTH, tl.sum(mass, 1))
-    tl.store(p_own + SQUARES * WIDTH, tl.sum(squares, 1))
-    tl.store(p_own + MOMENT * WIDTH, tl.sum(moment0, 1))
-    tl.store(p_own + (MOMENT + 1) * WIDTH, tl.sum(moment1, 1))
-    tl.store(p_own + (MOMENT + 2) * WIDTH, tl.sum(moment2, 1))
+    if TARGET != DENOMINATOR:
+        tl.store(p_own + SQUARE * WIDTH, tl.sum(square, 1))
+        tl.store(p_own + SPREAD * WIDTH, tl.sum(spread, 1))
+    if (TARGET == DENOMINATOR) | (TARGET > NUMERATOR):
+        tl.store(p_own + SPREAD_MASS * WIDTH, tl.sum(spread_mass, 1))
 
 
 @triton.jit

@@ -6,14 +6,18 @@ import triton
 import triton.language as tl
 
 from vattn_kernels.triton.layout import (
+    DENOMINATOR,
     DENSE,
     DONE,
     EXHAUSTED,
     MASS,
     MAXIMUM,
-    MOMENT,
     NUM_SCALARS,
-    SQUARES,
+    NUMERATOR,
+    OUTPUT,
+    SPREAD,
+    SPREAD_MASS,
+    SQUARE,
     STATE_CONTEXT,
     STATE_READS,
     STATE_SCALE,
@@ -32,9 +36,6 @@ AIM = tl.constexpr(0.6)
 DECAY = tl.constexpr(0.15)
 RETRY_AIM = tl.constexpr(0.15)
 MOST_GROWTH = tl.constexpr(3.0)
-OUTPUT = tl.constexpr(0)
-DENOMINATOR = tl.constexpr(1)
-NUMERATOR = tl.constexpr(2)
 CERTIFIED = tl.constexpr(0)
 UNCERTIFIED = tl.constexpr(1)
 CAPPED = tl.constexpr(2)
@@ -125,32 +126,28 @@ def merge_head(
     if not EXACT:
         alongs = tl.load(tile + G * DP, mask=m_s[:, None], other=0.0)
         p_square = p_own + G
-        plains = tl.load(p_square + MASS * WIDTH, mask=m_s, other=0.0)
-        squares = tl.load(p_square + SQUARES * WIDTH, mask=m_s, other=0.0)
-        moments0 = tl.load(p_square + MOMENT * WIDTH, mask=m_s, other=0.0)
-        moments1 = tl.load(p_square + (MOMENT + 1) * WIDTH, mask=m_s, other=0.0)
-        moments2 = tl.load(p_square + (MOMENT + 2) * WIDTH, mask=m_s, other=0.0)
         f2 = f * f
-        f4 = f2 * f2
+        plain = tl.sum(f2 * tl.load(p_square + MASS * WIDTH, mask=m_s, other=0.0), 0)
         along = tl.sum(f2[:, None] * alongs, 0)
-        plain, square = tl.sum(f2 * plains, 0), tl.sum(f2 * squares, 0)
-        moment0, moment1, moment2 = tl.sum(f4 * moments0, 0), tl.sum(f4 * moments1, 0), tl.sum(f4 * moments2, 0)
         unit_output = tl.maximum(mass * norm, LEAST_UNIT)
+        if TARGET != DENOMINATOR:
+            square = tl.sum(f2 * tl.load(p_square + SQUARE * WIDTH, mask=m_s, other=0.0), 0)
+            spread = tl.sum(f2 * f2 * tl.load(p_square + SPREAD * WIDTH, mask=m_s, other=0.0), 0)
+            spread = spread / tl.maximum(square * square, 1e-37)
+        if (TARGET == DENOMINATOR) | (TARGET > NUMERATOR):
+            spread_mass = tl.sum(f2 * f2 * tl.load(p_square + SPREAD_MASS * WIDTH, mask=m_s, other=0.0), 0)
+            spread_mass = spread_mass / tl.maximum(plain * plain, 1e-37)
+            width_mass = half_width(plain, spread_mass, mass, p_params + TABLE, POINTS, PER_UNIT)
         if TARGET == OUTPUT:
-            about = square + norm2 * plain
-            spread = (moment2 + 2 * norm2 * moment1 + norm2 * norm2 * moment0) / tl.maximum(about * about, 1e-37)
+            # The spread of |v - o|^2 is taken for that of |v|^2: it only moves the quantile's degrees of freedom.
             variance = square - 2 * tl.sum(out * along, 0) + norm2 * plain
             width = half_width(variance, spread, unit_output, p_params + TABLE, POINTS, PER_UNIT)
+        elif TARGET == DENOMINATOR:
+            width = width_mass
         else:
-            spread_mass = moment0 / tl.maximum(plain * plain, 1e-37)
-            spread_value = moment2 / tl.maximum(square * square, 1e-37)
-            width_mass = half_width(plain, spread_mass, mass, p_params + TABLE, POINTS, PER_UNIT)
-            width_value = half_width(square, spread_value, unit_output, p_params + TABLE, POINTS, PER_UNIT)
-            width = 2 * (width_mass + width_value)
-            if TARGET == DENOMINATOR:
-                width = width_mass
-            if TARGET == NUMERATOR:
-                width = width_value
+            width = half_width(square, spread, unit_output, p_params + TABLE, POINTS, PER_UNIT)
+            if TARGET > NUMERATOR:
+                width = 2 * (width_mass + width)
         width = tl.where(width < MOST_HALF_WIDTH, width, MOST_HALF_WIDTH)
         residual = 1.0 - tl.sum(tl.where(o_s == SEGMENTS, masses, 0.0), 0) / mass
     size = tl.maximum(norm, 1e-20)

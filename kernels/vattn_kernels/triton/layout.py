@@ -30,9 +30,15 @@ STATE_WIDTH: Final = 4
 # Rows of a split's scalars.
 MAXIMUM: Final = tl.constexpr(0)
 MASS: Final = tl.constexpr(1)
-SQUARES: Final = tl.constexpr(2)
-MOMENT: Final = tl.constexpr(3)
-NUM_SCALARS: Final = tl.constexpr(6)
+SQUARE: Final = tl.constexpr(2)
+SPREAD: Final = tl.constexpr(3)
+SPREAD_MASS: Final = tl.constexpr(4)
+NUM_SCALARS: Final = tl.constexpr(5)
+
+# Order of vattn_kernels.quantiles.TARGETS.
+OUTPUT: Final = tl.constexpr(0)
+DENOMINATOR: Final = tl.constexpr(1)
+NUMERATOR: Final = tl.constexpr(2)
 
 # Columns of ``scale``, one row a group: ln and log2 units of an integer score, log2 weight of a squared coding error,
 # least inclusion probability.
@@ -54,17 +60,16 @@ class Launch:
     programs: int = 1024
     retry_programs: int = 528
     prepare_warps: int = 4
-    select_block: int = 256
-    select_warps: int = 2
+    select_block: int = 128
+    select_warps: int = 1
     select_registers: int | None = None
-    attend_block: int = 64
+    attend_block: int = 32
     attend_warps: int = 4
-    attend_stages: int = 1
     attend_registers: int | None = None
     exact_block: int = 128
-    exact_warps: int = 4
-    exact_stages: int = 2
-    combine_warps: int = 4
+    exact_warps: int = 8
+    exact_stages: int = 3
+    combine_warps: int = 1
 
 
 LAUNCH: Final = Launch()

@@ -51,31 +51,56 @@ def select_fwd_kernel(
     WITH_VALUES: tl.constexpr, SEGMENTS: tl.constexpr, BLOCK: tl.constexpr, MOST: tl.constexpr, DP4A: tl.constexpr,
     RETRY: tl.constexpr, ROWS_P: tl.constexpr,
 ):  # fmt: skip
+    # One item a program, or, in a retry that finds work, a few.
+    item = tl.program_id(0)
     if RETRY:
         if nothing_to_do(p_mode, rows, SAMPLED, ROWS_P):
             return
-    item = tl.program_id(0)
-    while item < rows * SEGMENTS:
-        i_row, i_segment = item // SEGMENTS, item % SEGMENTS
-        if tl.load(p_mode + i_row) == SAMPLED:
+        while item < rows * SEGMENTS:
             select_segment(
-                i_row, i_segment, p_codes, p_norms, p_valid, p_kv_indices, p_seq_lens, p_fields,
+                item, p_codes, p_norms, p_valid, p_kv_indices, p_seq_lens, p_fields, p_mode,
                 p_query, p_bias, p_log_scale, p_scale, p_slots, p_weights, p_counts, p_reads,
                 sink, window, seed, layer, kv_stride, code_slot, code_head, norm_slot, norm_head, capacity,
                 HKV, G, R, GROUPS, WORDS, WITH_VALUES, SEGMENTS, BLOCK, MOST, DP4A,
             )  # fmt: skip
-        item += tl.num_programs(0)
+            item += tl.num_programs(0)
+    else:
+        select_segment(
+            item, p_codes, p_norms, p_valid, p_kv_indices, p_seq_lens, p_fields, p_mode,
+            p_query, p_bias, p_log_scale, p_scale, p_slots, p_weights, p_counts, p_reads,
+            sink, window, seed, layer, kv_stride, code_slot, code_head, norm_slot, norm_head, capacity,
+            HKV, G, R, GROUPS, WORDS, WITH_VALUES, SEGMENTS, BLOCK, MOST, DP4A,
+        )  # fmt: skip
+
+
+@triton.jit
+def load_side(p_codes, p_norms, p_valid, slot, mask, code_slot, norm_slot, WORDS: tl.constexpr):
+    """Words of the codes in pairs, the two norms as one number, and whether they are usable."""
+    slot = slot.to(tl.int64)
+    p_code = p_codes + slot * code_slot
+    if WORDS == 1:
+        low = tl.load(p_code, mask=mask, other=0).to(tl.int64)
+    else:
+        low = tl.load(p_code.to(tl.pointer_type(tl.int64)), mask=mask, other=0)
+    high = low
+    if WORDS == 4:
+        high = tl.load((p_code + 2).to(tl.pointer_type(tl.int64)), mask=mask, other=0)
+    norm = tl.load((p_norms + slot * norm_slot).to(tl.pointer_type(tl.int16)), mask=mask, other=0)
+    return low, high, norm, tl.load(p_valid + slot, mask=mask, other=1)
 
 
 @triton.jit
 def select_segment(
-    i_row, i_segment, p_codes, p_norms, p_valid, p_kv_indices, p_seq_lens, p_fields,
+    item, p_codes, p_norms, p_valid, p_kv_indices, p_seq_lens, p_fields, p_mode,
     p_query, p_bias, p_log_scale, p_scale, p_slots, p_weights, p_counts, p_reads,
     sink, window, seed, layer, kv_stride, code_slot, code_head, norm_slot, norm_head, capacity,
     HKV: tl.constexpr, G: tl.constexpr, R: tl.constexpr, GROUPS: tl.constexpr, WORDS: tl.constexpr,
     WITH_VALUES: tl.constexpr, SEGMENTS: tl.constexpr, BLOCK: tl.constexpr, MOST: tl.constexpr, DP4A: tl.constexpr,
 ):  # fmt: skip
     """List one segment of one row."""
+    i_row, i_segment = item // SEGMENTS, item % SEGMENTS
+    if tl.load(p_mode + i_row) != SAMPLED:
+        return
     b, h = i_row // HKV, i_row % HKV
     n = tl.load(p_seq_lens + b).to(tl.int32)
     high = n - window
@@ -108,28 +133,26 @@ def select_segment(
     count = 0
     reads = tl.zeros([BLOCK], tl.float32)
     begin = sink + i_segment * BLOCK
-    upcoming = tl.load(p_indices + begin + o_b, mask=begin + o_b < high, other=0)
-    for start in range(begin, high, SEGMENTS * BLOCK):
+    stride = SEGMENTS * BLOCK
+    # The next block's codes are under way while this one is scored, and the slots of the one after it.
+    position = begin + o_b
+    slot = tl.load(p_indices + position, mask=position < high, other=0)
+    upcoming = tl.load(p_indices + position + stride, mask=position + stride < high, other=0)
+    low_pair, high_pair, norm, usable = load_side(
+        p_code_head, p_norm_head, p_valid, slot, position < high, code_slot, norm_slot, WORDS
+    )
+    for start in range(begin, high, stride):
         position = start + o_b
         m_b = position < high
-        slot = upcoming.to(tl.int64)
-        p_code = p_code_head + slot * code_slot
-        if WORDS == 1:
-            word0 = tl.load(p_code, mask=m_b, other=0)
-            word1 = word0
-            word2, word3 = word0, word0
-        else:
-            pair = tl.load(p_code.to(tl.pointer_type(tl.int64)), mask=m_b, other=0)
-            word0, word1 = pair.to(tl.int32), (pair >> 32).to(tl.int32)
-            word2, word3 = word0, word1
-            if WORDS == 4:
-                more = tl.load((p_code + 2).to(tl.pointer_type(tl.int64)), mask=m_b, other=0)
-                word2, word3 = more.to(tl.int32), (more >> 32).to(tl.int32)
-        p_norm = (p_norm_head + slot * norm_slot).to(tl.pointer_type(tl.int16))
-        norm = tl.load(p_norm, mask=m_b, other=0).to(tl.int32)
-        usable = tl.load(p_valid + slot, mask=m_b, other=1) != 0
-        ahead = position + SEGMENTS * BLOCK
+        m_next = position + stride < high
+        next_low, next_high, next_norm, next_usable = load_side(
+            p_code_head, p_norm_head, p_valid, upcoming, m_next, code_slot, norm_slot, WORDS
+        )
+        next_slot = upcoming
+        ahead = position + 2 * stride
         upcoming = tl.load(p_indices + ahead, mask=ahead < high, other=0)
+        word0, word1 = low_pair.to(tl.int32), (low_pair >> 32).to(tl.int32)
+        word2, word3 = high_pair.to(tl.int32), (high_pair >> 32).to(tl.int32)
         accs = ()
         for g in tl.static_range(G):
             accs = accs + (tl.zeros([BLOCK], tl.int32) + levels[g],)
@@ -147,18 +170,20 @@ def select_segment(
         best = accs[0]
         for g in tl.static_range(1, G):
             best = tl.maximum(best, accs[g])
-        log_pi = unit2 * best.to(tl.float32) + coding * tl.exp2(((norm & 0xFF) - 128).to(tl.float32) * 0.25)
+        norm_bits = norm.to(tl.int32)
+        log_pi = unit2 * best.to(tl.float32) + coding * tl.exp2(((norm_bits & 0xFF) - 128).to(tl.float32) * 0.25)
         if WITH_VALUES:
-            log_pi += (((norm >> 8) & 0xFF) - 128).to(tl.float32) * 0.125
+            log_pi += (((norm_bits >> 8) & 0xFF) - 128).to(tl.float32) * 0.125
         pi = tl.minimum(tl.exp2(tl.minimum(log_pi, 0.0)) + least, 1.0)
-        pi = tl.where(usable, pi, 1.0)
+        pi = tl.where(usable != 0, pi, 1.0)
         u = (mix(position.to(tl.uint32) * GOLDEN + key) >> 8).to(tl.float32) * 5.9604644775390625e-8
         chosen = m_b & (u < pi)
         reads += tl.where(m_b, pi, 0.0)
         hit = chosen.to(tl.int32)
         place = base + count + tl.cumsum(hit, 0) - hit
-        tl.store(p_slots + place, slot.to(tl.int32), mask=chosen)
+        tl.store(p_slots + place, slot, mask=chosen)
         tl.store(p_weights + place, 1.0 / pi, mask=chosen)
         count += tl.sum(hit, 0)
+        slot, low_pair, high_pair, norm, usable = next_slot, next_low, next_high, next_norm, next_usable
     tl.store(p_counts + i_row * MOST + i_segment, count)
     tl.store(p_reads + i_row * MOST + i_segment, tl.sum(reads, 0))

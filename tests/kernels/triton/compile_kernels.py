@@ -41,15 +41,15 @@ def shapes(dtype: str, head_dim: int, group: int, words: int):
     common = {"HKV": kv, "G": group, "D": head_dim, "DP": power}
     launch, retry = layout.LAUNCH, {"RETRY": True, "ROWS_P": 128}
     yield prepare_fwd_kernel, launch.prepare_warps, common | {
-        "GP": max(16, padded), "R": head_dim, "C": 4 * groups, "F": 64, "WIDTH": 4, "MOST_AGE": 64
+        "GP": max(16, padded), "R": head_dim, "C": 4 * groups, "F": 128, "WIDTH": 4, "MOST_AGE": 64
     }  # fmt: skip
     yield select_fwd_kernel, launch.select_warps, retry | {
         "HKV": kv, "G": group, "R": head_dim, "GROUPS": groups, "WORDS": words, "WITH_VALUES": True, "SEGMENTS": 8,
         "BLOCK": launch.select_block, "MOST": 64, "DP4A": True,
     }  # fmt: skip
     yield attend_fwd_kernel, launch.attend_warps, common | retry | {
-        "WIDTH": width, "BN": launch.attend_block, "SEGMENTS": 8, "MOST": 64, "WIDE": dtype == "fp16",
-        "STAGES": launch.attend_stages,
+        "WIDTH": width, "BN": launch.attend_block, "SEGMENTS": 8, "MOST": 64, "TARGET": 0,
+        "WIDE": dtype == "fp16",
     }  # fmt: skip
     yield attend_exact_fwd_kernel, launch.exact_warps, common | {
         "WIDTH": width, "BN": launch.exact_block, "SEGMENTS": 8, "STAGES": launch.exact_stages, "ROWS_P": 128
