@@ -180,7 +180,10 @@ def settle_group(
     STATE: tl.constexpr, EXACT: tl.constexpr, LAST: tl.constexpr, EXACT_NEXT: tl.constexpr,
     BUDGET_EDGES: tl.constexpr, BUDGET_EDGES_P: tl.constexpr, ERROR_EDGES: tl.constexpr, ERROR_EDGES_P: tl.constexpr,
 ):  # fmt: skip
-    """Send a group into another round, or close its step."""
+    """Send a group into another round, or close its step.
+
+    The next step's scale lies above what this one needed, never below the guard, and within the cap.
+    """
     b, h = i_row // HKV, i_row % HKV
     n = tl.load(p_seq_lens + b).to(tl.int32)
     low = tl.minimum(sink, n)
@@ -205,29 +208,53 @@ def settle_group(
         widths = tl.where(budget == total, 0.0, widths)
     needs = 2.0 * tl.log(tl.maximum(widths, 1e-6) / epsilon)
     following = starts
+    again = False
     if not EXACT:
         growth = tl.where(widths <= epsilon, 0.0, tl.minimum(needs + RETRY_AIM, MOST_GROWTH))
         growth = tl.maximum(growth, tl.where((used < guards - SLACK) & (budget < total), guards - used, 0.0))
         growth = tl.where(m_g, growth, 0.0)
-        if (tl.max(growth, 0) > 0.0) & (limit > 0.02) & (LAST == 0):
-            tl.store(p_log_scale + head, used + tl.minimum(growth, limit), mask=m_g)
-            if EXACT_NEXT:
-                tl.store(p_mode + i_row, EXHAUSTED)
-            return
+        if not LAST:
+            again = (tl.max(growth, 0) > 0.0) & (limit > 0.02)
+            tl.store(p_log_scale + head, used + tl.minimum(growth, limit), mask=m_g & again)
         change = needs + AIM
         # Far above its need a scale comes down by half the way, less one.
         change = tl.maximum(change, tl.minimum(0.5 * (change + 1.0), -DECAY))
         following = used + tl.minimum(change, MOST_GROWTH)
         following = tl.minimum(tl.maximum(following, guards), used + limit)
-    elif mode == EXHAUSTED:
-        following = tl.maximum(used + AIM, guards)
-    tl.store(p_mode + i_row, DONE)
+    else:
+        following = tl.where(mode == EXHAUSTED, tl.maximum(used + AIM, guards), starts)
+    if again:
+        if EXACT_NEXT:
+            tl.store(p_mode + i_row, EXHAUSTED)
+    else:
+        close_group(
+            i_row, mode, widths, residuals, following + fixed, expected, limit, n, low, total, budget, read, p_mode,
+            p_params, p_state, p_state_rows, p_budget_edges, p_error_edges, p_stats, p_counters,
+            at_context, at_read, at_outcome, at_budget, at_error,
+            HKV, G, GP, STATE, BUDGET_EDGES, BUDGET_EDGES_P, ERROR_EDGES, ERROR_EDGES_P,
+        )  # fmt: skip
 
-    # What the next step starts from: above this step's need, never below the guard, and within the cap.
+
+@triton.jit
+def close_group(
+    i_row, mode, widths, residuals, following, expected, limit, n, low, total, budget, read, p_mode,
+    p_params, p_state, p_state_rows, p_budget_edges, p_error_edges, p_stats, p_counters,
+    at_context, at_read, at_outcome, at_budget, at_error,
+    HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, STATE: tl.constexpr,
+    BUDGET_EDGES: tl.constexpr, BUDGET_EDGES_P: tl.constexpr, ERROR_EDGES: tl.constexpr, ERROR_EDGES_P: tl.constexpr,
+):  # fmt: skip
+    """Write statistics and counters, and what the next step starts from."""
+    b, h = i_row // HKV, i_row % HKV
+    epsilon = tl.load(p_params)
+    fixed_tokens = n - total
+    o_g = tl.arange(0, GP)
+    m_g = o_g < G
+    head = i_row * G + o_g
+    tl.store(p_mode + i_row, DONE)
     state = p_state + (tl.load(p_state_rows + b) * HKV * G + h * G + o_g) * STATE
-    tl.store(state + STATE_SCALE, following + fixed, mask=m_g)
-    tl.store(state + STATE_CONTEXT, n.to(tl.float32) + fixed * 0.0, mask=m_g)
-    tl.store(state + STATE_READS, expected + fixed * 0.0, mask=m_g)
+    tl.store(state + STATE_SCALE, following, mask=m_g)
+    tl.store(state + STATE_CONTEXT, n.to(tl.float32) + following * 0.0, mask=m_g)
+    tl.store(state + STATE_READS, expected + following * 0.0, mask=m_g)
 
     is_dense = mode == DENSE
     short = tl.where(limit <= 0.02 + RETRY_AIM, CAPPED, UNCERTIFIED)
