@@ -1,8 +1,8 @@
 """GPU implementation of the ops in Triton: a few kernels of fixed grids, no wait for the host, no allocation in a step.
 
-A step is five launches: ``prepare``, ``select``, ``attend``, ``retry``, ``attend_exact``. The first draw takes a scale
+A step is seven launches: ``prepare``, ``select``, ``attend``, ``combine``, ``retry``, ``attend_exact``, ``combine``. The first draw takes a scale
 predicted from the request's last step; a group that it does not certify draws again at the scale its variance asks for,
-and one that is still open reads everything. The last two launches end at once where nothing is left to do.
+and one that is still open reads everything. The last three launches end at once where nothing is left to do.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from vattn_kernels import params as parameters
 from vattn_kernels.quantiles import TARGETS
 from vattn_kernels.triton import layout
 from vattn_kernels.triton.attend import attend_exact_fwd_kernel, attend_fwd_kernel, retry_fwd_kernel
+from vattn_kernels.triton.combine import combine_fwd_kernel
 from vattn_kernels.triton.prepare import prepare_fwd_kernel
 from vattn_kernels.triton.select import select_fwd_kernel
 from vattn_kernels.triton.update import update_fwd_kernel
@@ -110,7 +111,8 @@ def decode(
 
     rows, max_len = batch * num_kv_heads, kv_indices.shape[1]
     work = layout.workspace(q.device, batch, max_len, num_qo_heads, num_kv_heads, _power_of_two(head_dim))
-    segments, capacity = layout.segments(rows), layout.capacity(rows, max_len)
+    splits, capacity = layout.splits_of(rows), layout.capacity(rows, max_len)
+    segments = layout.LISTS.value * splits
     words, width = codes.shape[-1], layout.width_of(group)
     groups, coded = GROUPS_PER_WORD * words, _power_of_two(4 * GROUPS_PER_WORD * words)
     padded_group, padded_dim = _power_of_two(group), _power_of_two(head_dim)
@@ -134,11 +136,11 @@ def decode(
         out, stats, counters, cap, *counter_offsets[:5],
     )  # fmt: skip
     sketch = {
-        "R": steps.shape[-1], "GROUPS": groups, "WORDS": words, "BLOCK": layout.SELECT_BLOCK, "DP4A": q.is_cuda,
-        "SEGMENTS": segments, "MOST": layout.MOST_SEGMENTS,
+        "R": steps.shape[-1], "GROUPS": groups, "WORDS": words, "BLOCK": layout.BLOCK, "DP4A": q.is_cuda,
+        "MOST": layout.MOST_SEGMENTS,
     }  # fmt: skip
     merge = model | {
-        "GP": padded_group, "WIDTH": width, "SEGMENTS": segments, "SPLITS_P": _power_of_two(segments + 1),
+        "GP": padded_group, "WIDTH": width, "SPLITS": splits, "SPLITS_P": _power_of_two(splits + 1),
         "MOST": layout.MOST_SEGMENTS, "STATE": layout.STATE_WIDTH, "TARGET": target_id,
         "TABLE": parameters.SPLIT_TABLE if is_split else parameters.TABLE, "POINTS": parameters.TABLE_POINTS,
         "PER_UNIT": parameters.TABLE_STEPS_PER_UNIT, "BUDGET_EDGES": budget_edges.numel(),
@@ -150,22 +152,32 @@ def decode(
     select_fwd_kernel[(rows * segments,)](
         codes, norms, kv_indices, seq_lens, fields, work.mode, work.codes, work.bias, work.log_scale, work.scale,
         work.slots, work.pi, work.counts, work.reads, sink, window, *key, kv_stride, codes.stride(1), norms.stride(1),
-        capacity, HKV=num_kv_heads, G=group, WITH_VALUES=target != "denominator", **sketch,
+        capacity, HKV=num_kv_heads, G=group, WITH_VALUES=target != "denominator", SEGMENTS=segments, **sketch,
         num_warps=launch.select_warps, maxnreg=launch.select_registers,
     )  # fmt: skip
-    attend_fwd_kernel[(rows * (segments + 1),)](
+    combine_grid = (rows * group,)
+    attend_fwd_kernel[(rows * (splits + 1),)](
         q, k_cache, v_cache, kv_indices, seq_lens, *lists, sm_scale, sink, window, kv_stride, k_stride, capacity,
-        *finish, **merge, LAST=False, EXACT_NEXT=False, **attend, maxnreg=launch.attend_registers,
+        **model, WIDTH=width, SPLITS=splits, MOST=layout.MOST_SEGMENTS, TARGET=target_id, **attend,
+        maxnreg=launch.attend_registers,
     )  # fmt: skip
-    retry_fwd_kernel[(min(launch.retry_programs, rows * segments),)](
+    combine_fwd_kernel[combine_grid](
+        work.outs, work.scalars, work.heads, seq_lens, work.mode, work.counts, *finish[:12], sink, window, *finish[12:],
+        **merge, EXACT=False, LAST=False, EXACT_NEXT=False, num_warps=launch.combine_warps,
+    )  # fmt: skip
+    retry_fwd_kernel[(min(launch.retry_programs, rows * splits),)](
         q, k_cache, v_cache, kv_indices, seq_lens, *lists, codes, norms, fields, work.codes, work.bias, work.scale,
         sm_scale, sink, window, *key, rows, kv_stride, k_stride, codes.stride(1), norms.stride(1), capacity,
         *finish, **(merge | sketch), LAST=cap < 1, EXACT_NEXT=True, ROWS_P=rows_p, **attend,
     )  # fmt: skip
-    attend_exact_fwd_kernel[(min(launch.retry_programs, rows * segments),)](
-        q, k_cache, v_cache, kv_indices, seq_lens, work.mode, work.counts, work.outs, work.scalars, sm_scale, sink,
-        window, rows, kv_stride, k_stride, *finish, **merge, LAST=True, EXACT_NEXT=False, BN=launch.exact_block,
-        STAGES=launch.exact_stages, ROWS_P=rows_p, num_warps=launch.exact_warps,
+    attend_exact_fwd_kernel[(min(launch.exact_programs, rows * splits),)](
+        q, k_cache, v_cache, kv_indices, seq_lens, work.mode, work.outs, work.scalars, sm_scale, rows, kv_stride,
+        k_stride, **model, WIDTH=width, SPLITS=splits, BN=launch.exact_block, STAGES=launch.exact_stages,
+        ROWS_P=rows_p, num_warps=launch.exact_warps,
+    )  # fmt: skip
+    combine_fwd_kernel[combine_grid](
+        work.outs, work.scalars, work.heads, seq_lens, work.mode, work.counts, *finish[:12], sink, window, *finish[12:],
+        **merge, EXACT=True, LAST=True, EXACT_NEXT=False, num_warps=launch.combine_warps,
     )  # fmt: skip
 
 

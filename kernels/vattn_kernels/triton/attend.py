@@ -10,6 +10,7 @@ from vattn_kernels.triton.layout import (
     DENOMINATOR,
     DENSE,
     EXHAUSTED,
+    LISTS,
     MASS,
     MAXIMUM,
     NUM_SCALARS,
@@ -37,29 +38,16 @@ def accumulate(p, v, acc, WIDE: tl.constexpr):
 def attend_fwd_kernel(
     p_q, p_k, p_v, p_kv_indices, p_seq_lens, p_mode, p_slots, p_pi, p_counts, p_outs, p_scalars,
     sm_scale, sink, window, kv_stride, k_stride, capacity,
-    p_log_scale, p_fixed, p_reads, p_arrivals, p_params, p_state, p_state_rows, p_budget_edges, p_error_edges, p_out,
-    p_stats, p_counters, cap, at_context, at_read, at_outcome, at_budget, at_error,
     HKV: tl.constexpr, G: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr,
-    SEGMENTS: tl.constexpr, MOST: tl.constexpr, TARGET: tl.constexpr, WIDE: tl.constexpr,
-    GP: tl.constexpr, SPLITS_P: tl.constexpr, STATE: tl.constexpr, LAST: tl.constexpr, EXACT_NEXT: tl.constexpr,
-    TABLE: tl.constexpr, POINTS: tl.constexpr, PER_UNIT: tl.constexpr, BUDGET_EDGES: tl.constexpr,
-    BUDGET_EDGES_P: tl.constexpr, ERROR_EDGES: tl.constexpr, ERROR_EDGES_P: tl.constexpr,
+    SPLITS: tl.constexpr, MOST: tl.constexpr, TARGET: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """First round: one split a program."""
-    i_row, i_segment = tl.program_id(0) // (SEGMENTS + 1), tl.program_id(0) % (SEGMENTS + 1)
-    mode = tl.load(p_mode + i_row)
-    attend_list(
-        i_row, i_segment, mode, p_q, p_k, p_v, p_kv_indices, p_seq_lens, p_slots, p_pi, p_counts, p_outs, p_scalars,
-        sm_scale, sink, window, kv_stride, k_stride, capacity,
-        HKV, G, WIDTH, D, DP, BN, SEGMENTS, MOST, TARGET, WIDE,
-    )  # fmt: skip
-    if mode == SAMPLED:
-        combine_row(
-            i_row, mode, SEGMENTS + 1, p_outs, p_scalars, p_seq_lens, p_mode, p_log_scale, p_fixed, p_counts, p_reads, p_arrivals,
-            p_params, p_state, p_state_rows, p_budget_edges, p_error_edges, p_out, p_stats, p_counters,
-            sink, window, cap, at_context, at_read, at_outcome, at_budget, at_error,
-            HKV, G, GP, WIDTH, D, DP, SEGMENTS, SPLITS_P, MOST, STATE, TARGET, False, LAST, EXACT_NEXT, TABLE, POINTS,
-            PER_UNIT, BUDGET_EDGES, BUDGET_EDGES_P, ERROR_EDGES, ERROR_EDGES_P,
+    """First round: one split a program, sink and window last."""
+    i_row, i_split = tl.program_id(0) // (SPLITS + 1), tl.program_id(0) % (SPLITS + 1)
+    if tl.load(p_mode + i_row) == SAMPLED:
+        attend_list(
+            i_row, i_split, p_q, p_k, p_v, p_kv_indices, p_seq_lens, p_slots, p_pi, p_counts, p_outs, p_scalars,
+            sm_scale, sink, window, kv_stride, k_stride, capacity,
+            HKV, G, WIDTH, D, DP, BN, SPLITS, MOST, TARGET, WIDE,
         )  # fmt: skip
 
 
@@ -71,7 +59,7 @@ def retry_fwd_kernel(
     p_log_scale, p_fixed, p_reads, p_arrivals, p_params, p_state, p_state_rows, p_budget_edges, p_error_edges, p_out,
     p_stats, p_counters, cap, at_context, at_read, at_outcome, at_budget, at_error,
     HKV: tl.constexpr, G: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr,
-    SEGMENTS: tl.constexpr, MOST: tl.constexpr, TARGET: tl.constexpr, WIDE: tl.constexpr,
+    SPLITS: tl.constexpr, MOST: tl.constexpr, TARGET: tl.constexpr, WIDE: tl.constexpr,
     R: tl.constexpr, GROUPS: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr, DP4A: tl.constexpr,
     ROWS_P: tl.constexpr,
     GP: tl.constexpr, SPLITS_P: tl.constexpr, STATE: tl.constexpr, LAST: tl.constexpr, EXACT_NEXT: tl.constexpr,
@@ -82,27 +70,28 @@ def retry_fwd_kernel(
     if nothing_to_do(p_mode, rows, SAMPLED, ROWS_P):
         return
     item = tl.program_id(0)
-    while item < rows * SEGMENTS:
-        i_row, i_segment = item // SEGMENTS, item % SEGMENTS
+    while item < rows * SPLITS:
+        i_row, i_split = item // SPLITS, item % SPLITS
         mode = tl.load(p_mode + i_row)
         if mode == SAMPLED:
-            select_segment(
-                i_row, i_segment, p_codes, p_norms, p_kv_indices, p_seq_lens, p_fields,
+            for part in tl.static_range(LISTS):
+              select_segment(
+                i_row, LISTS * i_split + part, p_codes, p_norms, p_kv_indices, p_seq_lens, p_fields,
                 p_query, p_bias, p_log_scale, p_scale, p_slots, p_pi, p_counts, p_reads,
                 sink, window, seed, layer, kv_stride, code_head, norm_head, capacity,
-                HKV, G, R, GROUPS, WORDS, TARGET != DENOMINATOR, SEGMENTS, BLOCK, MOST, DP4A,
+                HKV, G, R, GROUPS, WORDS, TARGET != DENOMINATOR, LISTS * SPLITS, BLOCK, MOST, DP4A,
             )  # fmt: skip
             tl.debug_barrier()
             attend_list(
-                i_row, i_segment, mode, p_q, p_k, p_v, p_kv_indices, p_seq_lens, p_slots, p_pi, p_counts, p_outs,
+                i_row, i_split, p_q, p_k, p_v, p_kv_indices, p_seq_lens, p_slots, p_pi, p_counts, p_outs,
                 p_scalars, sm_scale, sink, window, kv_stride, k_stride, capacity,
-                HKV, G, WIDTH, D, DP, BN, SEGMENTS, MOST, TARGET, WIDE,
+                HKV, G, WIDTH, D, DP, BN, SPLITS, MOST, TARGET, WIDE,
             )  # fmt: skip
             combine_row(
-                i_row, mode, SEGMENTS, p_outs, p_scalars, p_seq_lens, p_mode, p_log_scale, p_fixed, p_counts, p_reads, p_arrivals,
+                i_row, mode, SPLITS, p_outs, p_scalars, p_seq_lens, p_mode, p_log_scale, p_fixed, p_counts, p_reads, p_arrivals,
                 p_params, p_state, p_state_rows, p_budget_edges, p_error_edges, p_out, p_stats, p_counters,
                 sink, window, cap, at_context, at_read, at_outcome, at_budget, at_error,
-                HKV, G, GP, WIDTH, D, DP, SEGMENTS, SPLITS_P, MOST, STATE, TARGET, False, LAST, EXACT_NEXT, TABLE, POINTS,
+                HKV, G, GP, WIDTH, D, DP, SPLITS, SPLITS_P, MOST, STATE, TARGET, False, LAST, EXACT_NEXT, TABLE, POINTS,
                 PER_UNIT, BUDGET_EDGES, BUDGET_EDGES_P, ERROR_EDGES, ERROR_EDGES_P,
             )  # fmt: skip
         item += tl.num_programs(0)
@@ -110,27 +99,27 @@ def retry_fwd_kernel(
 
 @triton.jit
 def attend_list(
-    i_row, i_segment, mode, p_q, p_k, p_v, p_kv_indices, p_seq_lens, p_slots, p_pi, p_counts, p_outs, p_scalars,
+    i_row, i_split, p_q, p_k, p_v, p_kv_indices, p_seq_lens, p_slots, p_pi, p_counts, p_outs, p_scalars,
     sm_scale, sink, window, kv_stride, k_stride, capacity,
     HKV: tl.constexpr, G: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr,
-    SEGMENTS: tl.constexpr, MOST: tl.constexpr, TARGET: tl.constexpr, WIDE: tl.constexpr,
+    SPLITS: tl.constexpr, MOST: tl.constexpr, TARGET: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """One split: a segment's list, or, behind the last segment, sink and window."""
+    """One split: the lists of two segments, or, behind the last, sink and window."""
     b, h = i_row // HKV, i_row % HKV
-    listed = i_segment < SEGMENTS
+    listed = i_split < SPLITS
     n = tl.load(p_seq_lens + b).to(tl.int32)
-    count = tl.load(p_counts + i_row * MOST + i_segment, mask=listed, other=0)
-    # A list holds slots; the fixed set's are in the page table, sink first.
-    p_list = p_kv_indices + b.to(tl.int64) * kv_stride
-    base = i_row.to(tl.int64) * capacity + tl.where(listed, i_segment, 0) * (capacity // SEGMENTS)
-    jump = n - window - sink
-    if listed:
-        p_list = p_slots + base
-        jump = 0
-    else:
+    p_count = p_counts + i_row * MOST + LISTS * i_split
+    first = tl.load(p_count, mask=listed, other=0)
+    count = first + tl.load(p_count + 1, mask=listed, other=0)
+    span = capacity // (LISTS * SPLITS)
+    base = i_row.to(tl.int64) * capacity + tl.where(listed, i_split, 0) * (LISTS * span)
+    # From entry `border` on the source is `jump` further: the second list, or the window behind the sink.
+    p_list = p_slots + base
+    border, jump = first, span - first
+    if not listed:
         count = sink + window
-    if mode != SAMPLED:
-        count = 0
+        p_list = p_kv_indices + b.to(tl.int64) * kv_stride
+        border, jump = sink, n - window - sink
 
     # Rows [0, G) hold the estimate's weights w y, rows [G, 2G) its variance's w (w - 1) y^2.
     o_w = tl.arange(0, WIDTH)
@@ -150,10 +139,10 @@ def attend_list(
     p_kh, p_vh = p_k + h * D, p_v + h * D
     # K and V of the next block are under way while this one is computed, and the slots of the one after it.
     ok = o_n < count
-    slot = tl.load(p_list + o_n + tl.where(o_n < sink, 0, jump), mask=ok, other=0)
+    slot = tl.load(p_list + o_n + tl.where(o_n < border, 0, jump), mask=ok, other=0)
     ahead = o_n + BN
-    upcoming = tl.load(p_list + ahead + tl.where(ahead < sink, 0, jump), mask=ahead < count, other=0)
-    weight = 1.0 / tl.load(p_pi + base + o_n, mask=ok & listed, other=1.0)
+    upcoming = tl.load(p_list + ahead + tl.where(ahead < border, 0, jump), mask=ahead < count, other=0)
+    weight = 1.0 / tl.load(p_pi + base + o_n + tl.where(o_n < border, 0, jump), mask=ok & listed, other=1.0)
     at = slot.to(tl.int64)[:, None] * k_stride + o_d[None, :]
     k = tl.load(p_kh + at, mask=ok[:, None] & m_d[None, :], other=0.0)  # [BN, DP]
     v = tl.load(p_vh + at, mask=ok[:, None] & m_d[None, :], other=0.0)
@@ -163,9 +152,11 @@ def attend_list(
         at = upcoming.to(tl.int64)[:, None] * k_stride + o_d[None, :]
         next_k = tl.load(p_kh + at, mask=next_ok[:, None] & m_d[None, :], other=0.0)
         next_v = tl.load(p_vh + at, mask=next_ok[:, None] & m_d[None, :], other=0.0)
-        next_weight = 1.0 / tl.load(p_pi + base + index, mask=next_ok & listed, other=1.0)
+        next_weight = 1.0 / tl.load(
+            p_pi + base + index + tl.where(index < border, 0, jump), mask=next_ok & listed, other=1.0
+        )
         ahead = index + BN
-        upcoming = tl.load(p_list + ahead + tl.where(ahead < sink, 0, jump), mask=ahead < count, other=0)
+        upcoming = tl.load(p_list + ahead + tl.where(ahead < border, 0, jump), mask=ahead < count, other=0)
         logits = tl.dot(q, tl.trans(k), input_precision="ieee") * (sm_scale * LOG2E)
         logits = tl.where(ok[None, :], logits, float("-inf"))
         larger = tl.maximum(maximum, tl.max(logits, 1))
@@ -186,67 +177,52 @@ def attend_list(
         if (TARGET == DENOMINATOR) | (TARGET > NUMERATOR):
             spread_mass = spread_mass * beta + p * p * open_share
         k, v, weight, ok = next_k, next_v, next_weight, next_ok
-    store = mode == SAMPLED
-    i_split = i_row * (SEGMENTS + 1) + i_segment
-    p_part = p_outs + (i_split.to(tl.int64) * WIDTH + o_w[:, None]) * DP + o_d[None, :]
-    tl.store(p_part, acc, mask=(o_w < 2 * G)[:, None] & store)
-    p_own = p_scalars + i_split * NUM_SCALARS * WIDTH + o_w
-    o_store = (o_w >= 0) & store
-    tl.store(p_own + MAXIMUM * WIDTH, maximum, mask=o_store)
-    tl.store(p_own + MASS * WIDTH, tl.sum(mass, 1), mask=o_store)
+    i_part = i_row * (SPLITS + 1) + i_split
+    p_part = p_outs + (i_part.to(tl.int64) * WIDTH + o_w[:, None]) * DP + o_d[None, :]
+    tl.store(p_part, acc, mask=(o_w < 2 * G)[:, None])
+    p_own = p_scalars + i_part * NUM_SCALARS * WIDTH + o_w
+    tl.store(p_own + MAXIMUM * WIDTH, maximum)
+    tl.store(p_own + MASS * WIDTH, tl.sum(mass, 1))
     if TARGET != DENOMINATOR:
-        tl.store(p_own + SQUARE * WIDTH, tl.sum(square, 1), mask=o_store)
-        tl.store(p_own + SPREAD * WIDTH, tl.sum(spread, 1), mask=o_store)
+        tl.store(p_own + SQUARE * WIDTH, tl.sum(square, 1))
+        tl.store(p_own + SPREAD * WIDTH, tl.sum(spread, 1))
     if (TARGET == DENOMINATOR) | (TARGET > NUMERATOR):
-        tl.store(p_own + SPREAD_MASS * WIDTH, tl.sum(spread_mass, 1), mask=o_store)
+        tl.store(p_own + SPREAD_MASS * WIDTH, tl.sum(spread_mass, 1))
 
 
 @triton.jit
 def attend_exact_fwd_kernel(
-    p_q, p_k, p_v, p_kv_indices, p_seq_lens, p_mode, p_counts, p_outs, p_scalars,
-    sm_scale, sink, window, rows, kv_stride, k_stride,
-    p_log_scale, p_fixed, p_reads, p_arrivals, p_params, p_state, p_state_rows, p_budget_edges, p_error_edges, p_out,
-    p_stats, p_counters, cap, at_context, at_read, at_outcome, at_budget, at_error,
+    p_q, p_k, p_v, p_kv_indices, p_seq_lens, p_mode, p_outs, p_scalars, sm_scale, rows, kv_stride, k_stride,
     HKV: tl.constexpr, G: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr,
-    SEGMENTS: tl.constexpr, MOST: tl.constexpr, TARGET: tl.constexpr, STAGES: tl.constexpr, ROWS_P: tl.constexpr,
-    GP: tl.constexpr, SPLITS_P: tl.constexpr, STATE: tl.constexpr, LAST: tl.constexpr, EXACT_NEXT: tl.constexpr,
-    TABLE: tl.constexpr, POINTS: tl.constexpr, PER_UNIT: tl.constexpr, BUDGET_EDGES: tl.constexpr,
-    BUDGET_EDGES_P: tl.constexpr, ERROR_EDGES: tl.constexpr, ERROR_EDGES_P: tl.constexpr,
+    SPLITS: tl.constexpr, STAGES: tl.constexpr, ROWS_P: tl.constexpr,
 ):  # fmt: skip
     """Last round, for rows that are served densely or that sampling could not certify."""
     if nothing_to_do(p_mode, rows, DENSE, ROWS_P):
         if nothing_to_do(p_mode, rows, EXHAUSTED, ROWS_P):
             return
     item = tl.program_id(0)
-    while item < rows * SEGMENTS:
-        i_row, i_segment = item // SEGMENTS, item % SEGMENTS
+    while item < rows * SPLITS:
+        i_row, i_split = item // SPLITS, item % SPLITS
         mode = tl.load(p_mode + i_row)
         if mode >= DENSE:
             attend_everything(
-                i_row, i_segment, p_q, p_k, p_v, p_kv_indices, p_seq_lens, p_outs, p_scalars, sm_scale, kv_stride,
-                k_stride, HKV, G, WIDTH, D, DP, BN, SEGMENTS, STAGES,
-            )  # fmt: skip
-            combine_row(
-                i_row, mode, SEGMENTS, p_outs, p_scalars, p_seq_lens, p_mode, p_log_scale, p_fixed, p_counts, p_reads, p_arrivals,
-                p_params, p_state, p_state_rows, p_budget_edges, p_error_edges, p_out, p_stats, p_counters,
-                sink, window, cap, at_context, at_read, at_outcome, at_budget, at_error,
-                HKV, G, GP, WIDTH, D, DP, SEGMENTS, SPLITS_P, MOST, STATE, TARGET, True, LAST, EXACT_NEXT, TABLE, POINTS,
-                PER_UNIT, BUDGET_EDGES, BUDGET_EDGES_P, ERROR_EDGES, ERROR_EDGES_P,
+                i_row, i_split, p_q, p_k, p_v, p_kv_indices, p_seq_lens, p_outs, p_scalars, sm_scale, kv_stride,
+                k_stride, HKV, G, WIDTH, D, DP, BN, SPLITS, STAGES,
             )  # fmt: skip
         item += tl.num_programs(0)
 
 
 @triton.jit
 def attend_everything(
-    i_row, i_segment, p_q, p_k, p_v, p_kv_indices, p_seq_lens, p_outs, p_scalars, sm_scale, kv_stride, k_stride,
+    i_row, i_split, p_q, p_k, p_v, p_kv_indices, p_seq_lens, p_outs, p_scalars, sm_scale, kv_stride, k_stride,
     HKV: tl.constexpr, G: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr,
-    SEGMENTS: tl.constexpr, STAGES: tl.constexpr,
+    SPLITS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One split of plain attention; what it stores of the values' norms starts the next step's scale."""
     b, h = i_row // HKV, i_row % HKV
     n = tl.load(p_seq_lens + b).to(tl.int32)
-    span = ((n + SEGMENTS - 1) // SEGMENTS + BN - 1) // BN * BN
-    first = i_segment * span
+    span = ((n + SPLITS - 1) // SPLITS + BN - 1) // BN * BN
+    first = i_split * span
     last = tl.minimum(first + span, n)
     o_w = tl.arange(0, WIDTH)
     o_d = tl.arange(0, DP)
@@ -274,9 +250,9 @@ def attend_everything(
         v = tl.load(p_vh + at, mask=mask, other=0.0)
         acc = accumulate(p, v, acc * alpha[:, None], False)
         mass = mass * alpha + tl.sum(p, 1)
-    i_split = i_row * (SEGMENTS + 1) + i_segment
-    p_part = p_outs + (i_split.to(tl.int64) * WIDTH + o_w[:, None]) * DP + o_d[None, :]
+    i_part = i_row * (SPLITS + 1) + i_split
+    p_part = p_outs + (i_part.to(tl.int64) * WIDTH + o_w[:, None]) * DP + o_d[None, :]
     tl.store(p_part, acc, mask=(o_w < G)[:, None])
-    p_own = p_scalars + i_split * NUM_SCALARS * WIDTH + o_w
+    p_own = p_scalars + i_part * NUM_SCALARS * WIDTH + o_w
     tl.store(p_own + MAXIMUM * WIDTH, maximum)
     tl.store(p_own + MASS * WIDTH, mass)

@@ -1,6 +1,6 @@
 """Stages ``budget`` and ``combine``: merge a row's splits, certify or set the next scales, write output and counters.
 
-The last split of a row to arrive does it, inside the launch of ``attend``, while other rows still read.
+A launch of its own after the first round: done by the last split to arrive inside ``attend``, it made that 35 us slower.
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ from vattn_kernels.triton.layout import (
     DENSE,
     DONE,
     EXHAUSTED,
+    LISTS,
     MASS,
     MAXIMUM,
     NUM_SCALARS,
     NUMERATOR,
     OUTPUT,
+    SAMPLED,
     SPREAD,
     SPREAD_MASS,
     SQUARE,
@@ -66,12 +68,59 @@ def observe(p_block, p_edges, value, EDGES: tl.constexpr, EDGES_P: tl.constexpr)
 
 
 @triton.jit
+def combine_fwd_kernel(
+    p_outs, p_scalars, p_heads, p_seq_lens, p_mode, p_counts,
+    p_log_scale, p_fixed, p_reads, p_arrivals, p_params, p_state, p_state_rows, p_budget_edges, p_error_edges, p_out,
+    p_stats, p_counters, sink, window, cap, at_context, at_read, at_outcome, at_budget, at_error,
+    HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    SPLITS: tl.constexpr, SPLITS_P: tl.constexpr, MOST: tl.constexpr, STATE: tl.constexpr, TARGET: tl.constexpr,
+    EXACT: tl.constexpr, LAST: tl.constexpr, EXACT_NEXT: tl.constexpr, TABLE: tl.constexpr, POINTS: tl.constexpr,
+    PER_UNIT: tl.constexpr, BUDGET_EDGES: tl.constexpr, BUDGET_EDGES_P: tl.constexpr, ERROR_EDGES: tl.constexpr,
+    ERROR_EDGES_P: tl.constexpr,
+):  # fmt: skip
+    """One head a program; the last of a group's heads to arrive decides for the group."""
+    i_head, i_row = tl.program_id(0) % G, tl.program_id(0) // G
+    mode = tl.load(p_mode + i_row)
+    wanted = mode == SAMPLED
+    if EXACT:
+        wanted = mode >= DENSE
+    if wanted:
+        width, guard, start, residual = merge_head(
+            i_row, i_head, p_outs, p_scalars, p_params, p_out,
+            G, WIDTH, D, DP, SPLITS, SPLITS_P, TARGET, EXACT, TABLE, POINTS, PER_UNIT,
+        )  # fmt: skip
+        p_result = p_heads + (i_row * G + i_head) * 4
+        tl.store(p_result, width)
+        tl.store(p_result + 1, guard)
+        tl.store(p_result + 2, start)
+        tl.store(p_result + 3, residual)
+        tl.debug_barrier()
+        if tl.atomic_add(p_arrivals + i_row, 1, sem="acq_rel") == G - 1:
+            tl.store(p_arrivals + i_row, 0)
+            o_g = tl.arange(0, GP)
+            m_g = o_g < G
+            p_results = p_heads + (i_row * G + o_g) * 4
+            settle_group(
+                i_row, mode,
+                tl.load(p_results, mask=m_g, other=0.0, cache_modifier=".cg"),
+                tl.load(p_results + 1, mask=m_g, other=-1e9, cache_modifier=".cg"),
+                tl.load(p_results + 2, mask=m_g, other=0.0, cache_modifier=".cg"),
+                tl.load(p_results + 3, mask=m_g, other=0.0, cache_modifier=".cg"),
+                p_seq_lens, p_mode, p_log_scale, p_fixed, p_counts,
+                p_reads, p_params, p_state, p_state_rows, p_budget_edges, p_error_edges, p_stats, p_counters,
+                sink, window, cap, at_context, at_read, at_outcome, at_budget, at_error,
+                HKV, G, GP, SPLITS, MOST, STATE, EXACT, LAST, EXACT_NEXT, BUDGET_EDGES, BUDGET_EDGES_P, ERROR_EDGES,
+                ERROR_EDGES_P,
+            )  # fmt: skip
+
+
+@triton.jit
 def combine_row(
     i_row, mode, splits, p_outs, p_scalars, p_seq_lens, p_mode, p_log_scale, p_fixed, p_counts, p_reads, p_arrivals,
     p_params, p_state, p_state_rows, p_budget_edges, p_error_edges, p_out, p_stats, p_counters,
     sink, window, cap, at_context, at_read, at_outcome, at_budget, at_error,
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-    SEGMENTS: tl.constexpr, SPLITS_P: tl.constexpr, MOST: tl.constexpr, STATE: tl.constexpr, TARGET: tl.constexpr,
+    SPLITS: tl.constexpr, SPLITS_P: tl.constexpr, MOST: tl.constexpr, STATE: tl.constexpr, TARGET: tl.constexpr,
     EXACT: tl.constexpr, LAST: tl.constexpr, EXACT_NEXT: tl.constexpr, TABLE: tl.constexpr, POINTS: tl.constexpr,
     PER_UNIT: tl.constexpr, BUDGET_EDGES: tl.constexpr, BUDGET_EDGES_P: tl.constexpr, ERROR_EDGES: tl.constexpr,
     ERROR_EDGES_P: tl.constexpr,
@@ -88,7 +137,7 @@ def combine_row(
         for g in tl.static_range(G):
             width, guard, start, residual = merge_head(
                 i_row, g, p_outs, p_scalars, p_params, p_out,
-                G, WIDTH, D, DP, SEGMENTS, SPLITS_P, TARGET, EXACT, TABLE, POINTS, PER_UNIT,
+                G, WIDTH, D, DP, SPLITS, SPLITS_P, TARGET, EXACT, TABLE, POINTS, PER_UNIT,
             )  # fmt: skip
             widths = tl.where(o_g == g, width, widths)
             guards = tl.where(o_g == g, guard, guards)
@@ -98,7 +147,7 @@ def combine_row(
             i_row, mode, widths, guards, starts, residuals, p_seq_lens, p_mode, p_log_scale, p_fixed, p_counts,
             p_reads, p_params, p_state, p_state_rows, p_budget_edges, p_error_edges, p_stats, p_counters,
             sink, window, cap, at_context, at_read, at_outcome, at_budget, at_error,
-            HKV, G, GP, SEGMENTS, MOST, STATE, EXACT, LAST, EXACT_NEXT, BUDGET_EDGES, BUDGET_EDGES_P, ERROR_EDGES,
+            HKV, G, GP, SPLITS, MOST, STATE, EXACT, LAST, EXACT_NEXT, BUDGET_EDGES, BUDGET_EDGES_P, ERROR_EDGES,
             ERROR_EDGES_P,
         )  # fmt: skip
 
@@ -106,15 +155,15 @@ def combine_row(
 @triton.jit
 def merge_head(
     i_row, g, p_outs, p_scalars, p_params, p_out,
-    G: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SEGMENTS: tl.constexpr,
+    G: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SPLITS: tl.constexpr,
     SPLITS_P: tl.constexpr, TARGET: tl.constexpr, EXACT: tl.constexpr, TABLE: tl.constexpr, POINTS: tl.constexpr,
     PER_UNIT: tl.constexpr,
 ):  # fmt: skip
     """Store the output of one head; half-width, guard, first scale and residual mass for its group's decision."""
     o_d = tl.arange(0, DP)
     o_s = tl.arange(0, SPLITS_P)
-    m_s = o_s < SEGMENTS + 1 - EXACT
-    first = i_row * (SEGMENTS + 1)
+    m_s = o_s < SPLITS + 1 - EXACT
+    first = i_row * (SPLITS + 1)
     p_own = p_scalars + (first + o_s) * NUM_SCALARS * WIDTH + g
     tile = p_outs + ((first + o_s).to(tl.int64)[:, None] * WIDTH + g) * DP + o_d[None, :]
     maxima = tl.load(p_own + MAXIMUM * WIDTH, mask=m_s, other=float("-inf"), cache_modifier=".cg")  # [S], in octaves
@@ -156,7 +205,7 @@ def merge_head(
             if TARGET > NUMERATOR:
                 width = 2 * (width_mass + width)
         width = tl.where(width < MOST_HALF_WIDTH, width, MOST_HALF_WIDTH)
-        residual = 1.0 - tl.sum(tl.where(o_s == SEGMENTS, masses, 0.0), 0) / mass
+        residual = 1.0 - tl.sum(tl.where(o_s == SPLITS, masses, 0.0), 0) / mass
     size = tl.maximum(norm, 1e-20)
     if TARGET == DENOMINATOR:
         size = size * 0.0 + 1.0
@@ -176,7 +225,7 @@ def settle_group(
     i_row, mode, widths, guards, starts, residuals, p_seq_lens, p_mode, p_log_scale, p_fixed, p_counts,
     p_reads, p_params, p_state, p_state_rows, p_budget_edges, p_error_edges, p_stats, p_counters,
     sink, window, cap, at_context, at_read, at_outcome, at_budget, at_error,
-    HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, SEGMENTS: tl.constexpr, MOST: tl.constexpr,
+    HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, SPLITS: tl.constexpr, MOST: tl.constexpr,
     STATE: tl.constexpr, EXACT: tl.constexpr, LAST: tl.constexpr, EXACT_NEXT: tl.constexpr,
     BUDGET_EDGES: tl.constexpr, BUDGET_EDGES_P: tl.constexpr, ERROR_EDGES: tl.constexpr, ERROR_EDGES_P: tl.constexpr,
 ):  # fmt: skip
@@ -199,8 +248,8 @@ def settle_group(
     limit = epsilon * 0.0 + 60.0
     if not EXACT:
         o_m = tl.arange(0, MOST)
-        budget = tl.sum(tl.load(p_counts + i_row * MOST + o_m, mask=o_m < SEGMENTS, other=0, cache_modifier=".cg"), 0)
-        expected = tl.maximum(tl.sum(tl.load(p_reads + i_row * MOST + o_m, mask=o_m < SEGMENTS, other=0.0, cache_modifier=".cg"), 0), 1.0)
+        budget = tl.sum(tl.load(p_counts + i_row * MOST + o_m, mask=o_m < LISTS * SPLITS, other=0, cache_modifier=".cg"), 0)
+        expected = tl.maximum(tl.sum(tl.load(p_reads + i_row * MOST + o_m, mask=o_m < LISTS * SPLITS, other=0.0, cache_modifier=".cg"), 0), 1.0)
         read = fixed_tokens + budget
         if cap < 1.0:
             limit = tl.log(tl.maximum(cap * total.to(tl.float32), 1.0) / expected)
@@ -215,7 +264,7 @@ def settle_group(
         growth = tl.where(m_g, growth, 0.0)
         if not LAST:
             again = (tl.max(growth, 0) > 0.0) & (limit > 0.02)
-            tl.store(p_log_scale + head, used + tl.minimum(growth, limit), mask=m_g & again)
+            tl.store(p_log_scale + head, tl.where(again, used + tl.minimum(growth, limit), used), mask=m_g)
         change = needs + AIM
         # Far above its need a scale comes down by half the way, less one.
         change = tl.maximum(change, tl.minimum(0.5 * (change + 1.0), -DECAY))

@@ -1,7 +1,8 @@
 """Constants that the GPU kernels share, and the workspace they hand results through.
 
 Every kernel's grid and every buffer's size follow from the batch and the widest page table, so a step can be captured
-in a CUDA graph. ``row`` is one (request, KV head); a ``segment`` of a row takes every SEGMENTS-th block of its tokens.
+in a CUDA graph. ``row`` is one (request, KV head); a ``segment`` of a row takes every n-th block of its
+tokens into a list; a ``split`` attends to two lists, and one more to sink and window.
 """
 
 from __future__ import annotations
@@ -47,11 +48,13 @@ CODING: Final = tl.constexpr(1)
 FLOOR: Final = tl.constexpr(2)
 NUM_SCALES: Final = tl.constexpr(4)
 
-# Tokens a segment takes in a row; a multiple of every launch's block.
-BLOCK: Final = 512
-SELECT_BLOCK: Final = 128
-MOST_SEGMENTS: Final = 64
-LEAST_SEGMENTS: Final = 4
+# Tokens of a segment that lie side by side.
+BLOCK: Final = 128
+MOST_SPLITS: Final = 64
+LEAST_SPLITS: Final = 4
+# Segments, each with a list of its own, that one split attends to.
+LISTS: Final = tl.constexpr(2)
+MOST_SEGMENTS: Final = LISTS.value * MOST_SPLITS
 
 
 @dataclass
@@ -59,13 +62,15 @@ class Launch:
     """How kernels are launched; the figures behind the choices are in ``kernels/benchmarks/RESULTS.md``."""
 
     programs: int = 1024
-    retry_programs: int = 528
+    retry_programs: int = 264
+    exact_programs: int = 1024
     prepare_warps: int = 4
     select_warps: int = 1
-    select_registers: int | None = None
+    select_registers: int | None = 80
     attend_block: int = 32
     attend_warps: int = 4
     attend_registers: int | None = None
+    combine_warps: int = 1
     exact_block: int = 128
     exact_warps: int = 8
     exact_stages: int = 3
@@ -76,8 +81,8 @@ LAUNCH: Final = Launch()
 MOST_FIELDS: Final = 64
 
 
-def segments(rows: int) -> int:
-    """Programs a row: enough to fill the device, a power of two.
+def splits_of(rows: int) -> int:
+    """Splits a row: enough to fill the device, a power of two.
 
     Parameters
     ----------
@@ -85,7 +90,7 @@ def segments(rows: int) -> int:
         Requests times KV heads.
     """
     wanted = 1 << max(0, math.ceil(math.log2(LAUNCH.programs / max(rows, 1))))
-    return min(max(wanted, LEAST_SEGMENTS), MOST_SEGMENTS)
+    return min(max(wanted, LEAST_SPLITS), MOST_SPLITS)
 
 
 @dataclass
@@ -105,12 +110,14 @@ class Workspace:
         float32 ``[rows, NUM_SCALES]``.
     slots, pi : torch.Tensor
         int32 and float32 ``[rows, capacity]``, tokens selected and their inclusion probabilities.
+    heads : torch.Tensor
+        float32 ``[rows * group, 4]``, half-width, guard, first scale and residual mass of a head.
     arrivals : torch.Tensor
-        int32 ``[rows]``, splits of a row that are stored; 0 between launches.
+        int32 ``[rows]``, heads or splits of a row that are done; 0 between launches.
     counts, reads : torch.Tensor
         int32 and float32 ``[rows, MOST_SEGMENTS]``, tokens selected and their expected number, by segment.
     outs, scalars : torch.Tensor
-        float32 ``[rows, MOST_SEGMENTS + 1, width, head_dim]`` and ``[.., NUM_SCALARS, width]``, partial results.
+        float32 ``[rows * (splits + 1), width, head_dim]`` and ``[.., NUM_SCALARS, width]``, partial results.
     """
 
     mode: torch.Tensor
@@ -121,6 +128,7 @@ class Workspace:
     scale: torch.Tensor
     slots: torch.Tensor
     pi: torch.Tensor
+    heads: torch.Tensor
     arrivals: torch.Tensor
     counts: torch.Tensor
     reads: torch.Tensor
@@ -138,7 +146,7 @@ def width_of(group: int) -> int:
 
 def capacity(rows: int, max_len: int) -> int:
     """Entries of a row's list, whole blocks for every segment."""
-    span = BLOCK * segments(rows)
+    span = BLOCK * LISTS.value * splits_of(rows)
     return -(-max_len // span) * span
 
 
@@ -164,7 +172,7 @@ def workspace(
     rows, group = batch * num_kv_heads, num_qo_heads // num_kv_heads
     batches = range(num_kv_heads, rows + 1, num_kv_heads)
     entries = max(r * capacity(r, max_len) for r in batches)
-    splits = max(r * (segments(r) + 1) for r in batches)
+    splits = max(r * (splits_of(r) + 1) for r in batches)
     size = (rows, rows * group, entries, splits, width_of(group), head_dim)
     have, found = _workspaces.get(device, ((0,) * 6, None))
     if found is not None and all(w <= h for w, h in zip(size, have, strict=True)):
@@ -188,6 +196,7 @@ def workspace(
         empty(rows, NUM_SCALES.value),
         empty(entries, dtype=torch.int32),
         empty(entries),
+        empty(heads, 4),
         torch.zeros(rows, dtype=torch.int32, device=device),
         empty(rows, MOST_SEGMENTS, dtype=torch.int32),
         empty(rows, MOST_SEGMENTS),

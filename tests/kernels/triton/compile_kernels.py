@@ -18,6 +18,7 @@ from triton.compiler import ASTSource
 
 from vattn_kernels.triton import layout
 from vattn_kernels.triton.attend import attend_exact_fwd_kernel, attend_fwd_kernel, retry_fwd_kernel
+from vattn_kernels.triton.combine import combine_fwd_kernel
 from vattn_kernels.triton.prepare import prepare_fwd_kernel
 from vattn_kernels.triton.select import select_fwd_kernel
 from vattn_kernels.triton.update import update_fwd_kernel
@@ -40,9 +41,9 @@ def shapes(dtype: str, head_dim: int, group: int, words: int):
     padded = 1 << (group - 1).bit_length()
     common = {"HKV": kv, "G": group, "D": head_dim, "DP": power}
     launch = layout.LAUNCH
-    sketch = {"R": head_dim, "GROUPS": groups, "WORDS": words, "BLOCK": 128, "DP4A": True, "SEGMENTS": 8, "MOST": 64}
+    sketch = {"R": head_dim, "GROUPS": groups, "WORDS": words, "BLOCK": 128, "DP4A": True, "MOST": 128}
     merge = common | {
-        "GP": padded, "WIDTH": width, "SEGMENTS": 8, "SPLITS_P": 16, "MOST": 64, "STATE": 4, "TARGET": 0, "TABLE": 4,
+        "GP": padded, "WIDTH": width, "SPLITS": 8, "SPLITS_P": 16, "MOST": 128, "STATE": 4, "TARGET": 0, "TABLE": 4,
         "POINTS": 33, "PER_UNIT": 64, "BUDGET_EDGES": 12, "BUDGET_EDGES_P": 16, "ERROR_EDGES": 10, "ERROR_EDGES_P": 16,
         "LAST": False, "EXACT_NEXT": True,
     }  # fmt: skip
@@ -50,8 +51,11 @@ def shapes(dtype: str, head_dim: int, group: int, words: int):
     yield prepare_fwd_kernel, launch.prepare_warps, common | {
         "GP": max(16, padded), "R": head_dim, "C": coded, "CODES": 4 * groups, "F": 128, "WIDTH": 4, "MOST_AGE": 64
     }  # fmt: skip
-    yield select_fwd_kernel, launch.select_warps, sketch | {"HKV": kv, "G": group, "WITH_VALUES": True}
+    yield select_fwd_kernel, launch.select_warps, sketch | {
+        "HKV": kv, "G": group, "WITH_VALUES": True, "SEGMENTS": 16
+    }  # fmt: skip
     yield attend_fwd_kernel, launch.attend_warps, merge | attend
+    yield combine_fwd_kernel, launch.combine_warps, merge | {"EXACT": False}
     yield retry_fwd_kernel, launch.attend_warps, merge | sketch | attend | {"ROWS_P": 128}
     yield attend_exact_fwd_kernel, launch.exact_warps, merge | {
         "BN": launch.exact_block, "STAGES": launch.exact_stages, "ROWS_P": 128
@@ -75,7 +79,8 @@ def main() -> None:
     models = (("bf16", 128, 4, 2), ("bf16", 64, 3, 2), ("fp16", 96, 1, 4), ("bf16", 256, 16, 2), ("bf16", 128, 8, 4))
     for arch in (80, 90):
         for dtype, head_dim, group, words in models[: int(sys.argv[1])] if sys.argv[1:] else models:
-            for kernel, warps, constants in shapes(dtype, head_dim, group, words):
+            for kernel, warps, given in shapes(dtype, head_dim, group, words):
+                constants = {name: value for name, value in given.items() if name in kernel.arg_names}
                 signature = {}
                 for name in kernel.arg_names:
                     if name in constants:
