@@ -14,6 +14,7 @@ from typing import Final
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 # What a row does in a round.
 DONE: Final = tl.constexpr(0)
@@ -63,7 +64,7 @@ class Launch:
 
     programs: int = 1024
     retry_programs: int = 264
-    exact_programs: int = 1024
+    exact_programs: int = 264
     prepare_warps: int = 4
     select_warps: int = 1
     select_registers: int | None = 80
@@ -205,6 +206,14 @@ def workspace(
     )
     _workspaces[device] = ((rows, heads, entries, splits, width, dim), made)
     return made
+
+
+@triton.jit
+def follow(PDL: tl.constexpr):
+    """Wait for the launch before this one, and let the next one start: with PDL both overlap with its last wave."""
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
 
 
 @triton.jit
