@@ -96,7 +96,7 @@ def decode(
     audit_edges: Tensor, out: Tensor, stats: Tensor, counters: Tensor, counter_offsets: list[int], sm_scale: float,
     layer_id: int, seed: int, sampler: str, target: str, selector: str, sink: int, window: int, dense_below: int,
     top_k_count: int, top_k_share: float, pilot: float, pilot_min: int, cap: float, floor: float, audit_rate: float,
-    group_score: str = "max",
+    group_score: str = "max", state: Tensor | None = None, state_rows: Tensor | None = None,
 ) -> None:  # fmt: skip
     """CPU implementation of `vattn_kernels.ops.decode`."""
     _check_cache(k_cache, v_cache)
