@@ -165,7 +165,7 @@ def largest_decode_graph(server_args: Any) -> int | None:
         SGLang's arguments.
     """
     decode = server_args.cuda_graph_config.decode
-    return None if decode.backend == "disabled" else max(decode.bs)
+    return None if decode.backend == "disabled" or not decode.bs else max(decode.bs)
 
 
 def query_geometry(model_runner: Any) -> tuple[int | None, float | None]:
