@@ -13,6 +13,18 @@ kit = pytest.importorskip(
 )
 
 
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request):
+    """Every test runs on both."""
+    return request.param
+
+
+@pytest.fixture
+def dtype(device):
+    """What the device's kernels read."""
+    return torch.float32 if device == "cpu" else torch.bfloat16
+
+
 @pytest.fixture(autouse=True)
 def exact_settings(monkeypatch):
     """Sample whatever is longer than a few tokens, at epsilon 1e-6, and forget the control of other tests."""

@@ -6,7 +6,6 @@ import dataclasses
 import unittest
 
 import pytest
-import torch
 
 from vattn_sgl import plugin
 
@@ -23,19 +22,27 @@ DECODES = {
 }
 
 
-def run(case, layout="shuffled_pages"):
-    kit.run_dense_attention_case(
-        unittest.TestCase(), case, head_dim=64, dtype=torch.float32, device="cpu", loc_layout=layout
-    )
+def decode_case(name):
+    decode = kit.ForwardMode.DECODE
+    return kit.DenseAttentionCase(name=name, backend=BACKEND, forward_mode=decode, page_size=1, **DECODES[name])
 
 
 @pytest.mark.parametrize("name", sorted(CASES))
-def test_dense_case(name):
-    run(CASES[name])
+def test_dense_case(name, device, dtype):
+    kit.run_dense_attention_case(unittest.TestCase(), CASES[name], head_dim=64, dtype=dtype, device=device)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "shuffled_pages", "interleaved_pages", "non_monotonic_extend"])
 @pytest.mark.parametrize("name", sorted(DECODES))
-def test_sampled_decode(name, layout):
-    decode = kit.ForwardMode.DECODE
-    run(kit.DenseAttentionCase(name=name, backend=BACKEND, forward_mode=decode, page_size=1, **DECODES[name]), layout)
+def test_sampled_decode(name, layout, device, dtype):
+    kit.run_dense_attention_case(
+        unittest.TestCase(), decode_case(name), head_dim=64, dtype=dtype, device=device, loc_layout=layout
+    )
+
+
+@pytest.mark.parametrize("name", sorted(DECODES))
+def test_graph_metadata(name, device, dtype):
+    graph = pytest.importorskip("sglang.test.kits.attention_unittest.runner_modes.cuda_graph_decode_runner")
+    graph.run_dense_cuda_graph_decode_case(
+        unittest.TestCase(), decode_case(name), head_dim=64, dtype=dtype, device=device, cuda_graph_capture_batch_size=4
+    )

@@ -1,4 +1,4 @@
-"""What a captured decode graph relies on, without a GPU: a step reads only tensors that are refreshed in place."""
+"""What a captured decode graph relies on: a step reads only tensors that are refreshed in place."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ HEADS, BUCKET = 4, 4
 
 
 @pytest.fixture
-def fixture():
+def fixture(device, dtype):
     case = kit.DenseAttentionCase(
         name="graph",
         backend=plugin.BACKEND,
@@ -31,7 +31,7 @@ def fixture():
         prefix_lens=PREFIXES,
     )
     return kit.build_dense_attention_fixture(
-        unittest.TestCase(), case, head_dim=64, dtype=torch.float32, device="cpu", runner_batch_size=BUCKET
+        unittest.TestCase(), case, head_dim=64, dtype=dtype, device=device, runner_batch_size=BUCKET
     )
 
 
@@ -58,8 +58,27 @@ def forward(fixture, hidden, batch):
         return fixture.actual_module(hidden, batch)
 
 
-def addresses(rows):
-    return [x.data_ptr() for x in (rows.kv_indices, rows.seq_lens, rows.state_rows)]
+def capture(fixture, hidden, batch):
+    """Something to replay: a CUDA graph, or on a CPU the step with the very tensors that it reads now."""
+    rows = fixture.backend.rows
+
+    def step():
+        fixture.backend.rows = rows
+        return forward(fixture, hidden, batch)
+
+    out = step()
+    if hidden.device.type == "cpu":
+        return out, step
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        recorded = step()
+
+    def replay():
+        graph.replay()
+        return recorded.clone()
+
+    return out, replay
 
 
 def counted(backend):
@@ -67,32 +86,29 @@ def counted(backend):
     return row[layout.block("context")][0], sum(row[layout.block("outcome")])
 
 
-def test_a_padded_replay_equals_the_eager_step_at_fixed_addresses(fixture):
-    backend, real = fixture.backend, fixture.forward_batch
+def test_a_padded_replay_equals_the_eager_step(fixture):
+    backend = fixture.backend
     eager = kit.run_dense_fixture_eager(fixture)
     before = counted(backend)
+    assert before[1] == len(PREFIXES) * HEADS
     backend.init_cuda_graph_state(BUCKET, BUCKET)
-    batch = padded(real)
-    empty = dataclasses.replace(batch, seq_lens=torch.zeros_like(batch.seq_lens))
-    hidden = torch.cat(
-        [fixture.input_hidden, fixture.input_hidden.new_zeros(BUCKET - 3, fixture.input_hidden.shape[1])]
-    )
+    batch = padded(fixture.forward_batch)
+    lengths = batch.seq_lens.clone()
+    batch.seq_lens.fill_(backend.get_cuda_graph_seq_len_fill_value())
+    x = fixture.input_hidden
+    hidden = torch.cat([x, x.new_zeros(BUCKET - x.shape[0], x.shape[1])])
 
-    backend.init_forward_metadata_out_graph(empty, in_capture=True)
-    captured = backend.rows
-    idle = forward(fixture, hidden, empty)
+    backend.init_forward_metadata_out_graph(batch, in_capture=True)
+    dummy, replay = capture(fixture, hidden, batch)
     assert counted(backend) == before
-    assert idle.isfinite().all()
+    assert dummy.isfinite().all()
 
+    batch.seq_lens.copy_(lengths)
     control.get().stage({"epsilon": 1e-5})
     backend.init_forward_metadata_out_graph(view(batch))
     assert control.get().in_force()["all"]["epsilon"] == 1e-5
-    assert addresses(backend.rows) == addresses(captured)
-    backend.rows = captured
-    replayed = forward(fixture, hidden, batch)
-    assert torch.allclose(replayed[:3], eager, atol=1e-5)
+    torch.testing.assert_close(replay()[:3], eager, atol=1e-2, rtol=1e-2)
     assert counted(backend) == (2 * before[0], 2 * before[1])
-    assert before[1] == len(PREFIXES) * HEADS
 
 
 def test_the_page_table_outlives_a_write_of_the_scheduler(fixture):
