@@ -1,4 +1,4 @@
-"""A real model on a GPU through SGLang with CUDA graphs: ``VATTN_GPU_MODEL`` names its folder.
+"""A real model on a GPU through SGLang with CUDA graphs: ``TEST_GPU_MODEL`` names its folder.
 
 Each next token is forced on dense's text (`vattn_sgl.eval.served.forced_steps`). Both servers keep
 the logits in float32, since bfloat16 rounds many of them to ties.
@@ -17,10 +17,11 @@ from vattn_sgl.eval.capture import token_ids
 from vattn_sgl.eval.served import forced_steps, totals
 from vattn_sgl.server import Server
 
-MODEL = os.environ.get("VATTN_GPU_MODEL", "")
+# Not VATTN_..: a server refuses what is no setting.
+MODEL = os.environ.get("TEST_GPU_MODEL", "")
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not MODEL, reason="VATTN_GPU_MODEL names no folder of a converted model"),
+    pytest.mark.skipif(not MODEL, reason="TEST_GPU_MODEL names no folder of a converted model"),
 ]
 
 CONTEXT = 8192
@@ -31,8 +32,8 @@ COMMON = (
     *("--sampling-backend", "pytorch", "--grammar-backend", "none"),
 )
 NO_PREFILL_GRAPHS = ("--disable-prefill-cuda-graph",)
-PROMPTS = int(os.environ.get("VATTN_GPU_PROMPTS", "24"))
-POSITIONS = int(os.environ.get("VATTN_GPU_POSITIONS", "100"))
+PROMPTS = int(os.environ.get("TEST_GPU_PROMPTS", "24"))
+POSITIONS = int(os.environ.get("TEST_GPU_POSITIONS", "100"))
 SHORTEST, LONGEST = 4000, 8000
 LEAST_AGREEMENT = 0.99
 ADMIN_KEY = "an-admin-key"
