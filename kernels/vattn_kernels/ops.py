@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from vattn_kernels import cpu
+from vattn_kernels.quantiles import TARGETS as TARGETS
 
 SAMPLERS = ("proportional", "uniform")
-TARGETS = cpu.TARGETS
 SELECTORS = ("sketch", "oracle", "quest", "sign", "hash")
 GROUP_SCORES = ("max", "mean")
 OUTCOMES = ("certified", "uncertified", "capped", "dense")

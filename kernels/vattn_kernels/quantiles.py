@@ -15,6 +15,7 @@ BOUNDS_OF_TARGET = {
     "numerator": ("student", "clt", "bernstein"),
     "sdpa": ("student", "clt", "bernstein"),
 }
+TARGETS = tuple(BOUNDS_OF_TARGET)
 # Selectors that bound every logit from above, which bernstein rests on: signatures of keys bound nothing.
 PROVABLE_SELECTORS = ("sketch", "oracle", "quest")
 # Sample sizes at which bernstein may stop: a geometric grid of so many steps, its start, and the cap.

@@ -11,12 +11,11 @@ from torch import Tensor
 from vattn_kernels import params as layout
 from vattn_kernels.cpu import build
 from vattn_kernels.pages import PAGE
-from vattn_kernels.quantiles import PROVABLE_SELECTORS
+from vattn_kernels.quantiles import PROVABLE_SELECTORS, TARGETS
 from vattn_kernels.signature import MAX_BITS, MAX_LAYERS, MAX_WIDTH
 
 MAX_GROUP = 16
 MAX_HEAD_DIM = 256
-TARGETS = ("output", "denominator", "numerator", "sdpa")
 DTYPES = (torch.float32, torch.bfloat16)
 
 _POINTER, _INT, _DOUBLE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
@@ -98,7 +97,7 @@ def decode(
     top_k_count: int, top_k_share: float, pilot: float, pilot_min: int, cap: float, floor: float, audit_rate: float,
     group_score: str = "max", state: Tensor | None = None, state_rows: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """CPU implementation of `vattn_kernels.ops.decode`."""
+    """CPU implementation of `vattn_kernels.ops.decode`; it needs no state."""
     _check_cache(k_cache, v_cache)
     batch, num_qo_heads, head_dim = q.shape
     num_kv_heads = k_cache.shape[1]

@@ -1,0 +1,188 @@
+"""GPU implementation of the ops in Triton: a few kernels of fixed grids, no wait for the host, no allocation in a step.
+
+A step is ``prepare``, then rounds of ``select``, ``attend`` and ``combine``. The first round draws at a scale predicted
+from the request's last step; a group that it does not certify draws again at the scale its variance asks for, and then
+reads everything. Later rounds end at once where a group is done.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vattn_kernels import params as parameters
+from vattn_kernels.quantiles import TARGETS
+from vattn_kernels.triton import layout
+from vattn_kernels.triton.attend import attend_exact_fwd_kernel, attend_fwd_kernel
+from vattn_kernels.triton.combine import combine_fwd_kernel
+from vattn_kernels.triton.prepare import prepare_fwd_kernel
+from vattn_kernels.triton.select import select_fwd_kernel
+from vattn_kernels.triton.update import update_fwd_kernel
+
+DTYPES = (torch.bfloat16, torch.float16)
+HEAD_DIMS = (64, 96, 128, 256)
+MAX_GROUP = 16
+WORDS = (1, 2, 4)
+GROUPS_PER_WORD = 4
+ROUNDS = 2
+# Steps after which what was learnt of a request row is no longer trusted.
+MOST_AGE = 64
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(f"vattn on the GPU: {message}")
+
+
+def _power_of_two(x: int) -> int:
+    return 1 << (x - 1).bit_length()
+
+
+def _check_cache(k_cache: Tensor, v_cache: Tensor) -> None:
+    allowed = DTYPES if k_cache.is_cuda else (*DTYPES, torch.float32)
+    _require(k_cache.dtype in allowed, f"dtype {k_cache.dtype} of the KV cache, expected bfloat16 or float16")
+    _require(k_cache.dtype == v_cache.dtype, f"k_cache is {k_cache.dtype} but v_cache is {v_cache.dtype}")
+    _require(k_cache.shape == v_cache.shape, f"k_cache {tuple(k_cache.shape)}, v_cache {tuple(v_cache.shape)} differ")
+    _require(k_cache.is_contiguous() and v_cache.is_contiguous(), "k_cache and v_cache must be contiguous")
+    _require(k_cache.shape[-1] in HEAD_DIMS, f"head_dim {k_cache.shape[-1]}, expected one of {HEAD_DIMS}")
+
+
+def _check_codes(codes: Tensor, norms: Tensor, steps: Tensor) -> None:
+    _require(codes.shape[-1] in WORDS, f"codes of {codes.shape[-1]} words, expected {WORDS}")
+    _require(codes.stride(-1) == 1 and codes.stride(0) % codes.shape[-1] == 0, "words of a code must lie side by side")
+    _require(norms.stride(-1) == 1 and norms.stride(0) % 2 == 0, "the two norms of a slot must lie side by side")
+    _require(steps.is_contiguous(), "steps must be contiguous")
+
+
+def reserve(
+    device: torch.device, max_batch: int, max_len: int, num_qo_heads: int, num_kv_heads: int, head_dim: int
+) -> None:
+    """Allocate the workspace of the largest batch, so that no later step does.
+
+    Parameters
+    ----------
+    device : torch.device
+        Where the cache lives.
+    max_batch, max_len : int
+        Requests at once, and width of the page table.
+    num_qo_heads, num_kv_heads, head_dim : int
+        Of the model on this rank.
+    """
+    layout.workspace(device, max_batch, max_len, num_qo_heads, num_kv_heads, _power_of_two(head_dim))
+
+
+def decode(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, kv_indices: Tensor, seq_lens: Tensor, codes: Tensor | None,
+    norms: Tensor | None, valid: Tensor | None, mean: Tensor | None, query_basis: Tensor | None, steps: Tensor | None,
+    fields: Tensor | None, params: Tensor, covered: Tensor, budget_edges: Tensor, error_edges: Tensor,
+    audit_edges: Tensor, out: Tensor, stats: Tensor, counters: Tensor, counter_offsets: list[int], sm_scale: float,
+    layer_id: int, seed: int, sampler: str, target: str, selector: str, sink: int, window: int, dense_below: int,
+    top_k_count: int, top_k_share: float, pilot: float, pilot_min: int, cap: float, floor: float, audit_rate: float,
+    group_score: str = "max", state: Tensor | None = None, state_rows: Tensor | None = None,
+) -> None:  # fmt: skip
+    """GPU implementation of `vattn_kernels.ops.decode`."""
+    _check_cache(k_cache, v_cache)
+    batch, num_qo_heads, head_dim = q.shape
+    num_kv_heads = k_cache.shape[1]
+    group = num_qo_heads // num_kv_heads
+    _require(sampler == "proportional", f"sampler {sampler!r} runs on the CPU only; expected 'proportional'")
+    _require(selector == "sketch", f"selector {selector!r} runs on the CPU only; expected 'sketch'")
+    _require(target in TARGETS, f"target {target!r} is unknown, expected one of {', '.join(TARGETS)}")
+    _require(group_score == "max", f"group_score {group_score!r} runs on the CPU only; expected 'max'")
+    _require(audit_rate == 0, f"audit_rate {audit_rate}: audits run on the CPU only; expected 0")
+    _require(
+        q.dtype == k_cache.dtype == out.dtype, f"q is {q.dtype}, out {out.dtype}, the KV cache {k_cache.dtype}"
+    )
+    _require(
+        num_qo_heads % num_kv_heads == 0 and group <= MAX_GROUP,
+        f"{num_qo_heads} query heads over {num_kv_heads} KV heads: the group must be whole and at most {MAX_GROUP}",
+    )
+    _require(q.is_contiguous() and out.is_contiguous() and stats.is_contiguous(), "q, out and stats must be contiguous")
+    _require(kv_indices.dtype == torch.int32 and kv_indices.stride(1) == 1, "kv_indices must be int32, unit stride")
+    if codes is None or norms is None or valid is None or mean is None or query_basis is None:
+        raise ValueError("vattn on the GPU: selector 'sketch' needs side data")
+    if steps is None or fields is None:
+        raise ValueError("vattn on the GPU: selector 'sketch' needs the tables that made its codes")
+    if state is None or state_rows is None:
+        raise ValueError("vattn on the GPU: state and state_rows are needed, see vattn_kernels.ops.decode")
+    _check_codes(codes, norms, steps)
+
+    rows, max_len = batch * num_kv_heads, kv_indices.shape[1]
+    work = layout.workspace(q.device, batch, max_len, num_qo_heads, num_kv_heads, _power_of_two(head_dim))
+    segments, capacity = layout.segments(rows), layout.capacity(rows, max_len)
+    words, width = codes.shape[-1], layout.width_of(group)
+    groups = GROUPS_PER_WORD * words
+    padded_group, padded_dim = _power_of_two(group), _power_of_two(head_dim)
+    kv_stride, k_stride = kv_indices.stride(0), k_cache.stride(0)
+    launch = layout.LAUNCH
+    is_split = target == "sdpa"
+    model = {"HKV": num_kv_heads, "G": group, "D": head_dim, "DP": padded_dim}
+    rows_p, counters_at = _power_of_two(rows), counter_offsets[:5]
+    prepare_fwd_kernel[(rows,)](
+        q, k_cache, kv_indices, seq_lens, mean, query_basis, steps, fields, covered, state, state_rows,
+        work.mode, work.codes, work.bias, work.log_scale, work.fixed, work.scale,
+        sm_scale, floor, sink, window, dense_below, pilot_min, kv_stride, k_stride,
+        **model, GP=max(16, padded_group), R=steps.shape[-1], C=4 * groups, F=128, WIDTH=layout.STATE_WIDTH,
+        MOST_AGE=MOST_AGE, num_warps=launch.prepare_warps,
+    )  # fmt: skip
+
+    def combine(exact: bool, last: bool, exact_next: bool) -> None:
+        combine_fwd_kernel[(group, rows)](
+            work.outs, work.scalars, seq_lens, work.mode, work.log_scale, work.fixed, work.counts, work.reads,
+            work.heads, work.arrivals, params, state, state_rows, budget_edges, error_edges, out, stats, counters,
+            sink, window, cap, rows, *counters_at,
+            **model, GP=padded_group, WIDTH=width, SEGMENTS=segments, SPLITS_P=_power_of_two(segments + 1),
+            MOST=layout.MOST_SEGMENTS, STATE=layout.STATE_WIDTH, TARGET=TARGETS.index(target),
+            EXACT=exact, LAST=last, EXACT_NEXT=exact_next,
+            TABLE=parameters.SPLIT_TABLE if is_split else parameters.TABLE, POINTS=parameters.TABLE_POINTS,
+            PER_UNIT=parameters.TABLE_STEPS_PER_UNIT, BUDGET_EDGES=budget_edges.numel(),
+            BUDGET_EDGES_P=_power_of_two(budget_edges.numel()), ERROR_EDGES=error_edges.numel(),
+            ERROR_EDGES_P=_power_of_two(error_edges.numel()), num_warps=launch.combine_warps,
+        )  # fmt: skip
+
+    for number in range(ROUNDS):
+        retry = number > 0
+        programs = launch.retry_programs if retry else rows * (segments + 1)
+        select_fwd_kernel[(min(programs, rows * segments),)](
+            codes, norms, valid, kv_indices, seq_lens, fields,
+            work.mode, work.codes, work.bias, work.log_scale, work.scale, work.slots, work.weights, work.counts,
+            work.reads, sink, window, seed & 0x7FFFFFFF, layer_id, rows, kv_stride, codes.stride(0), codes.stride(1),
+            norms.stride(0), norms.stride(1), capacity,
+            HKV=num_kv_heads, G=group, R=steps.shape[-1], GROUPS=groups, WORDS=words,
+            WITH_VALUES=target != "denominator", SEGMENTS=segments, BLOCK=launch.select_block,
+            MOST=layout.MOST_SEGMENTS, DP4A=q.is_cuda, RETRY=retry, ROWS_P=rows_p, num_warps=launch.select_warps,
+            maxnreg=launch.select_registers,
+        )  # fmt: skip
+        attend_fwd_kernel[(programs,)](
+            q, k_cache, v_cache, kv_indices, seq_lens, work.mode, work.slots, work.weights, work.counts, work.outs,
+            work.scalars, sm_scale, sink, window, rows, kv_stride, k_stride, capacity,
+            **model, WIDTH=width, BN=launch.attend_block, SEGMENTS=segments, MOST=layout.MOST_SEGMENTS,
+            TARGET=TARGETS.index(target), WIDE=q.dtype != torch.bfloat16, RETRY=retry, ROWS_P=rows_p,
+            num_warps=launch.attend_warps, maxnreg=launch.attend_registers,
+        )  # fmt: skip
+        final = number == ROUNDS - 1
+        combine(exact=False, last=final and cap < 1, exact_next=final)
+    attend_exact_fwd_kernel[(min(launch.retry_programs, rows * segments),)](
+        q, k_cache, v_cache, kv_indices, seq_lens, work.mode, work.outs, work.scalars, sm_scale, rows, kv_stride,
+        k_stride, **model, WIDTH=width, BN=launch.exact_block, SEGMENTS=segments, STAGES=launch.exact_stages,
+        ROWS_P=rows_p, num_warps=launch.exact_warps,
+    )  # fmt: skip
+    combine(exact=True, last=True, exact_next=False)
+
+
+def encode(
+    k_cache: Tensor, v_cache: Tensor, slots: Tensor, mean: Tensor, key_basis: Tensor, steps: Tensor, fields: Tensor,
+    codes: Tensor, norms: Tensor, valid: Tensor,
+) -> None:  # fmt: skip
+    """GPU implementation of `vattn_kernels.ops.encode`."""
+    _check_cache(k_cache, v_cache)
+    _check_codes(codes, norms, steps)
+    if not slots.numel():
+        return
+    words, head_dim = codes.shape[-1], k_cache.shape[2]
+    update_fwd_kernel[(-(-slots.numel() // 16), k_cache.shape[1])](
+        k_cache, v_cache, slots, mean, key_basis, steps, fields, codes, norms, valid,
+        slots.numel(), k_cache.stride(0), codes.stride(0), codes.stride(1), norms.stride(0), norms.stride(1),
+        D=head_dim, DP=_power_of_two(head_dim), R=steps.shape[-1], C=4 * GROUPS_PER_WORD * words, WORDS=words, BT=16,
+        num_warps=4,
+    )  # fmt: skip

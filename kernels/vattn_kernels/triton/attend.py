@@ -1,0 +1,220 @@
+"""Stage ``attend``: attention over the lists with what the error estimate needs, or over everything, in splits."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from vattn_kernels.triton.layout import (
+    DENOMINATOR,
+    DENSE,
+    EXHAUSTED,
+    MASS,
+    MAXIMUM,
+    NUM_SCALARS,
+    NUMERATOR,
+    SAMPLED,
+    SPREAD,
+    SPREAD_MASS,
+    SQUARE,
+    nothing_to_do,
+)
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def accumulate(p, v, acc, WIDE: tl.constexpr):
+    """``acc + p v``; weights of a variance leave the range of float16, so that takes tf32."""
+    if WIDE:
+        return tl.dot(p, v.to(tl.float32), acc, input_precision="tf32")
+    return tl.dot(p.to(v.dtype), v, acc)
+
+
+@triton.jit
+def attend_fwd_kernel(
+    p_q, p_k, p_v, p_kv_indices, p_seq_lens, p_mode, p_slots, p_weights, p_counts, p_outs, p_scalars,
+    sm_scale, sink, window, rows, kv_stride, k_stride, capacity,
+    HKV: tl.constexpr, G: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr,
+    SEGMENTS: tl.constexpr, MOST: tl.constexpr, TARGET: tl.constexpr, WIDE: tl.constexpr,
+    RETRY: tl.constexpr, ROWS_P: tl.constexpr,
+):  # fmt: skip
+    # One item a program, or, in a retry that finds work, a few.
+    if RETRY:
+        if nothing_to_do(p_mode, rows, SAMPLED, ROWS_P):
+            return
+        item = tl.program_id(0)
+        while item < rows * (SEGMENTS + 1):
+            attend_list(
+                item, p_q, p_k, p_v, p_kv_indices, p_seq_lens, p_mode, p_slots, p_weights, p_counts, p_outs, p_scalars,
+                sm_scale, sink, window, kv_stride, k_stride, capacity,
+                HKV, G, WIDTH, D, DP, BN, SEGMENTS, MOST, TARGET, WIDE,
+            )  # fmt: skip
+            item += tl.num_programs(0)
+    else:
+        attend_list(
+            tl.program_id(0), p_q, p_k, p_v, p_kv_indices, p_seq_lens, p_mode, p_slots, p_weights, p_counts, p_outs,
+            p_scalars, sm_scale, sink, window, kv_stride, k_stride, capacity,
+            HKV, G, WIDTH, D, DP, BN, SEGMENTS, MOST, TARGET, WIDE,
+        )  # fmt: skip
+
+
+@triton.jit
+def attend_list(
+    item, p_q, p_k, p_v, p_kv_indices, p_seq_lens, p_mode, p_slots, p_weights, p_counts, p_outs, p_scalars,
+    sm_scale, sink, window, kv_stride, k_stride, capacity,
+    HKV: tl.constexpr, G: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr,
+    SEGMENTS: tl.constexpr, MOST: tl.constexpr, TARGET: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """One split: a segment's list, or, behind the last segment, sink and window."""
+    i_row, i_segment = item // (SEGMENTS + 1), item % (SEGMENTS + 1)
+    b, h = i_row // HKV, i_row % HKV
+    listed = i_segment < SEGMENTS
+    mode = tl.load(p_mode + i_row)
+    n = tl.load(p_seq_lens + b).to(tl.int32)
+    count = tl.load(p_counts + i_row * MOST + i_segment, mask=listed, other=0)
+    # A list holds slots; the fixed set's are in the page table, sink first.
+    p_list = p_kv_indices + b.to(tl.int64) * kv_stride
+    base = i_row.to(tl.int64) * capacity + tl.where(listed, i_segment, 0) * (capacity // SEGMENTS)
+    jump = n - window - sink
+    if listed:
+        p_list = p_slots + base
+        jump = 0
+    else:
+        count = sink + window
+    if mode != SAMPLED:
+        count = 0
+
+    # Rows [0, G) hold the estimate's weights w y, rows [G, 2G) its variance's w (w - 1) y^2.
+    o_w = tl.arange(0, WIDTH)
+    is_square = (o_w >= G) & (o_w < 2 * G)
+    o_d = tl.arange(0, DP)
+    m_d = o_d < D
+    q = tl.load(
+        p_q + (i_row * G + o_w % G)[:, None] * D + o_d[None, :], mask=(o_w < 2 * G)[:, None] & m_d[None, :], other=0.0
+    )  # [WIDTH, DP]
+    acc = tl.zeros([WIDTH, DP], tl.float32)
+    maximum = tl.full([WIDTH], float("-inf"), tl.float32)
+    mass = tl.zeros([WIDTH, BN], tl.float32)
+    square = tl.zeros([WIDTH, BN], tl.float32)
+    spread = tl.zeros([WIDTH, BN], tl.float32)
+    spread_mass = tl.zeros([WIDTH, BN], tl.float32)
+    o_n = tl.arange(0, BN)
+    p_kh, p_vh = p_k + h * D, p_v + h * D
+    # K and V of the next block are under way while this one is computed, and the slots of the one after it.
+    ok = o_n < count
+    slot = tl.load(p_list + o_n + tl.where(o_n < sink, 0, jump), mask=ok, other=0)
+    ahead = o_n + BN
+    upcoming = tl.load(p_list + ahead + tl.where(ahead < sink, 0, jump), mask=ahead < count, other=0)
+    weight = tl.load(p_weights + base + o_n, mask=ok & listed, other=1.0)
+    at = slot.to(tl.int64)[:, None] * k_stride + o_d[None, :]
+    k = tl.load(p_kh + at, mask=ok[:, None] & m_d[None, :], other=0.0)  # [BN, DP]
+    v = tl.load(p_vh + at, mask=ok[:, None] & m_d[None, :], other=0.0)
+    for start in range(0, count, BN):
+        index = start + BN + o_n
+        next_ok = index < count
+        at = upcoming.to(tl.int64)[:, None] * k_stride + o_d[None, :]
+        next_k = tl.load(p_kh + at, mask=next_ok[:, None] & m_d[None, :], other=0.0)
+        next_v = tl.load(p_vh + at, mask=next_ok[:, None] & m_d[None, :], other=0.0)
+        next_weight = tl.load(p_weights + base + index, mask=next_ok & listed, other=1.0)
+        ahead = index + BN
+        upcoming = tl.load(p_list + ahead + tl.where(ahead < sink, 0, jump), mask=ahead < count, other=0)
+        logits = tl.dot(q, tl.trans(k), input_precision="ieee") * (sm_scale * LOG2E)
+        logits = tl.where(ok[None, :], logits, float("-inf"))
+        larger = tl.maximum(maximum, tl.max(logits, 1))
+        y = tl.exp2(logits - larger[:, None])
+        p = tl.where(is_square[:, None], (weight * (weight - 1.0))[None, :] * y * y, weight[None, :] * y)
+        alpha = tl.exp2(maximum - larger)
+        alpha = tl.where(is_square, alpha * alpha, alpha)
+        maximum = larger
+        acc = accumulate(p, v, acc * alpha[:, None], WIDE)
+        mass = mass * alpha[:, None] + p
+        beta = (alpha * alpha)[:, None]
+        open_share = (1.0 - 1.0 / weight)[None, :]
+        if TARGET != DENOMINATOR:
+            wide = v.to(tl.float32)
+            t = p * tl.sum(wide * wide, 1)[None, :]
+            square = square * alpha[:, None] + t
+            spread = spread * beta + t * t * open_share
+        if (TARGET == DENOMINATOR) | (TARGET > NUMERATOR):
+            spread_mass = spread_mass * beta + p * p * open_share
+        k, v, weight, ok = next_k, next_v, next_weight, next_ok
+    if mode != SAMPLED:
+        return
+    i_split = i_row * (SEGMENTS + 1) + i_segment
+    p_out = p_outs + (i_split.to(tl.int64) * WIDTH + o_w[:, None]) * DP + o_d[None, :]
+    tl.store(p_out, acc, mask=(o_w < 2 * G)[:, None])
+    p_own = p_scalars + i_split * NUM_SCALARS * WIDTH + o_w
+    tl.store(p_own + MAXIMUM * WIDTH, maximum)
+    tl.store(p_own + MASS * WIDTH, tl.sum(mass, 1))
+    if TARGET != DENOMINATOR:
+        tl.store(p_own + SQUARE * WIDTH, tl.sum(square, 1))
+        tl.store(p_own + SPREAD * WIDTH, tl.sum(spread, 1))
+    if (TARGET == DENOMINATOR) | (TARGET > NUMERATOR):
+        tl.store(p_own + SPREAD_MASS * WIDTH, tl.sum(spread_mass, 1))
+
+
+@triton.jit
+def attend_exact_fwd_kernel(
+    p_q, p_k, p_v, p_kv_indices, p_seq_lens, p_mode, p_outs, p_scalars, sm_scale, rows, kv_stride, k_stride,
+    HKV: tl.constexpr, G: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr,
+    SEGMENTS: tl.constexpr, STAGES: tl.constexpr, ROWS_P: tl.constexpr,
+):  # fmt: skip
+    if nothing_to_do(p_mode, rows, DENSE, ROWS_P):
+        if nothing_to_do(p_mode, rows, EXHAUSTED, ROWS_P):
+            return
+    item = tl.program_id(0)
+    while item < rows * SEGMENTS:
+        i_row, i_segment = item // SEGMENTS, item % SEGMENTS
+        if tl.load(p_mode + i_row) >= DENSE:
+            attend_everything(
+                i_row, i_segment, p_q, p_k, p_v, p_kv_indices, p_seq_lens, p_outs, p_scalars, sm_scale, kv_stride,
+                k_stride, HKV, G, WIDTH, D, DP, BN, SEGMENTS, STAGES,
+            )  # fmt: skip
+        item += tl.num_programs(0)
+
+
+@triton.jit
+def attend_everything(
+    i_row, i_segment, p_q, p_k, p_v, p_kv_indices, p_seq_lens, p_outs, p_scalars, sm_scale, kv_stride, k_stride,
+    HKV: tl.constexpr, G: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr,
+    SEGMENTS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """One split of plain attention; what it stores of the values' norms starts the next step's scale."""
+    b, h = i_row // HKV, i_row % HKV
+    n = tl.load(p_seq_lens + b).to(tl.int32)
+    span = ((n + SEGMENTS - 1) // SEGMENTS + BN - 1) // BN * BN
+    first = i_segment * span
+    last = tl.minimum(first + span, n)
+    o_w = tl.arange(0, WIDTH)
+    o_d = tl.arange(0, DP)
+    m_d = o_d < D
+    q = tl.load(p_q + (i_row * G + o_w)[:, None] * D + o_d[None, :], mask=(o_w < G)[:, None] & m_d[None, :], other=0.0)
+    acc = tl.zeros([WIDTH, DP], tl.float32)
+    maximum = tl.full([WIDTH], float("-inf"), tl.float32)
+    mass = tl.zeros([WIDTH], tl.float32)
+    o_n = tl.arange(0, BN)
+    p_list = p_kv_indices + b.to(tl.int64) * kv_stride
+    p_kh, p_vh = p_k + h * D, p_v + h * D
+    for start in tl.range(first, last, BN, num_stages=STAGES):
+        position = start + o_n
+        ok = position < last
+        slot = tl.load(p_list + position, mask=ok, other=0)
+        at = slot.to(tl.int64)[:, None] * k_stride + o_d[None, :]
+        mask = ok[:, None] & m_d[None, :]
+        k = tl.load(p_kh + at, mask=mask, other=0.0)  # [BN, DP]
+        logits = tl.dot(q, tl.trans(k), input_precision="ieee") * (sm_scale * LOG2E)
+        logits = tl.where(ok[None, :], logits, float("-inf"))
+        larger = tl.maximum(maximum, tl.max(logits, 1))
+        p = tl.exp2(logits - larger[:, None])
+        alpha = tl.exp2(maximum - larger)
+        maximum = larger
+        v = tl.load(p_vh + at, mask=mask, other=0.0)
+        acc = accumulate(p, v, acc * alpha[:, None], False)
+        mass = mass * alpha + tl.sum(p, 1)
+    i_split = i_row * (SEGMENTS + 1) + i_segment
+    p_out = p_outs + (i_split.to(tl.int64) * WIDTH + o_w[:, None]) * DP + o_d[None, :]
+    tl.store(p_out, acc, mask=(o_w < G)[:, None])
+    p_own = p_scalars + i_split * NUM_SCALARS * WIDTH + o_w
+    tl.store(p_own + MAXIMUM * WIDTH, maximum)
+    tl.store(p_own + MASS * WIDTH, mass)

@@ -1,0 +1,263 @@
+"""Stage ``combine``: merge the splits, certify or set the next scales, write output, statistics and counters."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from vattn_kernels.triton.layout import (
+    DENOMINATOR,
+    DENSE,
+    DONE,
+    EXHAUSTED,
+    MASS,
+    MAXIMUM,
+    NUM_SCALARS,
+    NUMERATOR,
+    OUTPUT,
+    SPREAD,
+    SPREAD_MASS,
+    SQUARE,
+    STATE_CONTEXT,
+    STATE_READS,
+    STATE_SCALE,
+)
+
+LN2 = tl.constexpr(0.6931471805599453)
+LEAST_UNIT = tl.constexpr(1e-15)
+MOST_HALF_WIDTH = tl.constexpr(1e3)
+# A token whose estimated share of the output exceeds epsilon / GUARD is read for certain; SLACK is how far a predicted
+# scale may stay below that, in nats.
+GUARD = tl.constexpr(8.0)
+SLACK = tl.constexpr(0.35)
+# The next step aims AIM nats above what this one needed and comes down by at most DECAY: a study of real attention,
+# kernels/benchmarks/RESULTS.md. A retry adds RETRY_AIM to what the variance asks for.
+AIM = tl.constexpr(0.6)
+DECAY = tl.constexpr(0.15)
+RETRY_AIM = tl.constexpr(0.15)
+MOST_GROWTH = tl.constexpr(3.0)
+CERTIFIED = tl.constexpr(0)
+UNCERTIFIED = tl.constexpr(1)
+CAPPED = tl.constexpr(2)
+SERVED_DENSELY = tl.constexpr(3)
+
+
+@triton.jit
+def half_width(variance, spread, unit, p_table, POINTS: tl.constexpr, PER_UNIT: tl.constexpr):
+    """Relative half-width ``z sqrt(V) / unit`` with the quantile at ``nu = 2 V^2 / Var(V)``; ``spread`` is Var(V) / V^2."""
+    x = tl.minimum(spread * (0.5 * PER_UNIT), POINTS - 1.0)
+    j = tl.minimum(x.to(tl.int32), POINTS - 2)
+    low, high = tl.load(p_table + j), tl.load(p_table + j + 1)
+    z = low + (x - j.to(tl.float32)) * (high - low)
+    return z * tl.sqrt(tl.maximum(variance, 0.0)) / unit
+
+
+@triton.jit
+def observe(p_block, p_edges, value, EDGES: tl.constexpr, EDGES_P: tl.constexpr):
+    """Add one value to a histogram block: its sum, then one count a bucket."""
+    o_e = tl.arange(0, EDGES_P)
+    edges = tl.load(p_edges + o_e, mask=o_e < EDGES, other=float("inf"))
+    bucket = tl.sum((edges < value).to(tl.int32), 0)
+    tl.atomic_add(p_block, value.to(tl.float64), sem="relaxed")
+    tl.atomic_add(p_block + 1 + bucket, 1.0, sem="relaxed")
+
+
+@triton.jit
+def combine_fwd_kernel(
+    p_outs, p_scalars, p_seq_lens, p_mode, p_log_scale, p_fixed, p_counts, p_reads, p_heads, p_arrivals, p_params,
+    p_state, p_state_rows, p_budget_edges, p_error_edges, p_out, p_stats, p_counters,
+    sink, window, cap, rows, at_context, at_read, at_outcome, at_budget, at_error,
+    HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    SEGMENTS: tl.constexpr, SPLITS_P: tl.constexpr, MOST: tl.constexpr, STATE: tl.constexpr, TARGET: tl.constexpr,
+    EXACT: tl.constexpr, LAST: tl.constexpr, EXACT_NEXT: tl.constexpr, TABLE: tl.constexpr, POINTS: tl.constexpr,
+    PER_UNIT: tl.constexpr, BUDGET_EDGES: tl.constexpr, BUDGET_EDGES_P: tl.constexpr, ERROR_EDGES: tl.constexpr,
+    ERROR_EDGES_P: tl.constexpr,
+):  # fmt: skip
+    i_head, i_row = tl.program_id(0), tl.program_id(1)
+    mode = tl.load(p_mode + i_row)
+    if (mode >= DENSE) != EXACT:
+        return
+    if (mode == DONE) & (EXACT == 0):
+        return
+    merge_head(
+        i_row, i_head, p_outs, p_scalars, p_heads, p_params, p_out,
+        HKV, G, WIDTH, D, DP, SEGMENTS, SPLITS_P, TARGET, EXACT, TABLE, POINTS, PER_UNIT,
+    )  # fmt: skip
+    # The last of a group's heads to arrive decides for the group.
+    tl.debug_barrier()
+    if tl.atomic_add(p_arrivals + i_row, 1, sem="acq_rel") == G - 1:
+        tl.store(p_arrivals + i_row, 0)
+        settle_group(
+            i_row, mode, p_seq_lens, p_mode, p_log_scale, p_fixed, p_counts, p_reads, p_heads, p_params, p_state,
+            p_state_rows, p_budget_edges, p_error_edges, p_stats, p_counters,
+            sink, window, cap, at_context, at_read, at_outcome, at_budget, at_error,
+            HKV, G, GP, SEGMENTS, MOST, STATE, EXACT, LAST, EXACT_NEXT, BUDGET_EDGES, BUDGET_EDGES_P, ERROR_EDGES,
+            ERROR_EDGES_P,
+        )  # fmt: skip
+
+
+@triton.jit
+def merge_head(
+    i_row, g, p_outs, p_scalars, p_heads, p_params, p_out,
+    HKV: tl.constexpr, G: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SEGMENTS: tl.constexpr,
+    SPLITS_P: tl.constexpr, TARGET: tl.constexpr, EXACT: tl.constexpr, TABLE: tl.constexpr, POINTS: tl.constexpr,
+    PER_UNIT: tl.constexpr,
+):  # fmt: skip
+    """Output of one head, and what its group's decision needs."""
+    o_d = tl.arange(0, DP)
+    o_s = tl.arange(0, SPLITS_P)
+    m_s = o_s < SEGMENTS + 1 - EXACT
+    first = i_row * (SEGMENTS + 1)
+    p_own = p_scalars + (first + o_s) * NUM_SCALARS * WIDTH + g
+    tile = p_outs + ((first + o_s).to(tl.int64)[:, None] * WIDTH + g) * DP + o_d[None, :]
+    maxima = tl.load(p_own + MAXIMUM * WIDTH, mask=m_s, other=float("-inf"))  # [S], in octaves
+    masses = tl.load(p_own + MASS * WIDTH, mask=m_s, other=0.0)
+    outs = tl.load(tile, mask=m_s[:, None], other=0.0)  # [S, DP]
+    top = tl.max(maxima, 0)
+    f = tl.exp2(maxima - top)
+    masses = f * masses
+    mass = tl.maximum(tl.sum(masses, 0), 1e-30)
+    out = tl.sum(f[:, None] * outs, 0) / mass  # [DP]
+    norm2 = tl.sum(out * out, 0)
+    norm = tl.sqrt(norm2)
+    tl.store(p_out + (i_row * G + g) * D + o_d, out.to(p_out.dtype.element_ty), mask=o_d < D)
+    width = norm * 0.0
+    residual = norm * 0.0
+    if not EXACT:
+        alongs = tl.load(tile + G * DP, mask=m_s[:, None], other=0.0)
+        p_square = p_own + G
+        f2 = f * f
+        plain = tl.sum(f2 * tl.load(p_square + MASS * WIDTH, mask=m_s, other=0.0), 0)
+        along = tl.sum(f2[:, None] * alongs, 0)
+        unit_output = tl.maximum(mass * norm, LEAST_UNIT)
+        if TARGET != DENOMINATOR:
+            square = tl.sum(f2 * tl.load(p_square + SQUARE * WIDTH, mask=m_s, other=0.0), 0)
+            spread = tl.sum(f2 * f2 * tl.load(p_square + SPREAD * WIDTH, mask=m_s, other=0.0), 0)
+            spread = spread / tl.maximum(square * square, 1e-37)
+        if (TARGET == DENOMINATOR) | (TARGET > NUMERATOR):
+            spread_mass = tl.sum(f2 * f2 * tl.load(p_square + SPREAD_MASS * WIDTH, mask=m_s, other=0.0), 0)
+            spread_mass = spread_mass / tl.maximum(plain * plain, 1e-37)
+            width_mass = half_width(plain, spread_mass, mass, p_params + TABLE, POINTS, PER_UNIT)
+        if TARGET == OUTPUT:
+            # The spread of |v - o|^2 is taken for that of |v|^2: it only moves the quantile's degrees of freedom.
+            variance = square - 2 * tl.sum(out * along, 0) + norm2 * plain
+            width = half_width(variance, spread, unit_output, p_params + TABLE, POINTS, PER_UNIT)
+        elif TARGET == DENOMINATOR:
+            width = width_mass
+        else:
+            width = half_width(square, spread, unit_output, p_params + TABLE, POINTS, PER_UNIT)
+            if TARGET > NUMERATOR:
+                width = 2 * (width_mass + width)
+        width = tl.where(width < MOST_HALF_WIDTH, width, MOST_HALF_WIDTH)
+        residual = 1.0 - tl.sum(tl.where(o_s == SEGMENTS, masses, 0.0), 0) / mass
+    size = tl.maximum(norm, 1e-20)
+    if TARGET == DENOMINATOR:
+        size = size * 0.0 + 1.0
+    log_mass = top * LN2 + tl.log(mass)
+    epsilon = tl.load(p_params)
+    share = epsilon * size / GUARD
+    if TARGET > NUMERATOR:
+        share = 0.5 * share
+    guard = -tl.log(share) - log_mass
+    # Where exact scores would certify: c = z^2 |v| / (epsilon |o|)^2, with values twice as long as their mean.
+    start = 2.0 * tl.log(tl.load(p_params + TABLE) / epsilon) + tl.log(2.0 / size) - log_mass
+    p_result = p_heads + (i_row * G + g) * 4
+    tl.store(p_result, width)
+    tl.store(p_result + 1, guard)
+    tl.store(p_result + 2, start)
+    tl.store(p_result + 3, residual)
+
+
+@triton.jit
+def settle_group(
+    i_row, mode, p_seq_lens, p_mode, p_log_scale, p_fixed, p_counts, p_reads, p_heads, p_params, p_state,
+    p_state_rows, p_budget_edges, p_error_edges, p_stats, p_counters,
+    sink, window, cap, at_context, at_read, at_outcome, at_budget, at_error,
+    HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, SEGMENTS: tl.constexpr, MOST: tl.constexpr,
+    STATE: tl.constexpr, EXACT: tl.constexpr, LAST: tl.constexpr, EXACT_NEXT: tl.constexpr,
+    BUDGET_EDGES: tl.constexpr, BUDGET_EDGES_P: tl.constexpr, ERROR_EDGES: tl.constexpr, ERROR_EDGES_P: tl.constexpr,
+):  # fmt: skip
+    """Send a group into another round, or close its step."""
+    b, h = i_row // HKV, i_row % HKV
+    n = tl.load(p_seq_lens + b).to(tl.int32)
+    low = tl.minimum(sink, n)
+    total = tl.maximum(n - window, low) - low
+    fixed_tokens = n - total
+    epsilon = tl.load(p_params)
+    o_g = tl.arange(0, GP)
+    m_g = o_g < G
+    head = i_row * G + o_g
+    p_result = p_heads + head * 4
+    widths = tl.load(p_result, mask=m_g, other=0.0, cache_modifier=".cg")
+    guards = tl.load(p_result + 1, mask=m_g, other=-1e9, cache_modifier=".cg")
+    starts = tl.load(p_result + 2, mask=m_g, other=0.0, cache_modifier=".cg")
+    residuals = tl.load(p_result + 3, mask=m_g, other=0.0, cache_modifier=".cg")
+    used = tl.load(p_log_scale + head, mask=m_g, other=0.0)
+    fixed = tl.load(p_fixed + head, mask=m_g, other=0.0)
+    budget, read, expected = total, n, 0.1 * total.to(tl.float32)
+    limit = epsilon * 0.0 + 60.0
+    if not EXACT:
+        o_m = tl.arange(0, MOST)
+        budget = tl.sum(tl.load(p_counts + i_row * MOST + o_m, mask=o_m < SEGMENTS, other=0), 0)
+        expected = tl.maximum(tl.sum(tl.load(p_reads + i_row * MOST + o_m, mask=o_m < SEGMENTS, other=0.0), 0), 1.0)
+        read = fixed_tokens + budget
+        if cap < 1.0:
+            limit = tl.log(tl.maximum(cap * total.to(tl.float32), 1.0) / expected)
+        # Once everything was read nothing is left to estimate.
+        widths = tl.where(budget == total, 0.0, widths)
+    needs = 2.0 * tl.log(tl.maximum(widths, 1e-6) / epsilon)
+    following = starts
+    if not EXACT:
+        growth = tl.where(widths <= epsilon, 0.0, tl.minimum(needs + RETRY_AIM, MOST_GROWTH))
+        growth = tl.maximum(growth, tl.where((used < guards - SLACK) & (budget < total), guards - used, 0.0))
+        growth = tl.where(m_g, growth, 0.0)
+        if (tl.max(growth, 0) > 0.0) & (limit > 0.02) & (LAST == 0):
+            tl.store(p_log_scale + head, used + tl.minimum(growth, limit), mask=m_g)
+            if EXACT_NEXT:
+                tl.store(p_mode + i_row, EXHAUSTED)
+            return
+        change = needs + AIM
+        # Far above its need a scale comes down by half the way, less one.
+        change = tl.maximum(change, tl.minimum(0.5 * (change + 1.0), -DECAY))
+        following = used + tl.minimum(change, MOST_GROWTH)
+        following = tl.minimum(tl.maximum(following, guards), used + limit)
+    elif mode == EXHAUSTED:
+        following = tl.maximum(used + AIM, guards)
+    tl.store(p_mode + i_row, DONE)
+
+    # What the next step starts from: above this step's need, never below the guard, and within the cap.
+    state = p_state + (tl.load(p_state_rows + b) * HKV * G + h * G + o_g) * STATE
+    tl.store(state + STATE_SCALE, following + fixed, mask=m_g)
+    tl.store(state + STATE_CONTEXT, n.to(tl.float32) + fixed * 0.0, mask=m_g)
+    tl.store(state + STATE_READS, expected + fixed * 0.0, mask=m_g)
+
+    is_dense = mode == DENSE
+    short = tl.where(limit <= 0.02 + RETRY_AIM, CAPPED, UNCERTIFIED)
+    outcome = tl.where(widths <= epsilon, CERTIFIED, short)
+    outcome = tl.where(is_dense, SERVED_DENSELY, outcome)
+    budget = tl.where(is_dense, 0, budget)
+    o_c = tl.arange(0, 8)
+    density = read.to(tl.float32) / tl.maximum(n, 1).to(tl.float32)
+    shared = tl.where(o_c == 0, density, tl.where(o_c == 1, budget.to(tl.float32), read.to(tl.float32)))
+    row = tl.where((o_c == 2)[None, :], widths[:, None], shared[None, :])
+    row = tl.where((o_c == 3)[None, :], outcome.to(tl.float32)[:, None], row)
+    row = tl.where((o_c == 5)[None, :], residuals[:, None], row)
+    tl.store(p_stats + head[:, None] * 6 + o_c[None, :], row, mask=m_g[:, None] & (o_c < 6)[None, :])
+
+    # A captured graph pads its batch with rows of one token; a request that decodes has two at least.
+    if n > 1:
+        for g in tl.static_range(G):
+            which = tl.sum(tl.where(o_g == g, outcome, 0), 0)
+            tl.atomic_add(p_counters + at_outcome + which, 1.0, sem="relaxed")
+            if is_dense == 0:
+                observe(p_counters + at_budget, p_budget_edges, budget.to(tl.float32), BUDGET_EDGES, BUDGET_EDGES_P)
+                width = tl.sum(tl.where(o_g == g, widths, 0.0), 0)
+                observe(p_counters + at_error, p_error_edges, width, ERROR_EDGES, ERROR_EDGES_P)
+        group = epsilon.to(tl.float64) * 0.0 + G
+        tl.atomic_add(p_counters + at_context, group * n.to(tl.float64), sem="relaxed")
+        if is_dense:
+            tl.atomic_add(p_counters + at_read + 4, group * n.to(tl.float64), sem="relaxed")
+        else:
+            tl.atomic_add(p_counters + at_read, group * low.to(tl.float64), sem="relaxed")
+            tl.atomic_add(p_counters + at_read + 1, group * (fixed_tokens - low).to(tl.float64), sem="relaxed")
+            tl.atomic_add(p_counters + at_read + 3, group * budget.to(tl.float64), sem="relaxed")

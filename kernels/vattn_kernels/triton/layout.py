@@ -1,0 +1,211 @@
+"""Constants that the GPU kernels share, and the workspace they hand results through.
+
+Every kernel's grid and every buffer's size follow from the batch and the widest page table, so a step can be captured
+in a CUDA graph. ``row`` is one (request, KV head); a ``segment`` of a row takes every SEGMENTS-th block of its tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+import triton
+import triton.language as tl
+
+# What a row does in a round.
+DONE: Final = tl.constexpr(0)
+SAMPLED: Final = tl.constexpr(1)
+DENSE: Final = tl.constexpr(2)
+EXHAUSTED: Final = tl.constexpr(3)
+
+# Columns of ``state``: log-scale of a head relative to its fixed set's log-sum-exp, context it was learnt at (0: never),
+# expected reads of its group.
+STATE_SCALE: Final = tl.constexpr(0)
+STATE_CONTEXT: Final = tl.constexpr(1)
+STATE_READS: Final = tl.constexpr(2)
+STATE_WIDTH: Final = 4
+
+# Rows of a split's scalars.
+MAXIMUM: Final = tl.constexpr(0)
+MASS: Final = tl.constexpr(1)
+SQUARE: Final = tl.constexpr(2)
+SPREAD: Final = tl.constexpr(3)
+SPREAD_MASS: Final = tl.constexpr(4)
+NUM_SCALARS: Final = tl.constexpr(5)
+
+# Order of vattn_kernels.quantiles.TARGETS.
+OUTPUT: Final = tl.constexpr(0)
+DENOMINATOR: Final = tl.constexpr(1)
+NUMERATOR: Final = tl.constexpr(2)
+
+# Columns of ``scale``, one row a group: ln and log2 units of an integer score, log2 weight of a squared coding error,
+# least inclusion probability.
+UNIT: Final = tl.constexpr(0)
+CODING: Final = tl.constexpr(1)
+FLOOR: Final = tl.constexpr(2)
+NUM_SCALES: Final = tl.constexpr(4)
+
+# Tokens a segment takes in a row; a multiple of every launch's block.
+BLOCK: Final = 512
+MOST_SEGMENTS: Final = 64
+LEAST_SEGMENTS: Final = 4
+
+
+@dataclass
+class Launch:
+    """How kernels are launched; the figures behind the choices are in ``kernels/benchmarks/RESULTS.md``."""
+
+    programs: int = 1024
+    retry_programs: int = 528
+    prepare_warps: int = 4
+    select_block: int = 128
+    select_warps: int = 1
+    select_registers: int | None = None
+    attend_block: int = 32
+    attend_warps: int = 4
+    attend_registers: int | None = None
+    exact_block: int = 128
+    exact_warps: int = 8
+    exact_stages: int = 3
+    combine_warps: int = 1
+
+
+LAUNCH: Final = Launch()
+# Coded dimensions of the widest sketch: 128 bits in groups of four.
+MOST_FIELDS: Final = 64
+
+
+def segments(rows: int) -> int:
+    """Programs a row: enough to fill the device, a power of two.
+
+    Parameters
+    ----------
+    rows : int
+        Requests times KV heads.
+    """
+    wanted = 1 << max(0, math.ceil(math.log2(LAUNCH.programs / max(rows, 1))))
+    return min(max(wanted, LEAST_SEGMENTS), MOST_SEGMENTS)
+
+
+@dataclass
+class Workspace:
+    """Buffers of one device, reused by every layer.
+
+    Attributes
+    ----------
+    mode : torch.Tensor
+        int32 ``[rows]``, what a row does in the coming round.
+    codes : torch.Tensor
+        int8 ``[rows * group, fields]``, the query in the sketch's coordinates.
+    bias, log_scale, fixed : torch.Tensor
+        float32 ``[rows * group]``: constant part of the estimated logits, log-scale of the sampling probabilities,
+        log-sum-exp over sink and window.
+    scale : torch.Tensor
+        float32 ``[rows, NUM_SCALES]``.
+    slots, weights : torch.Tensor
+        int32 and float32 ``[rows, capacity]``, tokens selected and their inverse inclusion probabilities.
+    heads : torch.Tensor
+        float32 ``[rows * group, 4]``, half-width, guard, first scale and residual mass of a head.
+    arrivals : torch.Tensor
+        int32 ``[rows]``, heads of a group that were merged; 0 between launches.
+    counts, reads : torch.Tensor
+        int32 and float32 ``[rows, MOST_SEGMENTS]``, tokens selected and their expected number, by segment.
+    outs, scalars : torch.Tensor
+        float32 ``[rows, MOST_SEGMENTS + 1, width, head_dim]`` and ``[.., NUM_SCALARS, width]``, partial results.
+    """
+
+    mode: torch.Tensor
+    codes: torch.Tensor
+    bias: torch.Tensor
+    log_scale: torch.Tensor
+    fixed: torch.Tensor
+    scale: torch.Tensor
+    slots: torch.Tensor
+    weights: torch.Tensor
+    heads: torch.Tensor
+    arrivals: torch.Tensor
+    counts: torch.Tensor
+    reads: torch.Tensor
+    outs: torch.Tensor
+    scalars: torch.Tensor
+
+
+_workspaces: dict[torch.device, tuple[tuple[int, ...], Workspace]] = {}
+
+
+def width_of(group: int) -> int:
+    """Rows of a tensor-core tile that serves one group: its heads, and their variances."""
+    return max(16, 1 << (2 * group - 1).bit_length())
+
+
+def capacity(rows: int, max_len: int) -> int:
+    """Entries of a row's list, whole blocks for every segment."""
+    span = BLOCK * segments(rows)
+    return -(-max_len // span) * span
+
+
+def workspace(
+    device: torch.device, batch: int, max_len: int, num_qo_heads: int, num_kv_heads: int, head_dim: int
+) -> Workspace:
+    """The device's workspace, made anew only when it is too small.
+
+    Parameters
+    ----------
+    device : torch.device
+        Where the buffers live.
+    batch, max_len : int
+        Largest batch and page table.
+    num_qo_heads, num_kv_heads, head_dim : int
+        Of the model on this rank.
+
+    Raises
+    ------
+    RuntimeError
+        If it would have to grow while a CUDA graph is captured: reserve it before.
+    """
+    rows, group = batch * num_kv_heads, num_qo_heads // num_kv_heads
+    batches = range(num_kv_heads, rows + 1, num_kv_heads)
+    entries = max(r * capacity(r, max_len) for r in batches)
+    splits = max(r * (segments(r) + 1) for r in batches)
+    size = (rows, rows * group, entries, splits, width_of(group), head_dim)
+    have, found = _workspaces.get(device, ((0,) * 6, None))
+    if found is not None and all(w <= h for w, h in zip(size, have, strict=True)):
+        return found
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"vattn: the workspace on {device} holds batch x heads x context of {have} and a capture needs {size}; "
+            "call vattn_kernels.ops.reserve with the largest batch and context first"
+        )
+    rows, heads, entries, splits, width, dim = (max(w, h) for w, h in zip(size, have, strict=True))
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    made = Workspace(
+        empty(rows, dtype=torch.int32),
+        empty(heads, MOST_FIELDS, dtype=torch.int8),
+        empty(heads),
+        empty(heads),
+        empty(heads),
+        empty(rows, NUM_SCALES.value),
+        empty(entries, dtype=torch.int32),
+        empty(entries),
+        empty(heads, 4),
+        torch.zeros(rows, dtype=torch.int32, device=device),
+        empty(rows, MOST_SEGMENTS, dtype=torch.int32),
+        empty(rows, MOST_SEGMENTS),
+        empty(splits, width, dim),
+        empty(splits, NUM_SCALARS.value, width),
+    )
+    _workspaces[device] = ((rows, heads, entries, splits, width, dim), made)
+    return made
+
+
+@triton.jit
+def nothing_to_do(p_mode, rows, wanted: tl.constexpr, ROWS_P: tl.constexpr):
+    """Whether no row is in a mode: lets a retry's launch end after one load."""
+    o_r = tl.arange(0, ROWS_P)
+    modes = tl.load(p_mode + o_r, mask=o_r < rows, other=0)
+    return tl.max((modes == wanted).to(tl.int32), 0) == 0

@@ -1,0 +1,59 @@
+"""Stage ``update``: code the keys of new slots; the math is `vattn_kernels.reference.sketch.encode`."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def level_of(square):
+    """Byte of a norm, eight steps an octave, from its square."""
+    level = tl.floor(4.0 * tl.log2(tl.maximum(square, 1e-38)) + 128.5)
+    return tl.minimum(tl.maximum(level, 0.0), 255.0).to(tl.uint8)
+
+
+@triton.jit
+def update_fwd_kernel(
+    p_k, p_v, p_new, p_mean, p_key_basis, p_steps, p_fields, p_codes, p_norms, p_valid,
+    num_new, k_stride, code_slot, code_head, norm_slot, norm_head,
+    D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, C: tl.constexpr, WORDS: tl.constexpr, BT: tl.constexpr,
+):  # fmt: skip
+    i_block, h = tl.program_id(0), tl.program_id(1)
+    o_t, o_d, o_r = i_block * BT + tl.arange(0, BT), tl.arange(0, DP), tl.arange(0, C)
+    m_t, m_d, m_r = o_t < num_new, o_d < D, o_r < R
+    slot = tl.load(p_new + o_t, mask=m_t, other=0)
+    at = slot[:, None] * k_stride + h * D + o_d[None, :]
+    mask = m_t[:, None] & m_d[None, :]
+    mean = tl.load(p_mean + h * D + o_d, mask=m_d, other=0.0)
+    k = tl.load(p_k + at, mask=mask, other=0.0).to(tl.float32)
+    offset = tl.where(mask, k - mean[None, :], 0.0)  # [BT, DP]
+    v = tl.load(p_v + at, mask=mask, other=0.0).to(tl.float32)
+    basis = p_key_basis + h * D * D
+    first = tl.load(basis + o_d[:, None] * D + o_r[None, :], mask=m_d[:, None] & m_r[None, :], other=0.0)
+    z = tl.dot(offset, first, input_precision="tf32x3")  # [BT, C]
+    p_field = p_fields + (h * R + o_r) * 3
+    which = tl.load(p_field, mask=m_r, other=0)
+    shift = tl.load(p_field + 1, mask=m_r, other=0)
+    width = tl.load(p_field + 2, mask=m_r, other=0)
+    step = tl.load(p_steps + h * R + o_r, mask=m_r, other=1.0)
+    half = (1 << tl.maximum(width - 1, 0)).to(tl.float32)
+    scaled = tl.minimum(tl.maximum(z / step[None, :], -64.0), 64.0)
+    code = tl.minimum(tl.maximum(tl.floor(scaled), -half[None, :]), half[None, :] - 1.0)
+    coded = (width > 0)[None, :]
+    residual = z - tl.where(coded, (code + 0.5) * step[None, :], 0.0)
+    error = tl.sum(tl.where(m_r[None, :], residual * residual, 0.0), 1)
+    for start in range(C, D, C):
+        o_c = start + o_r
+        part = tl.load(basis + o_d[:, None] * D + o_c[None, :], mask=m_d[:, None] & (o_c < D)[None, :], other=0.0)
+        rest = tl.dot(offset, part, input_precision="tf32x3")
+        error += tl.sum(rest * rest, 1)
+    bits = tl.where(coded, (code + half[None, :]).to(tl.int32) << shift[None, :], 0)
+    for w in tl.static_range(WORDS):
+        word = tl.sum(tl.where((which == w)[None, :], bits, 0), 1)
+        tl.store(p_codes + slot * code_slot + h * code_head + w, word, mask=m_t)
+    p_norm = p_norms + slot * norm_slot + h * norm_head
+    tl.store(p_norm, level_of(error), mask=m_t)
+    tl.store(p_norm + 1, level_of(tl.sum(v * v, 1)), mask=m_t)
+    if h == 0:
+        tl.store(p_valid + slot, tl.full([BT], 1, tl.uint8), mask=m_t)

@@ -1,0 +1,109 @@
+"""Compile every GPU kernel without a GPU and print its resources as JSON, one object a line.
+
+Runs in a process of its own: the other tests load the same kernels into Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from vattn_kernels.triton import layout
+from vattn_kernels.triton.attend import attend_exact_fwd_kernel, attend_fwd_kernel
+from vattn_kernels.triton.combine import combine_fwd_kernel
+from vattn_kernels.triton.prepare import prepare_fwd_kernel
+from vattn_kernels.triton.select import select_fwd_kernel
+from vattn_kernels.triton.update import update_fwd_kernel
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+FLOATS = {"sm_scale", "floor", "cap"}
+CACHE = {"p_q", "p_k", "p_v", "p_out"}
+TYPES = {
+    "p_kv_indices": "i32", "p_seq_lens": "i64", "p_fields": "i32", "p_covered": "i32", "p_state_rows": "i64",
+    "p_mode": "i32", "p_valid": "u8", "p_norms": "u8", "p_slots": "i32", "p_counts": "i32", "p_counters": "fp64",
+    "p_new": "i64", "p_arrivals": "i32",
+}  # fmt: skip
+
+
+def shapes(dtype: str, head_dim: int, group: int, words: int):
+    """Every kernel with the constants of one model and sketch."""
+    kv, groups, power = 8, 4 * words, 1 << (head_dim - 1).bit_length()
+    width = max(16, 1 << (2 * group - 1).bit_length())
+    padded = 1 << (group - 1).bit_length()
+    common = {"HKV": kv, "G": group, "D": head_dim, "DP": power}
+    launch, retry = layout.LAUNCH, {"RETRY": True, "ROWS_P": 128}
+    yield prepare_fwd_kernel, launch.prepare_warps, common | {
+        "GP": max(16, padded), "R": head_dim, "C": 4 * groups, "F": 128, "WIDTH": 4, "MOST_AGE": 64
+    }  # fmt: skip
+    yield select_fwd_kernel, launch.select_warps, retry | {
+        "HKV": kv, "G": group, "R": head_dim, "GROUPS": groups, "WORDS": words, "WITH_VALUES": True, "SEGMENTS": 8,
+        "BLOCK": launch.select_block, "MOST": 64, "DP4A": True,
+    }  # fmt: skip
+    yield attend_fwd_kernel, launch.attend_warps, common | retry | {
+        "WIDTH": width, "BN": launch.attend_block, "SEGMENTS": 8, "MOST": 64, "TARGET": 0,
+        "WIDE": dtype == "fp16",
+    }  # fmt: skip
+    yield attend_exact_fwd_kernel, launch.exact_warps, common | {
+        "WIDTH": width, "BN": launch.exact_block, "SEGMENTS": 8, "STAGES": launch.exact_stages, "ROWS_P": 128
+    }  # fmt: skip
+    yield combine_fwd_kernel, launch.combine_warps, common | {
+        "GP": padded, "WIDTH": width, "SEGMENTS": 8, "SPLITS_P": 16, "MOST": 64, "STATE": 4, "TARGET": 0, "EXACT": False,
+        "LAST": False, "EXACT_NEXT": False, "TABLE": 4, "POINTS": 33, "PER_UNIT": 64, "BUDGET_EDGES": 12,
+        "BUDGET_EDGES_P": 16, "ERROR_EDGES": 10, "ERROR_EDGES_P": 16,
+    }  # fmt: skip
+    yield update_fwd_kernel, 4, {
+        "D": head_dim, "DP": power, "R": head_dim, "C": 4 * groups, "WORDS": words, "BT": 16
+    }  # fmt: skip
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """Registers, stack and shared memory from the compiled binary."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([CUOBJDUMP, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
+    found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", text.stdout))
+    return {"registers": int(found["REG"]), "spills": int(found["STACK"]) + int(found.get("LOCAL", 0))}
+
+
+def main() -> None:
+    models = (("bf16", 128, 4, 2), ("bf16", 64, 3, 2), ("fp16", 96, 1, 4), ("bf16", 256, 16, 2), ("bf16", 128, 8, 4))
+    for arch in (80, 90):
+        for dtype, head_dim, group, words in models[: int(sys.argv[1])] if sys.argv[1:] else models:
+            for kernel, warps, constants in shapes(dtype, head_dim, group, words):
+                signature = {}
+                for name in kernel.arg_names:
+                    if name in constants:
+                        signature[name] = "constexpr"
+                    elif name in CACHE:
+                        signature[name] = f"*{dtype}"
+                    elif name == "p_codes":
+                        signature[name] = "*i8" if kernel is prepare_fwd_kernel else "*i32"
+                    elif name == "p_query":
+                        signature[name] = "*i8"
+                    elif name.startswith("p_"):
+                        signature[name] = f"*{TYPES.get(name, 'fp32')}"
+                    else:
+                        signature[name] = "fp32" if name in FLOATS else "i32"
+                aligned = {
+                    (i,): [["tt.divisibility", 16]]
+                    for i, name in enumerate(kernel.arg_names)
+                    if name.startswith("p_") or name.endswith("_stride")
+                }
+                source = ASTSource(kernel, signature, constants, aligned)
+                built = triton.compile(source, GPUTarget("cuda", arch, 32), options={"num_warps": warps})
+                row = {"kernel": kernel.fn.__name__, "arch": arch, "dtype": dtype, "head_dim": head_dim, "group": group,
+                       "words": words, "shared": built.metadata.shared, **resources(built.asm["cubin"])}  # fmt: skip
+                print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
