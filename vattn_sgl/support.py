@@ -13,7 +13,8 @@ from vattn_sgl.config import Settings
 
 DENSE_ADVICE = "serve this model with another --attention-backend"
 DEVICES = ("cpu", "cuda")
-GPU_SELECTORS = ("sketch", "oracle")
+GPU_SELECTORS = ("sketch",)
+GPU_HEAD_DIMS = (64, 96, 128, 256)
 GPU_DTYPES = (torch.bfloat16, torch.float16)
 
 
@@ -54,6 +55,7 @@ def check(model_runner: Any, settings: Settings) -> None:
     ]
     if _device(model_runner.server_args) == "cuda":
         reasons += gpu_reasons(model_runner.server_args, settings)
+        reasons += gpu_model_reasons(model_runner.model_config)
         reasons += gpu_pool_reasons(model_runner.token_to_kv_pool)
     model = getattr(model_runner, "model", None)
     if model is not None:
@@ -142,6 +144,8 @@ def gpu_reasons(args: Any, settings: Settings) -> Iterator[str]:
         yield f"selector {settings.selector}: {here} do not read its side data; set selector to {allowed}"
     if settings.sampler != "proportional":
         yield f"sampler {settings.sampler}: {here} do not draw by it; set sampler to proportional"
+    if settings.group_score != "max":
+        yield f"group_score {settings.group_score}: {here} share scores by their maximum; set group_score to max"
     if settings.effective_bound == "bernstein":
         yield f"bound bernstein: {here} bound no single logit; leave bound at null, or serve on a CPU"
     if settings.audit_rate > 0:
@@ -151,6 +155,20 @@ def gpu_reasons(args: Any, settings: Settings) -> Iterator[str]:
         yield "--cuda-graph-backend-prefill full: a whole graph hides prefill from the calibration; use breakable"
     if os.environ.get("SGLANG_ENABLE_METADATA_GLUE_GRAPH", "").lower() in ("1", "true"):
         yield "SGLANG_ENABLE_METADATA_GLUE_GRAPH: a change of epsilon would never be applied; unset the variable"
+
+
+def gpu_model_reasons(config: Any) -> Iterator[str]:
+    """Reasons in a model's shape on a GPU.
+
+    Parameters
+    ----------
+    config : ModelConfig
+        SGLang's configuration of the model; missing attributes count as right.
+    """
+    head_dim = getattr(config, "head_dim", None)
+    if head_dim and head_dim not in GPU_HEAD_DIMS:
+        allowed = ", ".join(map(str, GPU_HEAD_DIMS))
+        yield f"head_dim {head_dim}: the GPU kernels of this version serve {allowed}; {DENSE_ADVICE}"
 
 
 def gpu_pool_reasons(pool: Any) -> Iterator[str]:

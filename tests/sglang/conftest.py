@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vattn_sgl import control, plugin
+from vattn_sgl import control, plugin, support
 from vattn_telemetry.collector import Collector
 
 kit = pytest.importorskip(
@@ -26,7 +26,7 @@ def dtype(device):
 
 
 @pytest.fixture(autouse=True)
-def exact_settings(monkeypatch):
+def exact_settings(device, monkeypatch):
     """Sample whatever is longer than a few tokens, at epsilon 1e-6, and forget the control of other tests."""
     from sglang.srt.plugins import load_plugins
 
@@ -37,7 +37,7 @@ def exact_settings(monkeypatch):
         "SINK": "1",
         "WINDOW": "2",
         "PILOT_MIN": "4",
-        "SELECTOR": "oracle",
+        "SELECTOR": "oracle" if device == "cpu" or "oracle" in support.GPU_SELECTORS else "sketch",
     }
     for name, value in settings.items():
         monkeypatch.setenv(f"VATTN_{name}", value)

@@ -35,10 +35,11 @@ ARGUMENTS = [
     ({"enable_pdmux": True}, "--enable-pdmux"),
 ]
 GPU_SETTINGS = [
-    ({"selector": "quest"}, "set selector to sketch or oracle"),
+    ({"selector": "quest"}, "set selector to sketch"),
     ({"sampler": "uniform"}, "set sampler to proportional"),
     ({"bound": "bernstein"}, "leave bound at null"),
     ({"audit_rate": 0.1}, "set audit_rate to 0"),
+    ({"group_score": "mean"}, "set group_score to max"),
 ]
 MODELS = [
     ({"attention_arch": SimpleNamespace(name="MLA")}, "MLA"),
@@ -123,6 +124,11 @@ def test_a_plain_server_is_served_on_a_gpu(monkeypatch):
     assert "use breakable" in next(support.gpu_reasons(args, Settings()))
     monkeypatch.setenv("SGLANG_ENABLE_METADATA_GLUE_GRAPH", "1")
     assert len(list(support.gpu_reasons(args, Settings()))) == 2
+
+
+def test_head_dims_on_a_gpu():
+    assert list(support.gpu_model_reasons(SimpleNamespace(head_dim=128))) == []
+    assert "serve 64, 96, 128, 256" in next(support.gpu_model_reasons(SimpleNamespace(head_dim=80)))
 
 
 def test_dtypes_on_a_gpu():
