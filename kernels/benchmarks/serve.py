@@ -251,7 +251,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=192)
     parser.add_argument("--layers", type=int, default=GEOMETRY["num_hidden_layers"])
     parser.add_argument("--chunk", type=int, default=16384, help="tokens of a prefill chunk")
-    parser.add_argument("--limit", type=float, default=240, help="seconds for each server")
+    parser.add_argument("--limit", type=float, default=260, help="seconds for each server")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     work = prompts(options.requests, options.context)
