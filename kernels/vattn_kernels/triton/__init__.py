@@ -1,8 +1,8 @@
 """GPU implementation of the ops in Triton: a few kernels of fixed grids, no wait for the host, no allocation in a step.
 
-A step is ``prepare``, then rounds of ``select``, ``attend`` and ``combine``. The first round draws at a scale predicted
-from the request's last step; a group that it does not certify draws again at the scale its variance asks for, and then
-reads everything. Later rounds end at once where a group is done.
+A step is five launches: ``prepare``, ``select``, ``attend``, ``retry``, ``attend_exact``. The first draw takes a scale
+predicted from the request's last step; a group that it does not certify draws again at the scale its variance asks for,
+and one that is still open reads everything. The last two launches end at once where nothing is left to do.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ from torch import Tensor
 from vattn_kernels import params as parameters
 from vattn_kernels.quantiles import TARGETS
 from vattn_kernels.triton import layout
-from vattn_kernels.triton.attend import attend_exact_fwd_kernel, attend_fwd_kernel
-from vattn_kernels.triton.combine import combine_fwd_kernel
+from vattn_kernels.triton.attend import attend_exact_fwd_kernel, attend_fwd_kernel, retry_fwd_kernel
 from vattn_kernels.triton.prepare import prepare_fwd_kernel
 from vattn_kernels.triton.select import select_fwd_kernel
 from vattn_kernels.triton.update import update_fwd_kernel
@@ -23,8 +22,7 @@ DTYPES = (torch.bfloat16, torch.float16)
 HEAD_DIMS = (64, 96, 128, 256)
 MAX_GROUP = 16
 WORDS = (1, 2, 4)
-GROUPS_PER_WORD = 4
-ROUNDS = 2
+GROUPS_PER_WORD = 3
 # Steps after which what was learnt of a request row is no longer trusted.
 MOST_AGE = 64
 
@@ -49,8 +47,11 @@ def _check_cache(k_cache: Tensor, v_cache: Tensor) -> None:
 
 def _check_codes(codes: Tensor, norms: Tensor, steps: Tensor) -> None:
     _require(codes.shape[-1] in WORDS, f"codes of {codes.shape[-1]} words, expected {WORDS}")
-    _require(codes.stride(-1) == 1 and codes.stride(0) % codes.shape[-1] == 0, "words of a code must lie side by side")
-    _require(norms.stride(-1) == 1 and norms.stride(0) % 2 == 0, "the two norms of a slot must lie side by side")
+    for name, side in (("codes", codes), ("norms", norms)):
+        _require(
+            side.stride(2) == 1 and side.stride(0) == side.shape[2],
+            f"{name} must lie by head, then slot: strides {side.stride()} of shape {tuple(side.shape)}",
+        )
     _require(steps.is_contiguous(), "steps must be contiguous")
 
 
@@ -111,63 +112,61 @@ def decode(
     work = layout.workspace(q.device, batch, max_len, num_qo_heads, num_kv_heads, _power_of_two(head_dim))
     segments, capacity = layout.segments(rows), layout.capacity(rows, max_len)
     words, width = codes.shape[-1], layout.width_of(group)
-    groups = GROUPS_PER_WORD * words
+    groups, coded = GROUPS_PER_WORD * words, _power_of_two(4 * GROUPS_PER_WORD * words)
     padded_group, padded_dim = _power_of_two(group), _power_of_two(head_dim)
     kv_stride, k_stride = kv_indices.stride(0), k_cache.stride(0)
     launch = layout.LAUNCH
     is_split = target == "sdpa"
     model = {"HKV": num_kv_heads, "G": group, "D": head_dim, "DP": padded_dim}
-    rows_p, counters_at = _power_of_two(rows), counter_offsets[:5]
+    rows_p = _power_of_two(rows)
     prepare_fwd_kernel[(rows,)](
         q, k_cache, kv_indices, seq_lens, mean, query_basis, steps, fields, covered, state, state_rows,
         work.mode, work.codes, work.bias, work.log_scale, work.fixed, work.scale,
         sm_scale, floor, sink, window, dense_below, pilot_min, kv_stride, k_stride,
-        **model, GP=max(16, padded_group), R=steps.shape[-1], C=4 * groups, F=128, WIDTH=layout.STATE_WIDTH,
+        **model, GP=max(16, padded_group), R=steps.shape[-1], C=coded, CODES=4 * groups, F=128, WIDTH=layout.STATE_WIDTH,
         MOST_AGE=MOST_AGE, num_warps=launch.prepare_warps,
     )  # fmt: skip
 
-    def combine(exact: bool, last: bool, exact_next: bool) -> None:
-        combine_fwd_kernel[(group, rows)](
-            work.outs, work.scalars, seq_lens, work.mode, work.log_scale, work.fixed, work.counts, work.reads,
-            work.heads, work.arrivals, params, state, state_rows, budget_edges, error_edges, out, stats, counters,
-            sink, window, cap, rows, *counters_at,
-            **model, GP=padded_group, WIDTH=width, SEGMENTS=segments, SPLITS_P=_power_of_two(segments + 1),
-            MOST=layout.MOST_SEGMENTS, STATE=layout.STATE_WIDTH, TARGET=TARGETS.index(target),
-            EXACT=exact, LAST=last, EXACT_NEXT=exact_next,
-            TABLE=parameters.SPLIT_TABLE if is_split else parameters.TABLE, POINTS=parameters.TABLE_POINTS,
-            PER_UNIT=parameters.TABLE_STEPS_PER_UNIT, BUDGET_EDGES=budget_edges.numel(),
-            BUDGET_EDGES_P=_power_of_two(budget_edges.numel()), ERROR_EDGES=error_edges.numel(),
-            ERROR_EDGES_P=_power_of_two(error_edges.numel()), num_warps=launch.combine_warps,
-        )  # fmt: skip
-
-    for number in range(ROUNDS):
-        retry = number > 0
-        programs = launch.retry_programs if retry else rows * (segments + 1)
-        select_fwd_kernel[(min(programs, rows * segments),)](
-            codes, norms, valid, kv_indices, seq_lens, fields,
-            work.mode, work.codes, work.bias, work.log_scale, work.scale, work.slots, work.weights, work.counts,
-            work.reads, sink, window, seed & 0x7FFFFFFF, layer_id, rows, kv_stride, codes.stride(0), codes.stride(1),
-            norms.stride(0), norms.stride(1), capacity,
-            HKV=num_kv_heads, G=group, R=steps.shape[-1], GROUPS=groups, WORDS=words,
-            WITH_VALUES=target != "denominator", SEGMENTS=segments, BLOCK=launch.select_block,
-            MOST=layout.MOST_SEGMENTS, DP4A=q.is_cuda, RETRY=retry, ROWS_P=rows_p, num_warps=launch.select_warps,
-            maxnreg=launch.select_registers,
-        )  # fmt: skip
-        attend_fwd_kernel[(programs,)](
-            q, k_cache, v_cache, kv_indices, seq_lens, work.mode, work.slots, work.weights, work.counts, work.outs,
-            work.scalars, sm_scale, sink, window, rows, kv_stride, k_stride, capacity,
-            **model, WIDTH=width, BN=launch.attend_block, SEGMENTS=segments, MOST=layout.MOST_SEGMENTS,
-            TARGET=TARGETS.index(target), WIDE=q.dtype != torch.bfloat16, RETRY=retry, ROWS_P=rows_p,
-            num_warps=launch.attend_warps, maxnreg=launch.attend_registers,
-        )  # fmt: skip
-        final = number == ROUNDS - 1
-        combine(exact=False, last=final and cap < 1, exact_next=final)
-    attend_exact_fwd_kernel[(min(launch.retry_programs, rows * segments),)](
-        q, k_cache, v_cache, kv_indices, seq_lens, work.mode, work.outs, work.scalars, sm_scale, rows, kv_stride,
-        k_stride, **model, WIDTH=width, BN=launch.exact_block, SEGMENTS=segments, STAGES=launch.exact_stages,
-        ROWS_P=rows_p, num_warps=launch.exact_warps,
+    target_id = TARGETS.index(target)
+    lists = (work.mode, work.slots, work.pi, work.counts, work.outs, work.scalars)
+    finish = (
+        work.log_scale, work.fixed, work.reads, work.arrivals, params, state, state_rows, budget_edges, error_edges,
+        out, stats, counters, cap, *counter_offsets[:5],
     )  # fmt: skip
-    combine(exact=True, last=True, exact_next=False)
+    sketch = {
+        "R": steps.shape[-1], "GROUPS": groups, "WORDS": words, "BLOCK": layout.SELECT_BLOCK, "DP4A": q.is_cuda,
+        "SEGMENTS": segments, "MOST": layout.MOST_SEGMENTS,
+    }  # fmt: skip
+    merge = model | {
+        "GP": padded_group, "WIDTH": width, "SEGMENTS": segments, "SPLITS_P": _power_of_two(segments + 1),
+        "MOST": layout.MOST_SEGMENTS, "STATE": layout.STATE_WIDTH, "TARGET": target_id,
+        "TABLE": parameters.SPLIT_TABLE if is_split else parameters.TABLE, "POINTS": parameters.TABLE_POINTS,
+        "PER_UNIT": parameters.TABLE_STEPS_PER_UNIT, "BUDGET_EDGES": budget_edges.numel(),
+        "BUDGET_EDGES_P": _power_of_two(budget_edges.numel()), "ERROR_EDGES": error_edges.numel(),
+        "ERROR_EDGES_P": _power_of_two(error_edges.numel()),
+    }  # fmt: skip
+    attend = {"BN": launch.attend_block, "WIDE": q.dtype != torch.bfloat16, "num_warps": launch.attend_warps}
+    key = (seed & 0x7FFFFFFF, layer_id)
+    select_fwd_kernel[(rows * segments,)](
+        codes, norms, kv_indices, seq_lens, fields, work.mode, work.codes, work.bias, work.log_scale, work.scale,
+        work.slots, work.pi, work.counts, work.reads, sink, window, *key, kv_stride, codes.stride(1), norms.stride(1),
+        capacity, HKV=num_kv_heads, G=group, WITH_VALUES=target != "denominator", **sketch,
+        num_warps=launch.select_warps, maxnreg=launch.select_registers,
+    )  # fmt: skip
+    attend_fwd_kernel[(rows * (segments + 1),)](
+        q, k_cache, v_cache, kv_indices, seq_lens, *lists, sm_scale, sink, window, kv_stride, k_stride, capacity,
+        *finish, **merge, LAST=False, EXACT_NEXT=False, **attend, maxnreg=launch.attend_registers,
+    )  # fmt: skip
+    retry_fwd_kernel[(min(launch.retry_programs, rows * segments),)](
+        q, k_cache, v_cache, kv_indices, seq_lens, *lists, codes, norms, fields, work.codes, work.bias, work.scale,
+        sm_scale, sink, window, *key, rows, kv_stride, k_stride, codes.stride(1), norms.stride(1), capacity,
+        *finish, **(merge | sketch), LAST=cap < 1, EXACT_NEXT=True, ROWS_P=rows_p, **attend,
+    )  # fmt: skip
+    attend_exact_fwd_kernel[(min(launch.retry_programs, rows * segments),)](
+        q, k_cache, v_cache, kv_indices, seq_lens, work.mode, work.counts, work.outs, work.scalars, sm_scale, sink,
+        window, rows, kv_stride, k_stride, *finish, **merge, LAST=True, EXACT_NEXT=False, BN=launch.exact_block,
+        STAGES=launch.exact_stages, ROWS_P=rows_p, num_warps=launch.exact_warps,
+    )  # fmt: skip
 
 
 def encode(
@@ -182,7 +181,7 @@ def encode(
     words, head_dim = codes.shape[-1], k_cache.shape[2]
     update_fwd_kernel[(-(-slots.numel() // 16), k_cache.shape[1])](
         k_cache, v_cache, slots, mean, key_basis, steps, fields, codes, norms, valid,
-        slots.numel(), k_cache.stride(0), codes.stride(0), codes.stride(1), norms.stride(0), norms.stride(1),
-        D=head_dim, DP=_power_of_two(head_dim), R=steps.shape[-1], C=4 * GROUPS_PER_WORD * words, WORDS=words, BT=16,
+        slots.numel(), k_cache.stride(0), codes.stride(1), norms.stride(1),
+        D=head_dim, DP=_power_of_two(head_dim), R=steps.shape[-1], C=_power_of_two(4 * GROUPS_PER_WORD * words), WORDS=words, BT=16,
         num_warps=4,
     )  # fmt: skip

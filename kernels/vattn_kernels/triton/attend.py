@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from vattn_kernels.triton.combine import combine_row
 from vattn_kernels.triton.layout import (
     DENOMINATOR,
     DENSE,
@@ -19,6 +20,7 @@ from vattn_kernels.triton.layout import (
     SQUARE,
     nothing_to_do,
 )
+from vattn_kernels.triton.select import select_segment
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -33,44 +35,89 @@ def accumulate(p, v, acc, WIDE: tl.constexpr):
 
 @triton.jit
 def attend_fwd_kernel(
-    p_q, p_k, p_v, p_kv_indices, p_seq_lens, p_mode, p_slots, p_weights, p_counts, p_outs, p_scalars,
-    sm_scale, sink, window, rows, kv_stride, k_stride, capacity,
+    p_q, p_k, p_v, p_kv_indices, p_seq_lens, p_mode, p_slots, p_pi, p_counts, p_outs, p_scalars,
+    sm_scale, sink, window, kv_stride, k_stride, capacity,
+    p_log_scale, p_fixed, p_reads, p_arrivals, p_params, p_state, p_state_rows, p_budget_edges, p_error_edges, p_out,
+    p_stats, p_counters, cap, at_context, at_read, at_outcome, at_budget, at_error,
     HKV: tl.constexpr, G: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr,
     SEGMENTS: tl.constexpr, MOST: tl.constexpr, TARGET: tl.constexpr, WIDE: tl.constexpr,
-    RETRY: tl.constexpr, ROWS_P: tl.constexpr,
+    GP: tl.constexpr, SPLITS_P: tl.constexpr, STATE: tl.constexpr, LAST: tl.constexpr, EXACT_NEXT: tl.constexpr,
+    TABLE: tl.constexpr, POINTS: tl.constexpr, PER_UNIT: tl.constexpr, BUDGET_EDGES: tl.constexpr,
+    BUDGET_EDGES_P: tl.constexpr, ERROR_EDGES: tl.constexpr, ERROR_EDGES_P: tl.constexpr,
 ):  # fmt: skip
-    # One item a program, or, in a retry that finds work, a few.
-    if RETRY:
-        if nothing_to_do(p_mode, rows, SAMPLED, ROWS_P):
-            return
-        item = tl.program_id(0)
-        while item < rows * (SEGMENTS + 1):
+    """First round: one split a program."""
+    i_row, i_segment = tl.program_id(0) // (SEGMENTS + 1), tl.program_id(0) % (SEGMENTS + 1)
+    mode = tl.load(p_mode + i_row)
+    attend_list(
+        i_row, i_segment, mode, p_q, p_k, p_v, p_kv_indices, p_seq_lens, p_slots, p_pi, p_counts, p_outs, p_scalars,
+        sm_scale, sink, window, kv_stride, k_stride, capacity,
+        HKV, G, WIDTH, D, DP, BN, SEGMENTS, MOST, TARGET, WIDE,
+    )  # fmt: skip
+    if mode == SAMPLED:
+        combine_row(
+            i_row, mode, SEGMENTS + 1, p_outs, p_scalars, p_seq_lens, p_mode, p_log_scale, p_fixed, p_counts, p_reads, p_arrivals,
+            p_params, p_state, p_state_rows, p_budget_edges, p_error_edges, p_out, p_stats, p_counters,
+            sink, window, cap, at_context, at_read, at_outcome, at_budget, at_error,
+            HKV, G, GP, WIDTH, D, DP, SEGMENTS, SPLITS_P, MOST, STATE, TARGET, False, LAST, EXACT_NEXT, TABLE, POINTS,
+            PER_UNIT, BUDGET_EDGES, BUDGET_EDGES_P, ERROR_EDGES, ERROR_EDGES_P,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["seed", "layer", "sink"])
+def retry_fwd_kernel(
+    p_q, p_k, p_v, p_kv_indices, p_seq_lens, p_mode, p_slots, p_pi, p_counts, p_outs, p_scalars,
+    p_codes, p_norms, p_fields, p_query, p_bias, p_scale,
+    sm_scale, sink, window, seed, layer, rows, kv_stride, k_stride, code_head, norm_head, capacity,
+    p_log_scale, p_fixed, p_reads, p_arrivals, p_params, p_state, p_state_rows, p_budget_edges, p_error_edges, p_out,
+    p_stats, p_counters, cap, at_context, at_read, at_outcome, at_budget, at_error,
+    HKV: tl.constexpr, G: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr,
+    SEGMENTS: tl.constexpr, MOST: tl.constexpr, TARGET: tl.constexpr, WIDE: tl.constexpr,
+    R: tl.constexpr, GROUPS: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr, DP4A: tl.constexpr,
+    ROWS_P: tl.constexpr,
+    GP: tl.constexpr, SPLITS_P: tl.constexpr, STATE: tl.constexpr, LAST: tl.constexpr, EXACT_NEXT: tl.constexpr,
+    TABLE: tl.constexpr, POINTS: tl.constexpr, PER_UNIT: tl.constexpr, BUDGET_EDGES: tl.constexpr,
+    BUDGET_EDGES_P: tl.constexpr, ERROR_EDGES: tl.constexpr, ERROR_EDGES_P: tl.constexpr,
+):  # fmt: skip
+    """Second round, for rows that the first left open: select and attend at the larger scale."""
+    if nothing_to_do(p_mode, rows, SAMPLED, ROWS_P):
+        return
+    item = tl.program_id(0)
+    while item < rows * SEGMENTS:
+        i_row, i_segment = item // SEGMENTS, item % SEGMENTS
+        mode = tl.load(p_mode + i_row)
+        if mode == SAMPLED:
+            select_segment(
+                i_row, i_segment, p_codes, p_norms, p_kv_indices, p_seq_lens, p_fields,
+                p_query, p_bias, p_log_scale, p_scale, p_slots, p_pi, p_counts, p_reads,
+                sink, window, seed, layer, kv_stride, code_head, norm_head, capacity,
+                HKV, G, R, GROUPS, WORDS, TARGET != DENOMINATOR, SEGMENTS, BLOCK, MOST, DP4A,
+            )  # fmt: skip
+            tl.debug_barrier()
             attend_list(
-                item, p_q, p_k, p_v, p_kv_indices, p_seq_lens, p_mode, p_slots, p_weights, p_counts, p_outs, p_scalars,
-                sm_scale, sink, window, kv_stride, k_stride, capacity,
+                i_row, i_segment, mode, p_q, p_k, p_v, p_kv_indices, p_seq_lens, p_slots, p_pi, p_counts, p_outs,
+                p_scalars, sm_scale, sink, window, kv_stride, k_stride, capacity,
                 HKV, G, WIDTH, D, DP, BN, SEGMENTS, MOST, TARGET, WIDE,
             )  # fmt: skip
-            item += tl.num_programs(0)
-    else:
-        attend_list(
-            tl.program_id(0), p_q, p_k, p_v, p_kv_indices, p_seq_lens, p_mode, p_slots, p_weights, p_counts, p_outs,
-            p_scalars, sm_scale, sink, window, kv_stride, k_stride, capacity,
-            HKV, G, WIDTH, D, DP, BN, SEGMENTS, MOST, TARGET, WIDE,
-        )  # fmt: skip
+            combine_row(
+                i_row, mode, SEGMENTS, p_outs, p_scalars, p_seq_lens, p_mode, p_log_scale, p_fixed, p_counts, p_reads, p_arrivals,
+                p_params, p_state, p_state_rows, p_budget_edges, p_error_edges, p_out, p_stats, p_counters,
+                sink, window, cap, at_context, at_read, at_outcome, at_budget, at_error,
+                HKV, G, GP, WIDTH, D, DP, SEGMENTS, SPLITS_P, MOST, STATE, TARGET, False, LAST, EXACT_NEXT, TABLE, POINTS,
+                PER_UNIT, BUDGET_EDGES, BUDGET_EDGES_P, ERROR_EDGES, ERROR_EDGES_P,
+            )  # fmt: skip
+        item += tl.num_programs(0)
 
 
 @triton.jit
 def attend_list(
-    item, p_q, p_k, p_v, p_kv_indices, p_seq_lens, p_mode, p_slots, p_weights, p_counts, p_outs, p_scalars,
+    i_row, i_segment, mode, p_q, p_k, p_v, p_kv_indices, p_seq_lens, p_slots, p_pi, p_counts, p_outs, p_scalars,
     sm_scale, sink, window, kv_stride, k_stride, capacity,
     HKV: tl.constexpr, G: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr,
     SEGMENTS: tl.constexpr, MOST: tl.constexpr, TARGET: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """One split: a segment's list, or, behind the last segment, sink and window."""
-    i_row, i_segment = item // (SEGMENTS + 1), item % (SEGMENTS + 1)
     b, h = i_row // HKV, i_row % HKV
     listed = i_segment < SEGMENTS
-    mode = tl.load(p_mode + i_row)
     n = tl.load(p_seq_lens + b).to(tl.int32)
     count = tl.load(p_counts + i_row * MOST + i_segment, mask=listed, other=0)
     # A list holds slots; the fixed set's are in the page table, sink first.
@@ -106,7 +153,7 @@ def attend_list(
     slot = tl.load(p_list + o_n + tl.where(o_n < sink, 0, jump), mask=ok, other=0)
     ahead = o_n + BN
     upcoming = tl.load(p_list + ahead + tl.where(ahead < sink, 0, jump), mask=ahead < count, other=0)
-    weight = tl.load(p_weights + base + o_n, mask=ok & listed, other=1.0)
+    weight = 1.0 / tl.load(p_pi + base + o_n, mask=ok & listed, other=1.0)
     at = slot.to(tl.int64)[:, None] * k_stride + o_d[None, :]
     k = tl.load(p_kh + at, mask=ok[:, None] & m_d[None, :], other=0.0)  # [BN, DP]
     v = tl.load(p_vh + at, mask=ok[:, None] & m_d[None, :], other=0.0)
@@ -116,7 +163,7 @@ def attend_list(
         at = upcoming.to(tl.int64)[:, None] * k_stride + o_d[None, :]
         next_k = tl.load(p_kh + at, mask=next_ok[:, None] & m_d[None, :], other=0.0)
         next_v = tl.load(p_vh + at, mask=next_ok[:, None] & m_d[None, :], other=0.0)
-        next_weight = tl.load(p_weights + base + index, mask=next_ok & listed, other=1.0)
+        next_weight = 1.0 / tl.load(p_pi + base + index, mask=next_ok & listed, other=1.0)
         ahead = index + BN
         upcoming = tl.load(p_list + ahead + tl.where(ahead < sink, 0, jump), mask=ahead < count, other=0)
         logits = tl.dot(q, tl.trans(k), input_precision="ieee") * (sm_scale * LOG2E)
@@ -139,37 +186,52 @@ def attend_list(
         if (TARGET == DENOMINATOR) | (TARGET > NUMERATOR):
             spread_mass = spread_mass * beta + p * p * open_share
         k, v, weight, ok = next_k, next_v, next_weight, next_ok
-    if mode != SAMPLED:
-        return
+    store = mode == SAMPLED
     i_split = i_row * (SEGMENTS + 1) + i_segment
-    p_out = p_outs + (i_split.to(tl.int64) * WIDTH + o_w[:, None]) * DP + o_d[None, :]
-    tl.store(p_out, acc, mask=(o_w < 2 * G)[:, None])
+    p_part = p_outs + (i_split.to(tl.int64) * WIDTH + o_w[:, None]) * DP + o_d[None, :]
+    tl.store(p_part, acc, mask=(o_w < 2 * G)[:, None] & store)
     p_own = p_scalars + i_split * NUM_SCALARS * WIDTH + o_w
-    tl.store(p_own + MAXIMUM * WIDTH, maximum)
-    tl.store(p_own + MASS * WIDTH, tl.sum(mass, 1))
+    o_store = (o_w >= 0) & store
+    tl.store(p_own + MAXIMUM * WIDTH, maximum, mask=o_store)
+    tl.store(p_own + MASS * WIDTH, tl.sum(mass, 1), mask=o_store)
     if TARGET != DENOMINATOR:
-        tl.store(p_own + SQUARE * WIDTH, tl.sum(square, 1))
-        tl.store(p_own + SPREAD * WIDTH, tl.sum(spread, 1))
+        tl.store(p_own + SQUARE * WIDTH, tl.sum(square, 1), mask=o_store)
+        tl.store(p_own + SPREAD * WIDTH, tl.sum(spread, 1), mask=o_store)
     if (TARGET == DENOMINATOR) | (TARGET > NUMERATOR):
-        tl.store(p_own + SPREAD_MASS * WIDTH, tl.sum(spread_mass, 1))
+        tl.store(p_own + SPREAD_MASS * WIDTH, tl.sum(spread_mass, 1), mask=o_store)
 
 
 @triton.jit
 def attend_exact_fwd_kernel(
-    p_q, p_k, p_v, p_kv_indices, p_seq_lens, p_mode, p_outs, p_scalars, sm_scale, rows, kv_stride, k_stride,
+    p_q, p_k, p_v, p_kv_indices, p_seq_lens, p_mode, p_counts, p_outs, p_scalars,
+    sm_scale, sink, window, rows, kv_stride, k_stride,
+    p_log_scale, p_fixed, p_reads, p_arrivals, p_params, p_state, p_state_rows, p_budget_edges, p_error_edges, p_out,
+    p_stats, p_counters, cap, at_context, at_read, at_outcome, at_budget, at_error,
     HKV: tl.constexpr, G: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr,
-    SEGMENTS: tl.constexpr, STAGES: tl.constexpr, ROWS_P: tl.constexpr,
+    SEGMENTS: tl.constexpr, MOST: tl.constexpr, TARGET: tl.constexpr, STAGES: tl.constexpr, ROWS_P: tl.constexpr,
+    GP: tl.constexpr, SPLITS_P: tl.constexpr, STATE: tl.constexpr, LAST: tl.constexpr, EXACT_NEXT: tl.constexpr,
+    TABLE: tl.constexpr, POINTS: tl.constexpr, PER_UNIT: tl.constexpr, BUDGET_EDGES: tl.constexpr,
+    BUDGET_EDGES_P: tl.constexpr, ERROR_EDGES: tl.constexpr, ERROR_EDGES_P: tl.constexpr,
 ):  # fmt: skip
+    """Last round, for rows that are served densely or that sampling could not certify."""
     if nothing_to_do(p_mode, rows, DENSE, ROWS_P):
         if nothing_to_do(p_mode, rows, EXHAUSTED, ROWS_P):
             return
     item = tl.program_id(0)
     while item < rows * SEGMENTS:
         i_row, i_segment = item // SEGMENTS, item % SEGMENTS
-        if tl.load(p_mode + i_row) >= DENSE:
+        mode = tl.load(p_mode + i_row)
+        if mode >= DENSE:
             attend_everything(
                 i_row, i_segment, p_q, p_k, p_v, p_kv_indices, p_seq_lens, p_outs, p_scalars, sm_scale, kv_stride,
                 k_stride, HKV, G, WIDTH, D, DP, BN, SEGMENTS, STAGES,
+            )  # fmt: skip
+            combine_row(
+                i_row, mode, SEGMENTS, p_outs, p_scalars, p_seq_lens, p_mode, p_log_scale, p_fixed, p_counts, p_reads, p_arrivals,
+                p_params, p_state, p_state_rows, p_budget_edges, p_error_edges, p_out, p_stats, p_counters,
+                sink, window, cap, at_context, at_read, at_outcome, at_budget, at_error,
+                HKV, G, GP, WIDTH, D, DP, SEGMENTS, SPLITS_P, MOST, STATE, TARGET, True, LAST, EXACT_NEXT, TABLE, POINTS,
+                PER_UNIT, BUDGET_EDGES, BUDGET_EDGES_P, ERROR_EDGES, ERROR_EDGES_P,
             )  # fmt: skip
         item += tl.num_programs(0)
 
@@ -213,8 +275,8 @@ def attend_everything(
         acc = accumulate(p, v, acc * alpha[:, None], False)
         mass = mass * alpha + tl.sum(p, 1)
     i_split = i_row * (SEGMENTS + 1) + i_segment
-    p_out = p_outs + (i_split.to(tl.int64) * WIDTH + o_w[:, None]) * DP + o_d[None, :]
-    tl.store(p_out, acc, mask=(o_w < G)[:, None])
+    p_part = p_outs + (i_split.to(tl.int64) * WIDTH + o_w[:, None]) * DP + o_d[None, :]
+    tl.store(p_part, acc, mask=(o_w < G)[:, None])
     p_own = p_scalars + i_split * NUM_SCALARS * WIDTH + o_w
     tl.store(p_own + MAXIMUM * WIDTH, maximum)
     tl.store(p_own + MASS * WIDTH, mass)

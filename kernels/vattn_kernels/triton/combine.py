@@ -1,4 +1,7 @@
-"""Stage ``combine``: merge the splits, certify or set the next scales, write output, statistics and counters."""
+"""Stages ``budget`` and ``combine``: merge a row's splits, certify or set the next scales, write output and counters.
+
+The last split of a row to arrive does it, inside the launch of ``attend``, while other rows still read.
+"""
 
 from __future__ import annotations
 
@@ -63,33 +66,37 @@ def observe(p_block, p_edges, value, EDGES: tl.constexpr, EDGES_P: tl.constexpr)
 
 
 @triton.jit
-def combine_fwd_kernel(
-    p_outs, p_scalars, p_seq_lens, p_mode, p_log_scale, p_fixed, p_counts, p_reads, p_heads, p_arrivals, p_params,
-    p_state, p_state_rows, p_budget_edges, p_error_edges, p_out, p_stats, p_counters,
-    sink, window, cap, rows, at_context, at_read, at_outcome, at_budget, at_error,
+def combine_row(
+    i_row, mode, splits, p_outs, p_scalars, p_seq_lens, p_mode, p_log_scale, p_fixed, p_counts, p_reads, p_arrivals,
+    p_params, p_state, p_state_rows, p_budget_edges, p_error_edges, p_out, p_stats, p_counters,
+    sink, window, cap, at_context, at_read, at_outcome, at_budget, at_error,
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     SEGMENTS: tl.constexpr, SPLITS_P: tl.constexpr, MOST: tl.constexpr, STATE: tl.constexpr, TARGET: tl.constexpr,
     EXACT: tl.constexpr, LAST: tl.constexpr, EXACT_NEXT: tl.constexpr, TABLE: tl.constexpr, POINTS: tl.constexpr,
     PER_UNIT: tl.constexpr, BUDGET_EDGES: tl.constexpr, BUDGET_EDGES_P: tl.constexpr, ERROR_EDGES: tl.constexpr,
     ERROR_EDGES_P: tl.constexpr,
 ):  # fmt: skip
-    i_head, i_row = tl.program_id(0), tl.program_id(1)
-    mode = tl.load(p_mode + i_row)
-    if (mode >= DENSE) != EXACT:
-        return
-    if (mode == DONE) & (EXACT == 0):
-        return
-    merge_head(
-        i_row, i_head, p_outs, p_scalars, p_heads, p_params, p_out,
-        HKV, G, WIDTH, D, DP, SEGMENTS, SPLITS_P, TARGET, EXACT, TABLE, POINTS, PER_UNIT,
-    )  # fmt: skip
-    # The last of a group's heads to arrive decides for the group.
+    """Called by every split of a row when its part is stored: the last one to arrive merges and settles the row."""
     tl.debug_barrier()
-    if tl.atomic_add(p_arrivals + i_row, 1, sem="acq_rel") == G - 1:
+    if tl.atomic_add(p_arrivals + i_row, 1, sem="acq_rel") == splits - 1:
         tl.store(p_arrivals + i_row, 0)
+        o_g = tl.arange(0, GP)
+        widths = tl.zeros([GP], tl.float32)
+        guards = tl.full([GP], -1e9, tl.float32)
+        starts = tl.zeros([GP], tl.float32)
+        residuals = tl.zeros([GP], tl.float32)
+        for g in tl.static_range(G):
+            width, guard, start, residual = merge_head(
+                i_row, g, p_outs, p_scalars, p_params, p_out,
+                G, WIDTH, D, DP, SEGMENTS, SPLITS_P, TARGET, EXACT, TABLE, POINTS, PER_UNIT,
+            )  # fmt: skip
+            widths = tl.where(o_g == g, width, widths)
+            guards = tl.where(o_g == g, guard, guards)
+            starts = tl.where(o_g == g, start, starts)
+            residuals = tl.where(o_g == g, residual, residuals)
         settle_group(
-            i_row, mode, p_seq_lens, p_mode, p_log_scale, p_fixed, p_counts, p_reads, p_heads, p_params, p_state,
-            p_state_rows, p_budget_edges, p_error_edges, p_stats, p_counters,
+            i_row, mode, widths, guards, starts, residuals, p_seq_lens, p_mode, p_log_scale, p_fixed, p_counts,
+            p_reads, p_params, p_state, p_state_rows, p_budget_edges, p_error_edges, p_stats, p_counters,
             sink, window, cap, at_context, at_read, at_outcome, at_budget, at_error,
             HKV, G, GP, SEGMENTS, MOST, STATE, EXACT, LAST, EXACT_NEXT, BUDGET_EDGES, BUDGET_EDGES_P, ERROR_EDGES,
             ERROR_EDGES_P,
@@ -98,21 +105,21 @@ def combine_fwd_kernel(
 
 @triton.jit
 def merge_head(
-    i_row, g, p_outs, p_scalars, p_heads, p_params, p_out,
-    HKV: tl.constexpr, G: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SEGMENTS: tl.constexpr,
+    i_row, g, p_outs, p_scalars, p_params, p_out,
+    G: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SEGMENTS: tl.constexpr,
     SPLITS_P: tl.constexpr, TARGET: tl.constexpr, EXACT: tl.constexpr, TABLE: tl.constexpr, POINTS: tl.constexpr,
     PER_UNIT: tl.constexpr,
 ):  # fmt: skip
-    """Output of one head, and what its group's decision needs."""
+    """Store the output of one head; half-width, guard, first scale and residual mass for its group's decision."""
     o_d = tl.arange(0, DP)
     o_s = tl.arange(0, SPLITS_P)
     m_s = o_s < SEGMENTS + 1 - EXACT
     first = i_row * (SEGMENTS + 1)
     p_own = p_scalars + (first + o_s) * NUM_SCALARS * WIDTH + g
     tile = p_outs + ((first + o_s).to(tl.int64)[:, None] * WIDTH + g) * DP + o_d[None, :]
-    maxima = tl.load(p_own + MAXIMUM * WIDTH, mask=m_s, other=float("-inf"))  # [S], in octaves
-    masses = tl.load(p_own + MASS * WIDTH, mask=m_s, other=0.0)
-    outs = tl.load(tile, mask=m_s[:, None], other=0.0)  # [S, DP]
+    maxima = tl.load(p_own + MAXIMUM * WIDTH, mask=m_s, other=float("-inf"), cache_modifier=".cg")  # [S], in octaves
+    masses = tl.load(p_own + MASS * WIDTH, mask=m_s, other=0.0, cache_modifier=".cg")
+    outs = tl.load(tile, mask=m_s[:, None], other=0.0, cache_modifier=".cg")  # [S, DP]
     top = tl.max(maxima, 0)
     f = tl.exp2(maxima - top)
     masses = f * masses
@@ -124,18 +131,18 @@ def merge_head(
     width = norm * 0.0
     residual = norm * 0.0
     if not EXACT:
-        alongs = tl.load(tile + G * DP, mask=m_s[:, None], other=0.0)
+        alongs = tl.load(tile + G * DP, mask=m_s[:, None], other=0.0, cache_modifier=".cg")
         p_square = p_own + G
         f2 = f * f
-        plain = tl.sum(f2 * tl.load(p_square + MASS * WIDTH, mask=m_s, other=0.0), 0)
+        plain = tl.sum(f2 * tl.load(p_square + MASS * WIDTH, mask=m_s, other=0.0, cache_modifier=".cg"), 0)
         along = tl.sum(f2[:, None] * alongs, 0)
         unit_output = tl.maximum(mass * norm, LEAST_UNIT)
         if TARGET != DENOMINATOR:
-            square = tl.sum(f2 * tl.load(p_square + SQUARE * WIDTH, mask=m_s, other=0.0), 0)
-            spread = tl.sum(f2 * f2 * tl.load(p_square + SPREAD * WIDTH, mask=m_s, other=0.0), 0)
+            square = tl.sum(f2 * tl.load(p_square + SQUARE * WIDTH, mask=m_s, other=0.0, cache_modifier=".cg"), 0)
+            spread = tl.sum(f2 * f2 * tl.load(p_square + SPREAD * WIDTH, mask=m_s, other=0.0, cache_modifier=".cg"), 0)
             spread = spread / tl.maximum(square * square, 1e-37)
         if (TARGET == DENOMINATOR) | (TARGET > NUMERATOR):
-            spread_mass = tl.sum(f2 * f2 * tl.load(p_square + SPREAD_MASS * WIDTH, mask=m_s, other=0.0), 0)
+            spread_mass = tl.sum(f2 * f2 * tl.load(p_square + SPREAD_MASS * WIDTH, mask=m_s, other=0.0, cache_modifier=".cg"), 0)
             spread_mass = spread_mass / tl.maximum(plain * plain, 1e-37)
             width_mass = half_width(plain, spread_mass, mass, p_params + TABLE, POINTS, PER_UNIT)
         if TARGET == OUTPUT:
@@ -161,23 +168,22 @@ def merge_head(
     guard = -tl.log(share) - log_mass
     # Where exact scores would certify: c = z^2 |v| / (epsilon |o|)^2, with values twice as long as their mean.
     start = 2.0 * tl.log(tl.load(p_params + TABLE) / epsilon) + tl.log(2.0 / size) - log_mass
-    p_result = p_heads + (i_row * G + g) * 4
-    tl.store(p_result, width)
-    tl.store(p_result + 1, guard)
-    tl.store(p_result + 2, start)
-    tl.store(p_result + 3, residual)
+    return width, guard, start, residual
 
 
 @triton.jit
 def settle_group(
-    i_row, mode, p_seq_lens, p_mode, p_log_scale, p_fixed, p_counts, p_reads, p_heads, p_params, p_state,
-    p_state_rows, p_budget_edges, p_error_edges, p_stats, p_counters,
+    i_row, mode, widths, guards, starts, residuals, p_seq_lens, p_mode, p_log_scale, p_fixed, p_counts,
+    p_reads, p_params, p_state, p_state_rows, p_budget_edges, p_error_edges, p_stats, p_counters,
     sink, window, cap, at_context, at_read, at_outcome, at_budget, at_error,
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, SEGMENTS: tl.constexpr, MOST: tl.constexpr,
     STATE: tl.constexpr, EXACT: tl.constexpr, LAST: tl.constexpr, EXACT_NEXT: tl.constexpr,
     BUDGET_EDGES: tl.constexpr, BUDGET_EDGES_P: tl.constexpr, ERROR_EDGES: tl.constexpr, ERROR_EDGES_P: tl.constexpr,
 ):  # fmt: skip
-    """Send a group into another round, or close its step."""
+    """Send a group into another round, or close its step.
+
+    The next step's scale lies above what this one needed, never below the guard, and within the cap.
+    """
     b, h = i_row // HKV, i_row % HKV
     n = tl.load(p_seq_lens + b).to(tl.int32)
     low = tl.minimum(sink, n)
@@ -187,19 +193,14 @@ def settle_group(
     o_g = tl.arange(0, GP)
     m_g = o_g < G
     head = i_row * G + o_g
-    p_result = p_heads + head * 4
-    widths = tl.load(p_result, mask=m_g, other=0.0, cache_modifier=".cg")
-    guards = tl.load(p_result + 1, mask=m_g, other=-1e9, cache_modifier=".cg")
-    starts = tl.load(p_result + 2, mask=m_g, other=0.0, cache_modifier=".cg")
-    residuals = tl.load(p_result + 3, mask=m_g, other=0.0, cache_modifier=".cg")
     used = tl.load(p_log_scale + head, mask=m_g, other=0.0)
     fixed = tl.load(p_fixed + head, mask=m_g, other=0.0)
     budget, read, expected = total, n, 0.1 * total.to(tl.float32)
     limit = epsilon * 0.0 + 60.0
     if not EXACT:
         o_m = tl.arange(0, MOST)
-        budget = tl.sum(tl.load(p_counts + i_row * MOST + o_m, mask=o_m < SEGMENTS, other=0), 0)
-        expected = tl.maximum(tl.sum(tl.load(p_reads + i_row * MOST + o_m, mask=o_m < SEGMENTS, other=0.0), 0), 1.0)
+        budget = tl.sum(tl.load(p_counts + i_row * MOST + o_m, mask=o_m < SEGMENTS, other=0, cache_modifier=".cg"), 0)
+        expected = tl.maximum(tl.sum(tl.load(p_reads + i_row * MOST + o_m, mask=o_m < SEGMENTS, other=0.0, cache_modifier=".cg"), 0), 1.0)
         read = fixed_tokens + budget
         if cap < 1.0:
             limit = tl.log(tl.maximum(cap * total.to(tl.float32), 1.0) / expected)
@@ -207,29 +208,53 @@ def settle_group(
         widths = tl.where(budget == total, 0.0, widths)
     needs = 2.0 * tl.log(tl.maximum(widths, 1e-6) / epsilon)
     following = starts
+    again = False
     if not EXACT:
         growth = tl.where(widths <= epsilon, 0.0, tl.minimum(needs + RETRY_AIM, MOST_GROWTH))
         growth = tl.maximum(growth, tl.where((used < guards - SLACK) & (budget < total), guards - used, 0.0))
         growth = tl.where(m_g, growth, 0.0)
-        if (tl.max(growth, 0) > 0.0) & (limit > 0.02) & (LAST == 0):
-            tl.store(p_log_scale + head, used + tl.minimum(growth, limit), mask=m_g)
-            if EXACT_NEXT:
-                tl.store(p_mode + i_row, EXHAUSTED)
-            return
+        if not LAST:
+            again = (tl.max(growth, 0) > 0.0) & (limit > 0.02)
+            tl.store(p_log_scale + head, used + tl.minimum(growth, limit), mask=m_g & again)
         change = needs + AIM
         # Far above its need a scale comes down by half the way, less one.
         change = tl.maximum(change, tl.minimum(0.5 * (change + 1.0), -DECAY))
         following = used + tl.minimum(change, MOST_GROWTH)
         following = tl.minimum(tl.maximum(following, guards), used + limit)
-    elif mode == EXHAUSTED:
-        following = tl.maximum(used + AIM, guards)
-    tl.store(p_mode + i_row, DONE)
+    else:
+        following = tl.where(mode == EXHAUSTED, tl.maximum(used + AIM, guards), starts)
+    if again:
+        if EXACT_NEXT:
+            tl.store(p_mode + i_row, EXHAUSTED)
+    else:
+        close_group(
+            i_row, mode, widths, residuals, following + fixed, expected, limit, n, low, total, budget, read, p_mode,
+            p_params, p_state, p_state_rows, p_budget_edges, p_error_edges, p_stats, p_counters,
+            at_context, at_read, at_outcome, at_budget, at_error,
+            HKV, G, GP, STATE, BUDGET_EDGES, BUDGET_EDGES_P, ERROR_EDGES, ERROR_EDGES_P,
+        )  # fmt: skip
 
-    # What the next step starts from: above this step's need, never below the guard, and within the cap.
+
+@triton.jit
+def close_group(
+    i_row, mode, widths, residuals, following, expected, limit, n, low, total, budget, read, p_mode,
+    p_params, p_state, p_state_rows, p_budget_edges, p_error_edges, p_stats, p_counters,
+    at_context, at_read, at_outcome, at_budget, at_error,
+    HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, STATE: tl.constexpr,
+    BUDGET_EDGES: tl.constexpr, BUDGET_EDGES_P: tl.constexpr, ERROR_EDGES: tl.constexpr, ERROR_EDGES_P: tl.constexpr,
+):  # fmt: skip
+    """Write statistics and counters, and what the next step starts from."""
+    b, h = i_row // HKV, i_row % HKV
+    epsilon = tl.load(p_params)
+    fixed_tokens = n - total
+    o_g = tl.arange(0, GP)
+    m_g = o_g < G
+    head = i_row * G + o_g
+    tl.store(p_mode + i_row, DONE)
     state = p_state + (tl.load(p_state_rows + b) * HKV * G + h * G + o_g) * STATE
-    tl.store(state + STATE_SCALE, following + fixed, mask=m_g)
-    tl.store(state + STATE_CONTEXT, n.to(tl.float32) + fixed * 0.0, mask=m_g)
-    tl.store(state + STATE_READS, expected + fixed * 0.0, mask=m_g)
+    tl.store(state + STATE_SCALE, following, mask=m_g)
+    tl.store(state + STATE_CONTEXT, n.to(tl.float32) + following * 0.0, mask=m_g)
+    tl.store(state + STATE_READS, expected + following * 0.0, mask=m_g)
 
     is_dense = mode == DENSE
     short = tl.where(limit <= 0.02 + RETRY_AIM, CAPPED, UNCERTIFIED)

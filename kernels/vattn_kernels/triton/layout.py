@@ -49,6 +49,7 @@ NUM_SCALES: Final = tl.constexpr(4)
 
 # Tokens a segment takes in a row; a multiple of every launch's block.
 BLOCK: Final = 512
+SELECT_BLOCK: Final = 128
 MOST_SEGMENTS: Final = 64
 LEAST_SEGMENTS: Final = 4
 
@@ -60,7 +61,6 @@ class Launch:
     programs: int = 1024
     retry_programs: int = 528
     prepare_warps: int = 4
-    select_block: int = 128
     select_warps: int = 1
     select_registers: int | None = None
     attend_block: int = 32
@@ -69,7 +69,6 @@ class Launch:
     exact_block: int = 128
     exact_warps: int = 8
     exact_stages: int = 3
-    combine_warps: int = 1
 
 
 LAUNCH: Final = Launch()
@@ -104,12 +103,10 @@ class Workspace:
         log-sum-exp over sink and window.
     scale : torch.Tensor
         float32 ``[rows, NUM_SCALES]``.
-    slots, weights : torch.Tensor
-        int32 and float32 ``[rows, capacity]``, tokens selected and their inverse inclusion probabilities.
-    heads : torch.Tensor
-        float32 ``[rows * group, 4]``, half-width, guard, first scale and residual mass of a head.
+    slots, pi : torch.Tensor
+        int32 and float32 ``[rows, capacity]``, tokens selected and their inclusion probabilities.
     arrivals : torch.Tensor
-        int32 ``[rows]``, heads of a group that were merged; 0 between launches.
+        int32 ``[rows]``, splits of a row that are stored; 0 between launches.
     counts, reads : torch.Tensor
         int32 and float32 ``[rows, MOST_SEGMENTS]``, tokens selected and their expected number, by segment.
     outs, scalars : torch.Tensor
@@ -123,8 +120,7 @@ class Workspace:
     fixed: torch.Tensor
     scale: torch.Tensor
     slots: torch.Tensor
-    weights: torch.Tensor
-    heads: torch.Tensor
+    pi: torch.Tensor
     arrivals: torch.Tensor
     counts: torch.Tensor
     reads: torch.Tensor
@@ -192,7 +188,6 @@ def workspace(
         empty(rows, NUM_SCALES.value),
         empty(entries, dtype=torch.int32),
         empty(entries),
-        empty(heads, 4),
         torch.zeros(rows, dtype=torch.int32, device=device),
         empty(rows, MOST_SEGMENTS, dtype=torch.int32),
         empty(rows, MOST_SEGMENTS),

@@ -18,6 +18,7 @@ from vattn_kernels.triton.layout import (
 )
 
 LOG2E = tl.constexpr(1.4426950408889634)
+LEAST_CODING = tl.constexpr(1e-6)
 
 
 @triton.jit
@@ -26,7 +27,7 @@ def prepare_fwd_kernel(
     p_mode, p_codes, p_bias, p_log_scale, p_fixed, p_scale,
     sm_scale, floor, sink, window, dense_below, pilot_min, kv_stride, k_stride,
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr,
-    C: tl.constexpr, F: tl.constexpr, WIDTH: tl.constexpr, MOST_AGE: tl.constexpr,
+    C: tl.constexpr, CODES: tl.constexpr, F: tl.constexpr, WIDTH: tl.constexpr, MOST_AGE: tl.constexpr,
 ):  # fmt: skip
     i_row = tl.program_id(0)
     b, h = i_row // HKV, i_row % HKV
@@ -81,7 +82,9 @@ def prepare_fwd_kernel(
     centre = tl.where(field_width > 0, centre, 0.0)
     mean = tl.load(p_mean + h * D + o_d, mask=m_d, other=0.0)
     bias = sm_scale * tl.sum(qf * mean[None, :], 1) + unit * tl.sum(code * centre[None, :], 1)
-    tl.store(p_codes + head[:, None] * C + o_r[None, :], code.to(tl.int8), mask=m_g[:, None])
+    tl.store(
+        p_codes + head[:, None] * CODES + o_r[None, :], code.to(tl.int8), mask=m_g[:, None] & (o_r < CODES)[None, :]
+    )
     tl.store(p_bias + head, bias, mask=m_g)
     scale = tl.load(state + STATE_SCALE, mask=m_g, other=0.0)
     tl.store(p_log_scale + head, scale - fixed, mask=m_g)
@@ -91,5 +94,5 @@ def prepare_fwd_kernel(
     reads = tl.max(tl.load(state + STATE_READS, mask=m_g, other=0.0), 0)
     p_own = p_scale + i_row * NUM_SCALES
     tl.store(p_own + UNIT, unit)
-    tl.store(p_own + CODING, kappa * LOG2E)
+    tl.store(p_own + CODING, tl.maximum(kappa * LOG2E, LEAST_CODING))
     tl.store(p_own + FLOOR, floor * tl.maximum(reads, 1.0) / tl.maximum(total, 1).to(tl.float32))

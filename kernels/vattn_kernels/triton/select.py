@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vattn_kernels.triton.layout import CODING, FLOOR, NUM_SCALES, SAMPLED, UNIT, nothing_to_do
+from vattn_kernels.triton.layout import CODING, FLOOR, NUM_SCALES, SAMPLED, UNIT
 
 LOG2E = tl.constexpr(1.4426950408889634)
 GOLDEN = tl.constexpr(0x9E3779B1)
@@ -42,65 +42,78 @@ def dot_bytes(codes, query, acc, DP4A: tl.constexpr):
     return acc
 
 
-@triton.jit(do_not_specialize=["seed", "layer"])
+# A sink known to be aligned makes the compiler give each thread four neighbours, and then move them for the stores.
+@triton.jit(do_not_specialize=["seed", "layer", "sink"])
 def select_fwd_kernel(
-    p_codes, p_norms, p_valid, p_kv_indices, p_seq_lens, p_fields,
-    p_mode, p_query, p_bias, p_log_scale, p_scale, p_slots, p_weights, p_counts, p_reads,
-    sink, window, seed, layer, rows, kv_stride, code_slot, code_head, norm_slot, norm_head, capacity,
+    p_codes, p_norms, p_kv_indices, p_seq_lens, p_fields,
+    p_mode, p_query, p_bias, p_log_scale, p_scale, p_slots, p_pi, p_counts, p_reads,
+    sink, window, seed, layer, kv_stride, code_head, norm_head, capacity,
     HKV: tl.constexpr, G: tl.constexpr, R: tl.constexpr, GROUPS: tl.constexpr, WORDS: tl.constexpr,
     WITH_VALUES: tl.constexpr, SEGMENTS: tl.constexpr, BLOCK: tl.constexpr, MOST: tl.constexpr, DP4A: tl.constexpr,
-    RETRY: tl.constexpr, ROWS_P: tl.constexpr,
 ):  # fmt: skip
-    # One item a program, or, in a retry that finds work, a few.
-    item = tl.program_id(0)
-    if RETRY:
-        if nothing_to_do(p_mode, rows, SAMPLED, ROWS_P):
-            return
-        while item < rows * SEGMENTS:
-            select_segment(
-                item, p_codes, p_norms, p_valid, p_kv_indices, p_seq_lens, p_fields, p_mode,
-                p_query, p_bias, p_log_scale, p_scale, p_slots, p_weights, p_counts, p_reads,
-                sink, window, seed, layer, kv_stride, code_slot, code_head, norm_slot, norm_head, capacity,
-                HKV, G, R, GROUPS, WORDS, WITH_VALUES, SEGMENTS, BLOCK, MOST, DP4A,
-            )  # fmt: skip
-            item += tl.num_programs(0)
-    else:
+    """First round: one segment a program."""
+    i_row, i_segment = tl.program_id(0) // SEGMENTS, tl.program_id(0) % SEGMENTS
+    if tl.load(p_mode + i_row) == SAMPLED:
         select_segment(
-            item, p_codes, p_norms, p_valid, p_kv_indices, p_seq_lens, p_fields, p_mode,
-            p_query, p_bias, p_log_scale, p_scale, p_slots, p_weights, p_counts, p_reads,
-            sink, window, seed, layer, kv_stride, code_slot, code_head, norm_slot, norm_head, capacity,
+            i_row, i_segment, p_codes, p_norms, p_kv_indices, p_seq_lens, p_fields,
+            p_query, p_bias, p_log_scale, p_scale, p_slots, p_pi, p_counts, p_reads,
+            sink, window, seed, layer, kv_stride, code_head, norm_head, capacity,
             HKV, G, R, GROUPS, WORDS, WITH_VALUES, SEGMENTS, BLOCK, MOST, DP4A,
         )  # fmt: skip
 
 
 @triton.jit
-def load_side(p_codes, p_norms, p_valid, slot, mask, code_slot, norm_slot, WORDS: tl.constexpr):
-    """Words of the codes in pairs, the two norms as one number, and whether they are usable."""
-    slot = slot.to(tl.int64)
-    p_code = p_codes + slot * code_slot
+def power_of_two(x, FAST: tl.constexpr):
+    """``2^x``; the fast form flushes results below 2^-126 to 0."""
+    if FAST:
+        return tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return tl.exp2(x)
+
+
+@triton.jit
+def load_side(p_codes, p_norms, slot, WORDS: tl.constexpr):
+    """Words of the codes in pairs, and the two norms as one number; slots of one head lie side by side."""
+    p_code = p_codes + slot * WORDS
     if WORDS == 1:
-        low = tl.load(p_code, mask=mask, other=0).to(tl.int64)
+        low = tl.load(p_code).to(tl.int64)
     else:
-        low = tl.load(p_code.to(tl.pointer_type(tl.int64)), mask=mask, other=0)
+        low = tl.load(p_code.to(tl.pointer_type(tl.int64)))
     high = low
     if WORDS == 4:
-        high = tl.load((p_code + 2).to(tl.pointer_type(tl.int64)), mask=mask, other=0)
-    norm = tl.load((p_norms + slot * norm_slot).to(tl.pointer_type(tl.int16)), mask=mask, other=0)
-    return low, high, norm, tl.load(p_valid + slot, mask=mask, other=1)
+        high = tl.load((p_code + 2).to(tl.pointer_type(tl.int64)))
+    return low, high, tl.load((p_norms + slot * 2).to(tl.pointer_type(tl.int16)))
+
+
+@triton.jit
+def places(chosen, BLOCK: tl.constexpr):
+    """Rank of each chosen token among the chosen, and their number.
+
+    Four quarters are ranked by one scan, a byte each.
+    """
+    tl.static_assert(BLOCK <= 128, "a byte counts up to 255")
+    quarter: tl.constexpr = BLOCK // 4
+    hit = tl.reshape(chosen.to(tl.int32), [4, quarter])
+    shift = 8 * tl.arange(0, 4)[:, None]
+    packed = tl.sum(hit << shift, 0)  # [quarter]
+    before = tl.cumsum(packed, 0) - packed
+    totals = tl.sum(packed, 0)
+    # Byte j of the product is the sum of the bytes below j.
+    earlier = totals * 0x01010100
+    ranks = ((before[None, :] >> shift) & 0xFF) + ((earlier >> shift) & 0xFF)
+    return tl.reshape(ranks, [BLOCK]), ((totals * LANES) >> 24) & 0xFF
 
 
 @triton.jit
 def select_segment(
-    item, p_codes, p_norms, p_valid, p_kv_indices, p_seq_lens, p_fields, p_mode,
-    p_query, p_bias, p_log_scale, p_scale, p_slots, p_weights, p_counts, p_reads,
-    sink, window, seed, layer, kv_stride, code_slot, code_head, norm_slot, norm_head, capacity,
+    i_row, i_segment, p_codes, p_norms, p_kv_indices, p_seq_lens, p_fields,
+    p_query, p_bias, p_log_scale, p_scale, p_slots, p_pi, p_counts, p_reads,
+    sink, window, seed, layer, kv_stride, code_head, norm_head, capacity,
     HKV: tl.constexpr, G: tl.constexpr, R: tl.constexpr, GROUPS: tl.constexpr, WORDS: tl.constexpr,
     WITH_VALUES: tl.constexpr, SEGMENTS: tl.constexpr, BLOCK: tl.constexpr, MOST: tl.constexpr, DP4A: tl.constexpr,
 ):  # fmt: skip
     """List one segment of one row."""
-    i_row, i_segment = item // SEGMENTS, item % SEGMENTS
-    if tl.load(p_mode + i_row) != SAMPLED:
-        return
     b, h = i_row // HKV, i_row % HKV
     n = tl.load(p_seq_lens + b).to(tl.int32)
     high = n - window
@@ -109,12 +122,10 @@ def select_segment(
     unit, coding, least = tl.load(p_own + UNIT), tl.load(p_own + CODING), tl.load(p_own + FLOOR)
     unit2 = unit * LOG2E
     # What is constant over tokens is loaded here: the stores below keep the compiler from moving a load out of the loop.
-    words = ()
     shifts = ()
     masks = ()
     for j in tl.static_range(GROUPS):
         p_field = p_fields + (h * R + 4 * j) * 3
-        words = words + (tl.load(p_field),)
         shifts = shifts + (tl.load(p_field + 1),)
         masks = masks + (((1 << tl.load(p_field + 2)) - 1) * LANES,)
     levels = ()
@@ -126,9 +137,10 @@ def select_segment(
         for j in tl.static_range(GROUPS):
             queries = queries + (tl.load((p_query + (head * GROUPS + j) * 4).to(tl.pointer_type(tl.int32))),)
 
-    p_code_head, p_norm_head = p_codes + h * code_head, p_norms + h * norm_head
+    p_code_head, p_norm_head = p_codes + h.to(tl.int64) * code_head, p_norms + h.to(tl.int64) * norm_head
     p_indices = p_kv_indices + b.to(tl.int64) * kv_stride
     base = i_row.to(tl.int64) * capacity + i_segment * (capacity // SEGMENTS)
+    p_own_slots, p_own_pi = p_slots + base, p_pi + base
     o_b = tl.arange(0, BLOCK)
     count = 0
     reads = tl.zeros([BLOCK], tl.float32)
@@ -138,31 +150,22 @@ def select_segment(
     position = begin + o_b
     slot = tl.load(p_indices + position, mask=position < high, other=0)
     upcoming = tl.load(p_indices + position + stride, mask=position + stride < high, other=0)
-    low_pair, high_pair, norm, usable = load_side(
-        p_code_head, p_norm_head, p_valid, slot, position < high, code_slot, norm_slot, WORDS
-    )
+    low_pair, high_pair, norm = load_side(p_code_head, p_norm_head, slot, WORDS)
     for start in range(begin, high, stride):
         position = start + o_b
-        m_b = position < high
-        m_next = position + stride < high
-        next_low, next_high, next_norm, next_usable = load_side(
-            p_code_head, p_norm_head, p_valid, upcoming, m_next, code_slot, norm_slot, WORDS
-        )
+        # Behind the end slot 0 is read and not chosen.
+        next_low, next_high, next_norm = load_side(p_code_head, p_norm_head, upcoming, WORDS)
         next_slot = upcoming
         ahead = position + 2 * stride
         upcoming = tl.load(p_indices + ahead, mask=ahead < high, other=0)
-        word0, word1 = low_pair.to(tl.int32), (low_pair >> 32).to(tl.int32)
-        word2, word3 = high_pair.to(tl.int32), (high_pair >> 32).to(tl.int32)
-        accs = ()
-        for g in tl.static_range(G):
-            accs = accs + (tl.zeros([BLOCK], tl.int32) + levels[g],)
+        words = (low_pair.to(tl.int32),)
+        if WORDS > 1:
+            words = words + ((low_pair >> 32).to(tl.int32),)
+        if WORDS == 4:
+            words = words + (high_pair.to(tl.int32), (high_pair >> 32).to(tl.int32))
+        accs = levels
         for j in tl.static_range(GROUPS):
-            if WORDS == 4:
-                low_half = tl.where(words[j] == 0, word0, word1)
-                word = tl.where(words[j] < 2, low_half, tl.where(words[j] == 2, word2, word3))
-            else:
-                word = tl.where(words[j] == 0, word0, word1)
-            lanes = (word >> shifts[j]) & masks[j]
+            lanes = (words[j % WORDS] >> shifts[j]) & masks[j]
             grown = ()
             for g in tl.static_range(G):
                 grown = grown + (dot_bytes(lanes, queries[g * GROUPS + j], accs[g], DP4A),)
@@ -171,19 +174,20 @@ def select_segment(
         for g in tl.static_range(1, G):
             best = tl.maximum(best, accs[g])
         norm_bits = norm.to(tl.int32)
-        log_pi = unit2 * best.to(tl.float32) + coding * tl.exp2(((norm_bits & 0xFF) - 128).to(tl.float32) * 0.25)
+        # An error byte of 255 marks a slot without usable side data; this makes it certain.
+        error2 = power_of_two((norm_bits & 0xFF).to(tl.float32) * 0.25 - 32.0, DP4A)
+        log_pi = unit2 * best.to(tl.float32) + coding * error2
         if WITH_VALUES:
-            log_pi += (((norm_bits >> 8) & 0xFF) - 128).to(tl.float32) * 0.125
-        pi = tl.minimum(tl.exp2(tl.minimum(log_pi, 0.0)) + least, 1.0)
-        pi = tl.where(usable != 0, pi, 1.0)
+            log_pi += ((norm_bits >> 8) & 0xFF).to(tl.float32) * 0.125 - 16.0
+        pi = tl.minimum(power_of_two(tl.minimum(log_pi, 0.0), DP4A) + least, 1.0)
         u = (mix(position.to(tl.uint32) * GOLDEN + key) >> 8).to(tl.float32) * 5.9604644775390625e-8
+        m_b = position < high
         chosen = m_b & (u < pi)
         reads += tl.where(m_b, pi, 0.0)
-        hit = chosen.to(tl.int32)
-        place = base + count + tl.cumsum(hit, 0) - hit
-        tl.store(p_slots + place, slot, mask=chosen)
-        tl.store(p_weights + place, 1.0 / pi, mask=chosen)
-        count += tl.sum(hit, 0)
-        slot, low_pair, high_pair, norm, usable = next_slot, next_low, next_high, next_norm, next_usable
+        place, hits = places(chosen, BLOCK)
+        tl.store(p_own_slots + count + place, slot, mask=chosen)
+        tl.store(p_own_pi + count + place, pi, mask=chosen)
+        count += hits
+        slot, low_pair, high_pair, norm = next_slot, next_low, next_high, next_norm
     tl.store(p_counts + i_row * MOST + i_segment, count)
     tl.store(p_reads + i_row * MOST + i_segment, tl.sum(reads, 0))

@@ -16,7 +16,7 @@ def level_of(square):
 @triton.jit
 def update_fwd_kernel(
     p_k, p_v, p_new, p_mean, p_key_basis, p_steps, p_fields, p_codes, p_norms, p_valid,
-    num_new, k_stride, code_slot, code_head, norm_slot, norm_head,
+    num_new, k_stride, code_head, norm_head,
     D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, C: tl.constexpr, WORDS: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
     i_block, h = tl.program_id(0), tl.program_id(1)
@@ -51,8 +51,8 @@ def update_fwd_kernel(
     bits = tl.where(coded, (code + half[None, :]).to(tl.int32) << shift[None, :], 0)
     for w in tl.static_range(WORDS):
         word = tl.sum(tl.where((which == w)[None, :], bits, 0), 1)
-        tl.store(p_codes + slot * code_slot + h * code_head + w, word, mask=m_t)
-    p_norm = p_norms + slot * norm_slot + h * norm_head
+        tl.store(p_codes + slot * WORDS + h.to(tl.int64) * code_head + w, word, mask=m_t)
+    p_norm = p_norms + slot * 2 + h.to(tl.int64) * norm_head
     tl.store(p_norm, level_of(error), mask=m_t)
     tl.store(p_norm + 1, level_of(tl.sum(v * v, 1)), mask=m_t)
     if h == 0:

@@ -17,8 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from vattn_kernels.triton import layout
-from vattn_kernels.triton.attend import attend_exact_fwd_kernel, attend_fwd_kernel
-from vattn_kernels.triton.combine import combine_fwd_kernel
+from vattn_kernels.triton.attend import attend_exact_fwd_kernel, attend_fwd_kernel, retry_fwd_kernel
 from vattn_kernels.triton.prepare import prepare_fwd_kernel
 from vattn_kernels.triton.select import select_fwd_kernel
 from vattn_kernels.triton.update import update_fwd_kernel
@@ -35,32 +34,30 @@ TYPES = {
 
 def shapes(dtype: str, head_dim: int, group: int, words: int):
     """Every kernel with the constants of one model and sketch."""
-    kv, groups, power = 8, 4 * words, 1 << (head_dim - 1).bit_length()
+    kv, groups, power = 8, 3 * words, 1 << (head_dim - 1).bit_length()
     width = max(16, 1 << (2 * group - 1).bit_length())
+    coded = 1 << (4 * groups - 1).bit_length()
     padded = 1 << (group - 1).bit_length()
     common = {"HKV": kv, "G": group, "D": head_dim, "DP": power}
-    launch, retry = layout.LAUNCH, {"RETRY": True, "ROWS_P": 128}
+    launch = layout.LAUNCH
+    sketch = {"R": head_dim, "GROUPS": groups, "WORDS": words, "BLOCK": 128, "DP4A": True, "SEGMENTS": 8, "MOST": 64}
+    merge = common | {
+        "GP": padded, "WIDTH": width, "SEGMENTS": 8, "SPLITS_P": 16, "MOST": 64, "STATE": 4, "TARGET": 0, "TABLE": 4,
+        "POINTS": 33, "PER_UNIT": 64, "BUDGET_EDGES": 12, "BUDGET_EDGES_P": 16, "ERROR_EDGES": 10, "ERROR_EDGES_P": 16,
+        "LAST": False, "EXACT_NEXT": True,
+    }  # fmt: skip
+    attend = {"BN": launch.attend_block, "WIDE": dtype == "fp16"}
     yield prepare_fwd_kernel, launch.prepare_warps, common | {
-        "GP": max(16, padded), "R": head_dim, "C": 4 * groups, "F": 128, "WIDTH": 4, "MOST_AGE": 64
+        "GP": max(16, padded), "R": head_dim, "C": coded, "CODES": 4 * groups, "F": 128, "WIDTH": 4, "MOST_AGE": 64
     }  # fmt: skip
-    yield select_fwd_kernel, launch.select_warps, retry | {
-        "HKV": kv, "G": group, "R": head_dim, "GROUPS": groups, "WORDS": words, "WITH_VALUES": True, "SEGMENTS": 8,
-        "BLOCK": launch.select_block, "MOST": 64, "DP4A": True,
-    }  # fmt: skip
-    yield attend_fwd_kernel, launch.attend_warps, common | retry | {
-        "WIDTH": width, "BN": launch.attend_block, "SEGMENTS": 8, "MOST": 64, "TARGET": 0,
-        "WIDE": dtype == "fp16",
-    }  # fmt: skip
-    yield attend_exact_fwd_kernel, launch.exact_warps, common | {
-        "WIDTH": width, "BN": launch.exact_block, "SEGMENTS": 8, "STAGES": launch.exact_stages, "ROWS_P": 128
-    }  # fmt: skip
-    yield combine_fwd_kernel, launch.combine_warps, common | {
-        "GP": padded, "WIDTH": width, "SEGMENTS": 8, "SPLITS_P": 16, "MOST": 64, "STATE": 4, "TARGET": 0, "EXACT": False,
-        "LAST": False, "EXACT_NEXT": False, "TABLE": 4, "POINTS": 33, "PER_UNIT": 64, "BUDGET_EDGES": 12,
-        "BUDGET_EDGES_P": 16, "ERROR_EDGES": 10, "ERROR_EDGES_P": 16,
+    yield select_fwd_kernel, launch.select_warps, sketch | {"HKV": kv, "G": group, "WITH_VALUES": True}
+    yield attend_fwd_kernel, launch.attend_warps, merge | attend
+    yield retry_fwd_kernel, launch.attend_warps, merge | sketch | attend | {"ROWS_P": 128}
+    yield attend_exact_fwd_kernel, launch.exact_warps, merge | {
+        "BN": launch.exact_block, "STAGES": launch.exact_stages, "ROWS_P": 128
     }  # fmt: skip
     yield update_fwd_kernel, 4, {
-        "D": head_dim, "DP": power, "R": head_dim, "C": 4 * groups, "WORDS": words, "BT": 16
+        "D": head_dim, "DP": power, "R": head_dim, "C": coded, "WORDS": words, "BT": 16
     }  # fmt: skip
 
 
