@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -117,6 +118,54 @@ def host_seq_lens(forward_batch: ForwardBatch) -> list[int]:
         if lengths.device.type != "cpu":
             return [0]
     return [int(n) for n in lengths.tolist()]
+
+
+def new_tokens(forward_batch: ForwardBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Slots and positions of the tokens that a pass computes, int64 ``[num_tokens]``.
+
+    Parameters
+    ----------
+    forward_batch : ForwardBatch
+        The batch.
+    """
+    slots = forward_batch.out_cache_loc
+    # Within a padded prefill graph 0.5.17 narrows the slots alone.
+    return slots, forward_batch.positions[: slots.shape[0]]
+
+
+def watch_captures(model_runner: Any, context: Callable[[], AbstractContextManager[None]]) -> None:
+    """Enter a context while SGLang captures its CUDA graphs at start.
+
+    SGLang's own flag does not tell: it is unset while a prefill graph is captured and set when one is replayed.
+
+    Parameters
+    ----------
+    model_runner : ModelRunner
+        SGLang's runner; its method ``init_cuda_graphs`` is wrapped.
+    context : callable
+        Makes the context.
+    """
+    original = getattr(model_runner, "init_cuda_graphs", None)
+    if original is None:
+        return
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        with context():
+            return original(*args, **kwargs)
+
+    model_runner.init_cuda_graphs = wrapped
+
+
+def largest_decode_graph(server_args: Any) -> int | None:
+    """Requests of the largest decode graph that will be captured, or None without graphs.
+
+    Parameters
+    ----------
+    server_args : ServerArgs
+        SGLang's arguments.
+    """
+    decode = server_args.cuda_graph_config.decode
+    return None if decode.backend == "disabled" or not decode.bs else max(decode.bs)
 
 
 def query_geometry(model_runner: Any) -> tuple[int | None, float | None]:

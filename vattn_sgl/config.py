@@ -95,7 +95,7 @@ class Settings(BaseModel):
     calibration_tokens : int
         Prefilled tokens after which an uncalibrated server calibrates itself.
     prefill_backend : str or None
-        SGLang backend that computes new tokens; None takes our own.
+        SGLang backend that computes new tokens; None takes our own on a CPU and ``triton`` on a GPU.
     layers : dict
         Overrides of epsilon and delta by layer, ``"3"`` or ``"0-4"``.
     """

@@ -84,7 +84,16 @@ def findings(model_path: Path | None) -> Iterator[Finding]:
         )
     except ConfigError as error:
         yield Finding(False, f"settings: {error}", "vattn config check FILE shows every mistake with its line")
+    yield from _on_gpu(settings)
     yield from _model(model_path, settings)
+
+
+def _on_gpu(settings: Settings) -> Iterator[Finding]:
+    import torch
+
+    if torch.cuda.is_available():
+        for reason in support.gpu_reasons(SimpleNamespace(), settings):
+            yield Finding(False, f"settings on a GPU: {reason}", "mend what the message names, or serve on a CPU")
 
 
 def _guard(check: Callable[..., Finding], *arguments: Any) -> Finding:
@@ -122,8 +131,7 @@ def _kernels() -> Finding:
     import torch
 
     if torch.cuda.is_available():
-        name = torch.cuda.get_device_name()
-        return Finding(False, f"GPU {name}", "the GPU kernels are not part of this version; serve with --device cpu")
+        return Finding(True, f"GPU {torch.cuda.get_device_name()}: kernels are compiled as a server starts")
     from vattn_kernels.cpu import build
 
     return Finding(True, f"CPU kernels compiled by {build.compiler()}: {build.build()}")

@@ -1,4 +1,4 @@
-"""Who computes new tokens: our own prefill on a CPU, or a backend of SGLang."""
+"""Who computes new tokens: our own prefill on a CPU, or a backend of SGLang on a GPU."""
 
 from __future__ import annotations
 
@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from sglang.srt.model_executor.model_runner import ModelRunner
 
 
+# Unlike flashinfer it needs no minutes of compiling.
+GPU_BACKEND = "triton"
+
+
 class PrefillError(ValueError):
     """The setting ``prefill_backend`` names no backend of SGLang."""
 
@@ -26,8 +30,18 @@ class Prefill(Protocol):
         """Prepare one extend pass; called before its layers."""
         ...
 
-    def attend(self, q: torch.Tensor, layer: RadixAttention, forward_batch: ForwardBatch) -> torch.Tensor:
-        """Outputs ``[num_tokens, num_qo_heads * head_dim]`` of queries ``[num_tokens, num_qo_heads, head_dim]``."""
+    def attend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor | None,
+        v: torch.Tensor | None,
+        layer: RadixAttention,
+        forward_batch: ForwardBatch,
+    ) -> torch.Tensor:
+        """Outputs ``[num_tokens, num_qo_heads * head_dim]`` of queries ``[num_tokens, num_qo_heads, head_dim]``.
+
+        K and V of the new tokens are SGLang's arguments, which stand in the pool too.
+        """
         ...
 
 
@@ -44,7 +58,14 @@ class OwnPrefill:
         """Slots and masks, shared by the layers."""
         self.metadata = self.cpu.build(forward_batch, self.req_to_token)
 
-    def attend(self, q: torch.Tensor, layer: RadixAttention, forward_batch: ForwardBatch) -> torch.Tensor:
+    def attend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor | None,
+        v: torch.Tensor | None,
+        layer: RadixAttention,
+        forward_batch: ForwardBatch,
+    ) -> torch.Tensor:
         """See `Prefill.attend`."""
         k_cache, v_cache = self.pool.get_kv_buffer(layer.layer_id)
         out = torch.empty_like(q)
@@ -67,10 +88,17 @@ class DelegatedPrefill:
         """The backend's own metadata."""
         self.backend.init_forward_metadata(forward_batch)
 
-    def attend(self, q: torch.Tensor, layer: RadixAttention, forward_batch: ForwardBatch) -> torch.Tensor:
+    def attend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor | None,
+        v: torch.Tensor | None,
+        layer: RadixAttention,
+        forward_batch: ForwardBatch,
+    ) -> torch.Tensor:
         """See `Prefill.attend`."""
         flat = q.view(q.shape[0], -1)
-        out: torch.Tensor = self.backend.forward_extend(flat, None, None, layer, forward_batch, save_kv_cache=False)
+        out: torch.Tensor = self.backend.forward_extend(flat, k, v, layer, forward_batch, save_kv_cache=False)
         return out
 
 
@@ -82,13 +110,13 @@ def create(model_runner: ModelRunner, settings: Settings) -> Prefill:
     model_runner : ModelRunner
         SGLang's runner.
     settings : Settings
-        ``prefill_backend`` None takes ours.
+        ``prefill_backend`` None takes ours on a CPU and `GPU_BACKEND` on a GPU.
 
     Raises
     ------
     PrefillError
         If SGLang has no such backend.
     """
-    if settings.prefill_backend is None:
-        return OwnPrefill(model_runner)
-    return DelegatedPrefill(model_runner, settings.prefill_backend)
+    on_gpu = torch.device(model_runner.device).type == "cuda"
+    name = settings.prefill_backend or (GPU_BACKEND if on_gpu else None)
+    return OwnPrefill(model_runner) if name is None else DelegatedPrefill(model_runner, name)

@@ -6,9 +6,16 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+import torch
+
 from vattn_kernels.cpu import MAX_GROUP, MAX_HEAD_DIM
+from vattn_sgl.config import Settings
 
 DENSE_ADVICE = "serve this model with another --attention-backend"
+DEVICES = ("cpu", "cuda")
+GPU_SELECTORS = ("sketch",)
+GPU_HEAD_DIMS = (64, 96, 128, 256)
+GPU_DTYPES = (torch.bfloat16, torch.float16)
 
 
 class Unsupported(ValueError):
@@ -26,13 +33,15 @@ class Unsupported(ValueError):
         super().__init__(f"--attention-backend vattention cannot serve this:\n{lines}")
 
 
-def check(model_runner: Any) -> None:
+def check(model_runner: Any, settings: Settings) -> None:
     """Refuse what cannot be served.
 
     Parameters
     ----------
     model_runner : ModelRunner
         SGLang's runner with its pools built.
+    settings : Settings
+        In force at start.
 
     Raises
     ------
@@ -44,11 +53,19 @@ def check(model_runner: Any) -> None:
         *model_reasons(model_runner.model_config),
         *pool_reasons(model_runner.token_to_kv_pool),
     ]
+    if _device(model_runner.server_args) == "cuda":
+        reasons += gpu_reasons(model_runner.server_args, settings)
+        reasons += gpu_model_reasons(model_runner.model_config)
+        reasons += gpu_pool_reasons(model_runner.token_to_kv_pool)
     model = getattr(model_runner, "model", None)
     if model is not None:
         reasons += layer_reasons(model)
     if reasons:
         raise Unsupported(reasons)
+
+
+def _device(args: Any) -> str:
+    return str(getattr(args, "device", None) or "cpu").split(":")[0]
 
 
 def argument_reasons(args: Any) -> Iterator[str]:
@@ -63,9 +80,9 @@ def argument_reasons(args: Any) -> Iterator[str]:
     def given(name: str) -> Any:
         return getattr(args, name, None)
 
-    device = str(given("device") or "cpu")
-    if device.split(":")[0] != "cpu":
-        yield f"device {device}: the GPU kernels are not part of this version; start with --device cpu"
+    device = _device(args)
+    if device not in DEVICES:
+        yield f"device {device}: there are kernels for CPUs and NVIDIA GPUs; start with --device cpu or --device cuda"
     if (given("page_size") or 1) != 1:
         yield f"--page-size {given('page_size')}: slots are addressed one by one; use --page-size 1"
     if given("kv_cache_dtype") not in (None, "auto", "bfloat16", "bf16", "float32"):
@@ -86,6 +103,7 @@ def argument_reasons(args: Any) -> Iterator[str]:
         "enable_deterministic_inference": "deterministic inference asks for batch-invariant kernels",
         "enable_dp_attention": "DP attention is untested with this backend",
         "enable_two_batch_overlap": "two-batch overlap splits a step between backends",
+        "enable_pdmux": "PD multiplexing runs several backends at once",
         "enable_unified_memory": "a unified memory pool translates slots",
         "enable_lmcache": "LMCache writes slots behind the backend's back",
         "enable_double_sparsity": "double sparsity is another sparse attention",
@@ -104,8 +122,66 @@ def argument_reasons(args: Any) -> Iterator[str]:
     for name in ("tp_size", "pp_size", "dp_size"):
         if (given(name) or 1) > 1 and device == "cpu":
             yield f"--{name.replace('_', '-')} {given(name)}: on a CPU one process serves; use 1"
+        elif (given(name) or 1) > 1 and name != "dp_size":
+            yield f"--{name.replace('_', '-')} {given(name)}: ranks would overwrite each other's calibration; use 1"
     if os.environ.get("SGLANG_USE_HND_KVCACHE", "").lower() in ("1", "true"):
         yield "SGLANG_USE_HND_KVCACHE: the HND cache layout is not read; unset the variable"
+
+
+def gpu_reasons(args: Any, settings: Settings) -> Iterator[str]:
+    """Reasons in what the GPU kernels of this version lack.
+
+    Parameters
+    ----------
+    args : ServerArgs
+        SGLang's arguments; missing attributes count as off.
+    settings : Settings
+        In force at start.
+    """
+    here = "the GPU kernels of this version"
+    if settings.selector not in GPU_SELECTORS:
+        allowed = " or ".join(GPU_SELECTORS)
+        yield f"selector {settings.selector}: {here} do not read its side data; set selector to {allowed}"
+    if settings.sampler != "proportional":
+        yield f"sampler {settings.sampler}: {here} do not draw by it; set sampler to proportional"
+    if settings.group_score != "max":
+        yield f"group_score {settings.group_score}: {here} share scores by their maximum; set group_score to max"
+    if settings.effective_bound == "bernstein":
+        yield f"bound bernstein: {here} bound no single logit; leave bound at null, or serve on a CPU"
+    if settings.audit_rate > 0:
+        yield f"audit_rate {settings.audit_rate}: {here} do not audit; set audit_rate to 0"
+    prefill = getattr(getattr(args, "cuda_graph_config", None), "prefill", None)
+    if getattr(prefill, "backend", None) == "full":
+        yield "--cuda-graph-backend-prefill full: a whole graph hides prefill from the calibration; use breakable"
+    if os.environ.get("SGLANG_ENABLE_METADATA_GLUE_GRAPH", "").lower() in ("1", "true"):
+        yield "SGLANG_ENABLE_METADATA_GLUE_GRAPH: a change of epsilon would never be applied; unset the variable"
+
+
+def gpu_model_reasons(config: Any) -> Iterator[str]:
+    """Reasons in a model's shape on a GPU.
+
+    Parameters
+    ----------
+    config : ModelConfig
+        SGLang's configuration of the model; missing attributes count as right.
+    """
+    head_dim = getattr(config, "head_dim", None)
+    if head_dim and head_dim not in GPU_HEAD_DIMS:
+        allowed = ", ".join(map(str, GPU_HEAD_DIMS))
+        yield f"head_dim {head_dim}: the GPU kernels of this version serve {allowed}; {DENSE_ADVICE}"
+
+
+def gpu_pool_reasons(pool: Any) -> Iterator[str]:
+    """Reasons in a GPU's KV pool.
+
+    Parameters
+    ----------
+    pool : KVCache
+        SGLang's pool; a missing dtype counts as right.
+    """
+    dtype = getattr(pool, "dtype", GPU_DTYPES[0])
+    if dtype not in GPU_DTYPES:
+        yield f"KV cache of {dtype}: the GPU kernels of this version read bfloat16 and float16; use --dtype bfloat16"
 
 
 def model_reasons(config: Any) -> Iterator[str]:

@@ -21,6 +21,8 @@ READ_KINDS = ("sink", "window", "top_k", "sample", "dense")
 # Columns of ``stats``: realized density, budget b in tokens, relative half-width, index into OUTCOMES, tokens read,
 # share of the softmax mass that was estimated rather than read for certain.
 STATS = ("density", "budget", "half_width", "outcome", "read", "residual_mass")
+# Columns of ``state``.
+STATE_WIDTH = 4
 
 _LIBRARY = torch.library.Library("vattn", "DEF")
 _LIBRARY.define(
@@ -123,7 +125,9 @@ def decode(
     **settings
         ``sm_scale, layer_id, seed, sampler, target, selector, sink, window, dense_below, top_k_count`` (-1: use
         ``top_k_share``), ``top_k_share, pilot, pilot_min, cap, floor, audit_rate, group_score``; see
-        `vattn_sgl.config.Settings`.
+        `vattn_sgl.config.Settings`. And what the last step learnt of each request and head, which a GPU starts from
+        and a CPU ignores: ``state`` float32 ``[num_rows, num_qo_heads, STATE_WIDTH]``, updated, zeros at start, and
+        ``state_rows`` int64 ``[batch]``, the row of each request.
 
     Raises
     ------
@@ -134,6 +138,22 @@ def decode(
         q, k_cache, v_cache, kv_indices, seq_lens, codes, norms, valid, mean, query_basis, steps, fields,
         params, covered, budget_edges, error_edges, audit_edges, out, stats, counters, counter_offsets, **settings,
     )  # fmt: skip
+
+
+def reserve(
+    device: torch.device, max_batch: int, max_len: int, num_qo_heads: int, num_kv_heads: int, head_dim: int
+) -> None:
+    """Allocate what the ops of a device work in, so that no step allocates; nothing on a CPU.
+
+    Parameters
+    ----------
+    device : torch.device
+        Where the KV cache lives.
+    max_batch, max_len : int
+        Largest batch and widest page table that `decode` will be given.
+    num_qo_heads, num_kv_heads, head_dim : int
+        Of the model on this rank.
+    """
 
 
 def encode(

@@ -37,7 +37,7 @@ def test_schema_states_every_mutation():
     def mutated(op):
         return {a.name for a in op.default._schema.arguments if a.alias_info and a.alias_info.is_write}
 
-    assert mutated(torch.ops.vattn.decode) == {"out", "stats", "counters"}
+    assert mutated(torch.ops.vattn.decode) == {"out", "stats", "counters", "state"}
     assert mutated(torch.ops.vattn.encode) == {"codes", "norms", "valid"}
     assert mutated(torch.ops.vattn.encode_signature) == {"codes", "norms", "valid"}
     assert mutated(torch.ops.vattn.encode_pages) == {"bounds", "norms", "valid"}

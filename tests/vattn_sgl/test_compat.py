@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -54,6 +55,43 @@ def test_foreign_writes_are_told_after_the_fact():
     pool.move_kv_cache([1], [2])
     pool.move_kv_cache(tgt_loc=[3], src_loc=[4])
     assert calls == ["moved", [1], "moved", [3]]
+
+
+def test_captures_at_start_run_within_the_context():
+    order = []
+
+    class Runner:
+        def init_cuda_graphs(self, capture_decode_cuda_graph=True):
+            order.append(capture_decode_cuda_graph)
+
+    @contextmanager
+    def context():
+        order.append("enter")
+        yield
+        order.append("leave")
+
+    runner = Runner()
+    compat.watch_captures(runner, context)
+    runner.init_cuda_graphs(capture_decode_cuda_graph=False)
+    assert order == ["enter", False, "leave"]
+    compat.watch_captures(SimpleNamespace(), context)
+
+
+def test_new_tokens_of_a_padded_prefill_graph():
+    batch = SimpleNamespace(out_cache_loc=torch.tensor([7, 8]), positions=torch.arange(4))
+    slots, positions = compat.new_tokens(batch)
+    assert slots.tolist() == [7, 8] and positions.tolist() == [0, 1]
+
+
+def test_largest_decode_graph_of_sglangs_configuration():
+    from sglang.srt.model_executor.cuda_graph_config import CudaGraphConfig, PhaseConfig
+
+    def largest(**decode):
+        return compat.largest_decode_graph(SimpleNamespace(cuda_graph_config=CudaGraphConfig(PhaseConfig(**decode))))
+
+    assert largest(backend="full", bs=[1, 16, 4], max_bs=16) == 16
+    assert largest(backend="disabled", bs=[1, 16]) is None
+    assert largest(backend="full") is None
 
 
 class RadixAttention(torch.nn.Module):

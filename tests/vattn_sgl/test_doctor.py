@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from vattn_kernels.cpu import build
 from vattn_sgl import doctor, model
@@ -100,3 +101,12 @@ def test_no_compiler(folder, monkeypatch):
     wrong = [what for ok, what, _ in report(folder) if not ok]
     assert len(wrong) == 1
     assert "g++" in wrong[0]
+
+
+def test_settings_that_a_gpu_cannot_serve(folder, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Test GPU")
+    assert (True, "GPU Test GPU: kernels are compiled as a server starts", "") in report(folder)
+    monkeypatch.setenv("VATTN_SELECTOR", "quest")
+    (failed,) = [line for line in report(folder) if not line[0]]
+    assert "set selector to sketch" in failed[1]

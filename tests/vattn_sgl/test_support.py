@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from vattn_sgl import support
+from vattn_sgl.config import Settings
 
 ARGUMENTS = [
-    ({"device": "cuda"}, "device cuda"),
+    ({"device": "xpu"}, "device xpu"),
     ({"page_size": 16}, "use --page-size 1"),
     ({"kv_cache_dtype": "fp8_e4m3"}, "leave it at auto"),
     ({"decode_attention_backend": "vattention"}, "use --attention-backend vattention alone"),
@@ -29,6 +30,16 @@ ARGUMENTS = [
     ({"tp_size": 2}, "--tp-size 2"),
     ({"pp_size": 2}, "--pp-size 2"),
     ({"dp_size": 2}, "--dp-size 2"),
+    ({"device": "cuda", "tp_size": 2}, "overwrite each other"),
+    ({"device": "cuda:0", "pp_size": 2}, "overwrite each other"),
+    ({"enable_pdmux": True}, "--enable-pdmux"),
+]
+GPU_SETTINGS = [
+    ({"selector": "quest"}, "set selector to sketch"),
+    ({"sampler": "uniform"}, "set sampler to proportional"),
+    ({"bound": "bernstein"}, "leave bound at null"),
+    ({"audit_rate": 0.1}, "set audit_rate to 0"),
+    ({"group_score": "mean"}, "set group_score to max"),
 ]
 MODELS = [
     ({"attention_arch": SimpleNamespace(name="MLA")}, "MLA"),
@@ -97,6 +108,36 @@ def test_layers(attributes, expected):
     assert expected in reasons[0]
 
 
+@pytest.mark.parametrize(("fields", "expected"), GPU_SETTINGS)
+def test_settings_on_a_gpu(fields, expected):
+    (reason,) = support.gpu_reasons(SimpleNamespace(), Settings(**fields))
+    assert expected in reason
+
+
+def test_a_plain_server_is_served_on_a_gpu(monkeypatch):
+    graphs = SimpleNamespace(prefill=SimpleNamespace(backend="breakable"))
+    args = SimpleNamespace(device="cuda", dp_size=2, cuda_graph_config=graphs)
+    assert list(support.argument_reasons(args)) == []
+    for selector in support.GPU_SELECTORS:
+        assert list(support.gpu_reasons(args, Settings(selector=selector))) == []
+    graphs.prefill.backend = "full"
+    assert "use breakable" in next(support.gpu_reasons(args, Settings()))
+    monkeypatch.setenv("SGLANG_ENABLE_METADATA_GLUE_GRAPH", "1")
+    assert len(list(support.gpu_reasons(args, Settings()))) == 2
+
+
+def test_head_dims_on_a_gpu():
+    assert list(support.gpu_model_reasons(SimpleNamespace(head_dim=128))) == []
+    assert "serve 64, 96, 128, 256" in next(support.gpu_model_reasons(SimpleNamespace(head_dim=80)))
+
+
+def test_dtypes_on_a_gpu():
+    pool = MHATokenToKVPool()
+    for dtype, reasons in ((torch.bfloat16, 0), (torch.float16, 0), (torch.float32, 1), (torch.float8_e4m3fn, 1)):
+        pool.dtype = dtype
+        assert len(list(support.gpu_pool_reasons(pool))) == reasons
+
+
 def test_pools(monkeypatch):
     assert "MLATokenToKVPool" in next(support.pool_reasons(MLATokenToKVPool()))
     pool = MHATokenToKVPool()
@@ -114,6 +155,6 @@ def test_all_reasons_are_told_at_once():
         model=RadixAttention(logit_cap=30.0),
     )
     with pytest.raises(support.Unsupported) as caught:
-        support.check(runner)
+        support.check(runner, Settings())
     assert len(caught.value.reasons) == 5
     assert all(f"- {reason}" in str(caught.value) for reason in caught.value.reasons)

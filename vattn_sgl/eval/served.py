@@ -53,6 +53,7 @@ def forced_steps(
     positions: int,
     answered: Callable[[int], None] = lambda count: None,
     asked: list[list[int]] | None = None,
+    workers: int = WORKERS,
 ) -> list[Step]:
     """Decode steps of the backend, each forced on dense's tokens.
 
@@ -71,6 +72,8 @@ def forced_steps(
         Told how many have been answered.
     asked : list of list of int, optional
         ``asked[j + 1]`` are tokens whose log-probabilities at position j + 1 are wanted.
+    workers : int
+        Requests at a time.
 
     Returns
     -------
@@ -86,7 +89,7 @@ def forced_steps(
         return Step(j, second, {int(token): float(value) for value, token, *_ in wanted}) if first == dense[j] else None
 
     steps = []
-    with ThreadPoolExecutor(WORKERS) as pool:
+    with ThreadPoolExecutor(workers) as pool:
         for count, found in enumerate(pool.map(step, range(positions)), start=1):
             answered(count)
             steps.append(found)

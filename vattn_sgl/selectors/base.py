@@ -81,8 +81,13 @@ class SideTensor:
     slots: int = 1
 
     def allocate(self, geometry: CacheGeometry) -> torch.Tensor:
-        """Zeros ``[num_layers, rows, *shape]``."""
+        """Zeros ``[num_layers, rows, *shape]``; on a GPU one head's rows stand side by side."""
         rows = -(-geometry.num_slots // self.slots)
+        if geometry.device.type == "cuda" and self.shape:
+            heads, *rest = self.shape
+            # A kernel reads one head of consecutive slots.
+            memory = torch.zeros(geometry.num_layers, heads, rows, *rest, dtype=self.dtype, device=geometry.device)
+            return memory.transpose(1, 2)
         return torch.zeros(geometry.num_layers, rows, *self.shape, dtype=self.dtype, device=geometry.device)
 
 

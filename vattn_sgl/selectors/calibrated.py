@@ -56,6 +56,9 @@ class CalibratedSelector:
         self.positions = torch.zeros(geometry.num_slots, dtype=torch.int64, device=geometry.device)
         self.covered = torch.zeros(1, dtype=torch.int32, device=geometry.device)
         self._observing = False
+        # A captured graph cannot learn later that there is a calibration. Codes of empty tables are harmless: nothing
+        # is covered until the first calibration, which clears them.
+        self._always_encodes = geometry.device.type == "cuda"
         self._arguments = [self.side_arguments(layer) for layer in range(geometry.num_layers)]
         if calibration.tables is not None:
             self._adopt()
@@ -114,11 +117,12 @@ class CalibratedSelector:
         """
         k_cache, v_cache = pool.get_kv_buffer(self.layer_ids[layer])
         if layer == 0:
-            self.written[slots] = True
+            # Assigning a Python value would copy it from the host, which no capture allows.
+            self.written.index_fill_(0, slots, True)
             self.positions[slots] = positions
         if self._observing:
             self.calibration.observe(layer, q, k_cache[slots], positions)
-        if self.calibration.tables is not None:
+        if self._always_encodes or self.calibration.tables is not None:
             self.encode(layer, k_cache, v_cache, slots)
 
     def arguments(self, layer: int) -> SideArguments:

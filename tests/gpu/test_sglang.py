@@ -1,0 +1,164 @@
+"""A real model on a GPU through SGLang with CUDA graphs: ``TEST_GPU_MODEL`` names its folder.
+
+Each next token is forced on dense's text (`vattn_sgl.eval.served.forced_steps`). Both servers keep
+the logits in float32, since bfloat16 rounds many of them to ties.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from vattn_sgl import texts
+from vattn_sgl.eval.capture import token_ids
+from vattn_sgl.eval.served import forced_steps, totals
+from vattn_sgl.server import Server
+
+# Not VATTN_..: a server refuses what is no setting.
+MODEL = os.environ.get("TEST_GPU_MODEL", "")
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not MODEL, reason="TEST_GPU_MODEL names no folder of a converted model"),
+]
+
+CONTEXT = 8192
+BUCKET = 32
+COMMON = (
+    *("--dtype", "bfloat16", "--enable-fp32-lm-head", "--context-length", str(CONTEXT)),
+    *("--max-total-tokens", "400000", "--max-running-requests", "64", "--cuda-graph-max-bs-decode", str(BUCKET)),
+    *("--sampling-backend", "pytorch", "--grammar-backend", "none"),
+)
+NO_PREFILL_GRAPHS = ("--disable-prefill-cuda-graph",)
+PROMPTS = int(os.environ.get("TEST_GPU_PROMPTS", "24"))
+POSITIONS = int(os.environ.get("TEST_GPU_POSITIONS", "100"))
+SHORTEST, LONGEST = 4000, 8000
+LEAST_AGREEMENT = 0.99
+ADMIN_KEY = "an-admin-key"
+EPSILON = 0.05
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[list[int]]:
+    """Stretches of two texts, 4K to 8K tokens long."""
+    ids = [token for name in (texts.EVALUATION, texts.DEMONSTRATION) for token in token_ids(MODEL, name)]
+    longest = LONGEST - POSITIONS
+    lengths = [SHORTEST + (longest - SHORTEST) * i // max(1, PROMPTS - 1) for i in range(PROMPTS)]
+    starts = [(len(ids) - longest) * i // max(1, PROMPTS - 1) for i in range(PROMPTS)]
+    return [ids[start : start + length] for start, length in zip(starts, lengths, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def dense(prompts: list[list[int]]) -> list[list[int]]:
+    """Greedy continuations by SGLang's triton backend."""
+    with Server(MODEL, "triton", COMMON + NO_PREFILL_GRAPHS) as server, ThreadPoolExecutor(len(prompts)) as pool:
+        return list(pool.map(lambda prompt: server.generate(prompt, POSITIONS + 2)["output_ids"], prompts))
+
+
+@pytest.fixture(scope="module")
+def server(dense: object, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """This backend, calibrated on another text; dense's server is gone by now."""
+    env = {"VATTN_CACHE": str(tmp_path_factory.mktemp("cache"))}
+    with Server(MODEL, "vattention", COMMON + NO_PREFILL_GRAPHS, env, admin_key=ADMIN_KEY) as started:
+        started.generate(token_ids(MODEL, texts.CALIBRATION)[: CONTEXT - 10], 4)
+        started.generate(token_ids(MODEL, texts.CALIBRATION_MORE)[:2000], 4)
+        yield started
+
+
+@pytest.fixture
+def epsilon(server: Server) -> Iterator[None]:
+    """Puts epsilon back after a test."""
+    yield
+    server.admin("PATCH", "config", {"epsilon": EPSILON})
+
+
+def status(server: Server) -> dict:
+    """Of the one rank."""
+    return server.admin("GET", "status")["ranks"][0]
+
+
+def density(server: Server, run) -> float:
+    """Tokens read over tokens in context while ``run`` decodes."""
+    before = totals(server.admin("GET", "status"))
+    run()
+    after = totals(server.admin("GET", "status"))
+    return (after[0] - before[0]) / (after[1] - before[1])
+
+
+def agreement(server: Server, prompts: list[list[int]], dense: list[list[int]]) -> tuple[float, int]:
+    """Share of dense's next tokens that the backend's decode steps give, and their number."""
+    agreed = compared = 0
+    for prompt, tokens in zip(prompts, dense, strict=True):
+        server.generate(prompt, 1)
+        steps = forced_steps(server, prompt, tokens, POSITIONS, workers=BUCKET)
+        agreed += sum(step.token == tokens[step.index + 1] for step in steps)
+        compared += len(steps)
+    return agreed / compared, compared
+
+
+def outcomes(server: Server) -> dict[str, float]:
+    """Head-steps by outcome over all layers."""
+    rows = [layer["outcome"] for layer in status(server)["layers"]]
+    return {name: sum(row[name] for row in rows) for name in rows[0]}
+
+
+def test_it_answers(server):
+    assert "Paris" in server.chat("What is the capital of France?")
+    assert status(server)["calibrated_positions"] >= CONTEXT
+
+
+@pytest.mark.parametrize("epsilon_", [1e-6, EPSILON], ids=["reading-all", "default"])
+def test_decode_agrees_with_dense(server, prompts, dense, epsilon, epsilon_):
+    server.admin("PATCH", "config", {"epsilon": epsilon_})
+    found = []
+    read = density(server, lambda: found.append(agreement(server, prompts, dense)))
+    ((share, compared),) = found
+    print(f"epsilon {epsilon_}: agreement {share:.4f} of {compared} positions, density {read:.3f}")
+    assert compared >= 0.8 * PROMPTS * POSITIONS
+    assert share >= LEAST_AGREEMENT
+
+
+def test_epsilon_changes_between_replays(server, prompts, epsilon):
+    read = {}
+    for value in (0.02, 0.3):
+        server.admin("PATCH", "config", {"epsilon": value})
+        read[value] = density(server, lambda: server.generate(prompts[-1], 64))
+    print(f"density by epsilon: {read}")
+    assert read[0.3] < 0.8 * read[0.02]
+    assert read[0.3] < 0.6
+
+
+def test_counters_move_and_padded_rows_are_not_counted(server, prompts):
+    for prompt in prompts[:3]:
+        server.generate(prompt, 2)
+    before = outcomes(server)
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(lambda prompt: server.generate(prompt, 32), prompts[:3]))
+    after = outcomes(server)
+    layers, heads = len(status(server)["layers"]), 9
+    moved = {name: after[name] - before[name] for name in after}
+    assert sum(moved.values()) >= 3 * 31 * layers * heads
+    # A padded row would be a dense one, and these contexts are all long enough to be sampled.
+    assert moved["dense"] == 0
+
+
+def test_equal_requests_give_equal_tokens(server, prompts):
+    first, second = (server.generate(prompts[0], 48)["output_ids"] for _ in range(2))
+    assert first == second
+
+
+def test_graphs_of_prefill_stay_on(dense, server, prompts, tmp_path):
+    """SGLang's default captures prefill too; calibration must see the real prompts through it."""
+    server.stop()
+    env = {"VATTN_CACHE": str(tmp_path)}
+    with Server(MODEL, "vattention", COMMON, env, admin_key=ADMIN_KEY) as started:
+        assert status(started)["calibrated_positions"] == 0
+        assert "Paris" in started.chat("What is the capital of France?")
+        for prompt, tokens in zip(prompts[:2], dense, strict=False):
+            assert started.generate(prompt, 1)["output_ids"] == tokens[:1]
+        for i in range(4):
+            started.generate(prompts[-1][500 * i + 1 :][:900], 4)
+        assert status(started)["calibrated_positions"] >= CONTEXT
+        assert "Paris" in started.chat("What is the capital of France?")
