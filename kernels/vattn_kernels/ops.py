@@ -1,11 +1,13 @@
 """Custom ops of vAttention: contract, fake and dispatch by device.
 
 Importing this module registers ``torch.ops.vattn.decode`` and ``torch.ops.vattn.encode``. Implementations stand in
-`vattn_kernels.cpu`; the truth, in float64, in `vattn_kernels.reference`.
+`vattn_kernels.cpu` and `vattn_kernels.triton`; the truth, in float64, in `vattn_kernels.reference`.
 """
 
 from __future__ import annotations
 
+import importlib
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -81,7 +83,7 @@ def decode(
     Parameters
     ----------
     q : torch.Tensor
-        ``[batch, num_qo_heads, head_dim]``, float32 or bfloat16, contiguous.
+        ``[batch, num_qo_heads, head_dim]``, contiguous: float32 or bfloat16 on a CPU, bfloat16 or float16 on a GPU.
     k_cache, v_cache : torch.Tensor
         ``[num_slots, num_kv_heads, head_dim]`` of q's dtype, contiguous.
     kv_indices : torch.Tensor
@@ -89,14 +91,16 @@ def decode(
     seq_lens : torch.Tensor
         int32 or int64 ``[batch]``, tokens in each cache, the current one included; 0 is a padded row.
     codes : torch.Tensor, optional
-        int32 ``[num_slots, num_kv_heads, words]`` sketch or signature of every slot's key; ``quest``: page bounds of
+        int32 ``[num_slots, num_kv_heads, words]`` sketch or signature of every slot's key, contiguous on a CPU; on a
+        GPU one head's slots lie side by side, ``norms`` likewise; ``quest``: page bounds of
         k_cache's dtype ``[num_pages, num_kv_heads, 2, head_dim]``, see `encode_pages`. ``oracle`` ignores the seven
         side-data arguments, ``quest`` uses neither query_basis nor fields, the other selectors need all.
     norms : torch.Tensor, optional
         uint8 ``[num_slots, num_kv_heads, 2]``, each ``2^((byte - 128) / 8)``: coding error (``sketch``) or norm of the
         key less the mean (``sign``, ``hash``), then norm of v; ``quest`` has the norm of v alone, ``[.., 1]``.
     valid : torch.Tensor, optional
-        uint8 ``[num_slots]``; a token whose byte is 0 has no usable side data and is read for certain.
+        uint8 ``[num_slots]``; a token whose byte is 0 has no usable side data and is read for certain. A GPU reads an
+        error byte of `vattn_kernels.sketch.UNUSABLE` instead.
     mean : torch.Tensor, optional
         float32 ``[num_kv_heads, head_dim]`` mean key.
     query_basis : torch.Tensor, optional
@@ -154,6 +158,13 @@ def reserve(
     num_qo_heads, num_kv_heads, head_dim : int
         Of the model on this rank.
     """
+    if device.type == "cuda":
+        _gpu().reserve(device, max_batch, max_len, num_qo_heads, num_kv_heads, head_dim)
+
+
+def _gpu() -> ModuleType:
+    """The GPU kernels; Triton is imported where there is a GPU only."""
+    return importlib.import_module("vattn_kernels.triton")
 
 
 def encode(
@@ -267,6 +278,8 @@ _LIBRARY.impl("decode", cpu.decode, "CPU")
 _LIBRARY.impl("encode", cpu.encode, "CPU")
 _LIBRARY.impl("encode_signature", cpu.encode_signature, "CPU")
 _LIBRARY.impl("encode_pages", cpu.encode_pages, "CPU")
+_LIBRARY.impl("decode", lambda *args, **kwargs: _gpu().decode(*args, **kwargs), "CUDA")
+_LIBRARY.impl("encode", lambda *args: _gpu().encode(*args), "CUDA")
 
 
 @torch.library.register_fake("vattn::decode", lib=_LIBRARY)

@@ -2,7 +2,7 @@
 
 ``C = E[q q^T] = L L^T`` over calibration queries and ``(K - mean) L = U S Vh`` give the best rank-r form of ``q . k``
 for the queries that come (``algorithm.md``, "Sketch"). A key becomes ``z = (k - mean) L Vh^T`` with a few bits a
-dimension, given out by water-filling; a query becomes ``t = q L^-T Vh^T``.
+dimension, given out to groups of four by water-filling; a query becomes ``t = q L^-T Vh^T``.
 """
 
 from __future__ import annotations
@@ -15,8 +15,12 @@ from vattn_kernels.rope import Rope
 
 MAX_WIDTH = 5
 WORD_BITS = 32
+LANES = 4
+GROUPS_PER_WORD = 3
 NORM_STEPS_PER_OCTAVE = 8
 NORM_ZERO = 128
+# Error byte of a slot whose side data must not be used, where no valid byte is read.
+UNUSABLE = 255
 # Step, in standard deviations, of the uniform quantizer with least error on a Gaussian, for widths 1 to 5.
 GAUSSIAN_STEPS = (1.596, 0.9957, 0.586, 0.3352, 0.1881)
 STEP_CANDIDATES = (0.7, 0.85, 1.0, 1.2)
@@ -117,7 +121,9 @@ class SketchTables:
     steps : torch.Tensor
         float32 ``[num_layers, num_kv_heads, max_fields]``, quantizer step of each coded dimension.
     fields : torch.Tensor
-        int32 ``[num_layers, num_kv_heads, max_fields, 3]``: word, shift, width; width 0 is unused.
+        int32 ``[num_layers, num_kv_heads, max_fields, 3]``: word, shift, width; width 0 is unused. Dimensions
+        ``4j .. 4j + 3`` have one width and lie in the four bytes of word ``j % words`` at the same shift within the
+        byte, so that one shift and mask yields four codes for a dot product of bytes; ``j < GROUPS_PER_WORD * words``.
     """
 
     mean: torch.Tensor
@@ -189,7 +195,7 @@ def solve(moments: Moments, key_sample: torch.Tensor, bits: int) -> SketchTables
     centred = key_sample.transpose(1, 2).double() - mean[:, :, None]
     z = (centred @ key_basis[..., :slots]).float()  # [L, H, n, R]
     steps, errors = _quantizers(z, sigma[..., :slots].float())
-    widths = _water_fill(errors, bits)
+    widths = _water_fill(errors, bits // WORD_BITS)
     packed = torch.zeros(num_layers, num_kv_heads, slots, 3, dtype=torch.int32)
     for layer in range(num_layers):
         for head in range(num_kv_heads):
@@ -221,26 +227,44 @@ def _quantizers(z: torch.Tensor, sigma: torch.Tensor) -> tuple[torch.Tensor, tor
     return torch.stack(steps, -1).clamp(min=1e-12), torch.stack(errors, -1)
 
 
-def _water_fill(errors: torch.Tensor, bits: int) -> torch.Tensor:
-    """Give out bits one by one where they lower the error most; ``[L, H, R]`` int64."""
-    gains = (errors[..., :-1] - errors[..., 1:]).clamp(min=0)
+def _water_fill(errors: torch.Tensor, words: int) -> torch.Tensor:
+    """Give out a byte of each word, bit by bit, to the groups of four dimensions whose error it lowers most.
+
+    Parameters
+    ----------
+    errors : torch.Tensor
+        ``[L, H, R, W + 1]`` mean squared error of every dimension at every width.
+    words : int
+        Words of a code.
+
+    Returns
+    -------
+    torch.Tensor
+        int64 ``[L, H, R]``, equal within a group.
+    """
+    groups = min(GROUPS_PER_WORD * words, errors.shape[2] // LANES)
+    error = errors[:, :, : groups * LANES].unflatten(2, (groups, LANES)).sum(3)
+    gains = (error[..., :-1] - error[..., 1:]).clamp(min=0)
     gains = torch.cat([gains, torch.full_like(gains[..., :1], -1.0)], -1)  # no sixth bit
-    widths = torch.zeros(errors.shape[:-1], dtype=torch.int64, device=errors.device)
-    for _ in range(bits):
-        best = gains.gather(-1, widths[..., None])[..., 0].argmax(-1, keepdim=True)
-        widths.scatter_add_(-1, best, torch.ones_like(best))
-    return widths.clamp(max=MAX_WIDTH)
+    widths = torch.zeros(error.shape[:-1], dtype=torch.int64, device=errors.device)
+    for word in range(words):
+        own = widths[..., word::words]
+        own_gains = gains[..., word::words, :]
+        for _ in range(WORD_BITS // LANES if own.shape[-1] else 0):
+            best = own_gains.gather(-1, own[..., None])[..., 0].argmax(-1, keepdim=True)
+            own.scatter_add_(-1, best, torch.ones_like(best))
+    widths = widths.clamp(max=MAX_WIDTH).repeat_interleave(LANES, -1)
+    return torch.nn.functional.pad(widths, (0, errors.shape[2] - widths.shape[-1]))
 
 
 def _pack(widths: list[int], words: int) -> list[list[int]]:
-    """Place fields into words, widest first, none across a border; a field that does not fit is narrowed."""
-    free = [WORD_BITS] * words
-    placed = [[0, 0, 0] for _ in widths]
-    for index in sorted(range(len(widths)), key=lambda i: -widths[i]):
-        word = max(
-            range(words), key=lambda w: (free[w] >= widths[index], -free[w] if free[w] >= widths[index] else free[w])
-        )
-        width = min(widths[index], free[word])
-        placed[index] = [word, WORD_BITS - free[word], width]
-        free[word] -= width
+    """Fields of the dimensions: word, shift and width; the layout is `SketchTables`'."""
+    used = [0] * words
+    placed = []
+    for index, width in enumerate(widths):
+        group, lane = divmod(index, LANES)
+        word = group % words
+        placed.append([word, 8 * lane + used[word], width] if width else [0, 0, 0])
+        if lane == LANES - 1:
+            used[word] += width
     return placed

@@ -8,7 +8,7 @@ import torch
 
 from vattn_kernels import ops
 from vattn_kernels.reference import sketch as reference
-from vattn_kernels.sketch import WORD_BITS, SketchTables
+from vattn_kernels.sketch import UNUSABLE, WORD_BITS, SketchTables
 from vattn_sgl.config import Settings
 from vattn_sgl.selectors.base import CacheGeometry, SideArguments, SideTensor
 from vattn_sgl.selectors.calibrated import CalibratedSelector
@@ -54,6 +54,15 @@ class SketchSelector(CalibratedSelector):
         t = self.tables
         codes, norms, valid = (side[layer] for side in self.side.values())
         return codes, norms, valid, t.mean[layer], t.query_basis[layer], t.steps[layer], t.fields[layer]
+
+    def invalidate(self, slots: torch.Tensor) -> None:
+        """Clear the valid bits of ``slots`` in every layer, and mark their error bytes for a GPU."""
+        super().invalidate(slots)
+        self.norms[:, slots, :, 0] = UNUSABLE
+
+    def _adopt(self) -> None:
+        super()._adopt()
+        self.norms[..., 0] = UNUSABLE
 
     def upper_bound(self, layer: int, q: torch.Tensor, slots: torch.Tensor) -> torch.Tensor | None:
         """`vattn_kernels.reference.sketch.upper_logits`; see `vattn_sgl.selectors.base.Selector`."""

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from vattn_kernels import params as parameters
+from vattn_kernels.ops import STATE_WIDTH
 from vattn_kernels.quantiles import TARGETS
+from vattn_kernels.sketch import GROUPS_PER_WORD
 from vattn_kernels.triton import layout
 from vattn_kernels.triton.attend import attend_exact_fwd_kernel, attend_fwd_kernel, retry_fwd_kernel
 from vattn_kernels.triton.combine import combine_fwd_kernel
@@ -25,7 +27,6 @@ DTYPES = (torch.bfloat16, torch.float16)
 HEAD_DIMS = (64, 96, 128, 256)
 MAX_GROUP = 16
 WORDS = (1, 2, 4)
-GROUPS_PER_WORD = 3
 # Steps after which what was learnt of a request row is no longer trusted.
 MOST_AGE = 64
 
@@ -135,7 +136,7 @@ def decode(
         q, k_cache, kv_indices, seq_lens, mean, query_basis, steps, fields, covered, state, state_rows,
         work.mode, work.codes, work.bias, work.log_scale, work.fixed, work.scale,
         sm_scale, floor, sink, window, dense_below, pilot_min, kv_stride, k_stride,
-        **model, GP=max(16, padded_group), R=steps.shape[-1], C=coded, CODES=4 * groups, F=128, WIDTH=layout.STATE_WIDTH,
+        **model, GP=max(16, padded_group), R=steps.shape[-1], C=coded, CODES=4 * groups, F=128, WIDTH=STATE_WIDTH,
         MOST_AGE=MOST_AGE, num_warps=launch.prepare_warps, **pdl,
     )  # fmt: skip
 
@@ -151,7 +152,7 @@ def decode(
     }  # fmt: skip
     merge = model | {
         "GP": padded_group, "WIDTH": width, "SPLITS": splits, "SPLITS_P": _power_of_two(splits + 1),
-        "MOST": layout.MOST_SEGMENTS, "STATE": layout.STATE_WIDTH, "TARGET": target_id,
+        "MOST": layout.MOST_SEGMENTS, "STATE": STATE_WIDTH, "TARGET": target_id,
         "TABLE": parameters.SPLIT_TABLE if is_split else parameters.TABLE, "POINTS": parameters.TABLE_POINTS,
         "PER_UNIT": parameters.TABLE_STEPS_PER_UNIT, "BUDGET_EDGES": budget_edges.numel(),
         "BUDGET_EDGES_P": _power_of_two(budget_edges.numel()), "ERROR_EDGES": error_edges.numel(),

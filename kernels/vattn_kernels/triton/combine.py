@@ -111,7 +111,7 @@ def combine_fwd_kernel(
                 p_seq_lens, p_mode, p_log_scale, p_fixed, p_counts,
                 p_reads, p_params, p_state, p_state_rows, p_budget_edges, p_error_edges, p_stats, p_counters,
                 sink, window, cap, at_context, at_read, at_outcome, at_budget, at_error,
-                HKV, G, GP, SPLITS, MOST, STATE, EXACT, LAST, EXACT_NEXT, BUDGET_EDGES, BUDGET_EDGES_P, ERROR_EDGES,
+                HKV, G, GP, SPLITS, MOST, STATE, EXACT, LAST, EXACT_NEXT, TABLE, BUDGET_EDGES, BUDGET_EDGES_P, ERROR_EDGES,
                 ERROR_EDGES_P,
             )  # fmt: skip
 
@@ -149,7 +149,7 @@ def combine_row(
             i_row, mode, widths, guards, starts, residuals, p_seq_lens, p_mode, p_log_scale, p_fixed, p_counts,
             p_reads, p_params, p_state, p_state_rows, p_budget_edges, p_error_edges, p_stats, p_counters,
             sink, window, cap, at_context, at_read, at_outcome, at_budget, at_error,
-            HKV, G, GP, SPLITS, MOST, STATE, EXACT, LAST, EXACT_NEXT, BUDGET_EDGES, BUDGET_EDGES_P, ERROR_EDGES,
+            HKV, G, GP, SPLITS, MOST, STATE, EXACT, LAST, EXACT_NEXT, TABLE, BUDGET_EDGES, BUDGET_EDGES_P, ERROR_EDGES,
             ERROR_EDGES_P,
         )  # fmt: skip
 
@@ -172,6 +172,7 @@ def merge_head(
     masses = tl.load(p_own + MASS * WIDTH, mask=m_s, other=0.0, cache_modifier=".cg")
     outs = tl.load(tile, mask=m_s[:, None], other=0.0, cache_modifier=".cg")  # [S, DP]
     top = tl.max(maxima, 0)
+    top = tl.where(top == float("-inf"), 0.0, top)
     f = tl.exp2(maxima - top)
     masses = f * masses
     mass = tl.maximum(tl.sum(masses, 0), 1e-30)
@@ -228,7 +229,7 @@ def settle_group(
     p_reads, p_params, p_state, p_state_rows, p_budget_edges, p_error_edges, p_stats, p_counters,
     sink, window, cap, at_context, at_read, at_outcome, at_budget, at_error,
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, SPLITS: tl.constexpr, MOST: tl.constexpr,
-    STATE: tl.constexpr, EXACT: tl.constexpr, LAST: tl.constexpr, EXACT_NEXT: tl.constexpr,
+    STATE: tl.constexpr, EXACT: tl.constexpr, LAST: tl.constexpr, EXACT_NEXT: tl.constexpr, TABLE: tl.constexpr,
     BUDGET_EDGES: tl.constexpr, BUDGET_EDGES_P: tl.constexpr, ERROR_EDGES: tl.constexpr, ERROR_EDGES_P: tl.constexpr,
 ):  # fmt: skip
     """Send a group into another round, or close its step.
@@ -273,6 +274,10 @@ def settle_group(
         following = used + tl.minimum(change, MOST_GROWTH)
         following = tl.minimum(tl.maximum(following, guards), used + limit)
     else:
+        if cap < 1.0:
+            # The first scale reads cap tokens where its values are twice as long as their mean.
+            certain = 2.0 * tl.log(2.0 * tl.load(p_params + TABLE) / epsilon)
+            starts = tl.minimum(starts, starts - certain + tl.log(tl.maximum(cap * total.to(tl.float32), 1.0)))
         following = tl.where(mode == EXHAUSTED, tl.maximum(used + AIM, guards), starts)
     if again:
         if EXACT_NEXT:

@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from vattn_kernels.sketch import GROUPS_PER_WORD
+
 # What a row does in a round.
 DONE: Final = tl.constexpr(0)
 SAMPLED: Final = tl.constexpr(1)
@@ -27,7 +29,6 @@ EXHAUSTED: Final = tl.constexpr(3)
 STATE_SCALE: Final = tl.constexpr(0)
 STATE_CONTEXT: Final = tl.constexpr(1)
 STATE_READS: Final = tl.constexpr(2)
-STATE_WIDTH: Final = 4
 
 # Rows of a split's scalars.
 MAXIMUM: Final = tl.constexpr(0)
@@ -79,7 +80,7 @@ class Launch:
 
 LAUNCH: Final = Launch()
 # Coded dimensions of the widest sketch: 128 bits in groups of four.
-MOST_FIELDS: Final = 64
+MOST_CODES: Final = 4 * GROUPS_PER_WORD * 4
 
 
 def splits_of(rows: int) -> int:
@@ -190,7 +191,7 @@ def workspace(
 
     made = Workspace(
         empty(rows, dtype=torch.int32),
-        empty(heads, MOST_FIELDS, dtype=torch.int8),
+        empty(heads, MOST_CODES, dtype=torch.int8),
         empty(heads),
         empty(heads),
         empty(heads),

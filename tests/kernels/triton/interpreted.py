@@ -1,0 +1,253 @@
+"""The GPU kernels in Triton's interpreter, against float64; run by ``test_interpreter.py`` in a process of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from decode_case import OFFSETS, DecodeCase
+
+from vattn_kernels import ops, params, sketch
+from vattn_kernels import triton as gpu
+from vattn_kernels.reference import rng
+from vattn_kernels.reference import sketch as reference
+from vattn_kernels.triton import layout
+
+SINK, WINDOW = 16, 64
+HEADS = [(4, 2), (3, 1), (2, 2), (5, 1)]
+
+
+def by_head(side):
+    """A copy whose rows of a head lie side by side, as the GPU kernels read them."""
+    return side.transpose(0, 1).contiguous().transpose(0, 1)
+
+
+@dataclasses.dataclass
+class Step(DecodeCase):
+    """A case of `decode_case` with the state that the GPU kernels keep, and few programs: each one is interpreted."""
+
+    def __post_init__(self):
+        self.settings = {"selector": "sketch", "floor": 0.02} | self.settings
+        super().__post_init__()
+        self.side = (by_head(self.side[0]), by_head(self.side[1]), *self.side[2:])
+        self.state = torch.zeros(self.batch + 1, self.num_qo_heads, ops.STATE_WIDTH)
+        self.state_rows = torch.arange(self.batch).flip(0)
+
+    def run(self):
+        arguments = self.arguments()
+        gpu.decode(*arguments, **self.step, state=self.state, state_rows=self.state_rows)
+        return arguments[-4], arguments[-3], arguments[-2]
+
+    def learnt(self, log_scale):
+        """Set what the last step learnt, relative to the log-sum-exp of the fixed set."""
+        self.state[..., layout.STATE_SCALE.value] = log_scale
+        self.state[..., layout.STATE_CONTEXT.value] = self.context - 1
+        self.state[..., layout.STATE_READS.value] = 100.0
+
+    def logits(self, request, head):
+        slots = self.kv_indices[request, : self.context].long()
+        group = self.num_qo_heads // self.num_kv_heads
+        q = self.q[request, head * group : (head + 1) * group].double()
+        return self.step["sm_scale"] * q @ self.k_cache[slots, head].double().T, slots
+
+    def workspace(self):
+        return layout.workspace(
+            self.q.device, self.batch, self.context, self.num_qo_heads, self.num_kv_heads,
+            1 << (self.head_dim - 1).bit_length(),
+        )  # fmt: skip
+
+    def lists(self, request, head):
+        """Slots and inclusion probabilities that the last call selected for a row."""
+        work, rows = self.workspace(), self.batch * self.num_kv_heads
+        row, capacity = request * self.num_kv_heads + head, layout.capacity(rows, self.context)
+        segments = layout.LISTS.value * layout.splits_of(rows)
+        span, slots, pi = capacity // segments, [], []
+        for s in range(segments):
+            at = row * capacity + s * span
+            count = int(work.counts[row, s])
+            slots.append(work.slots[at : at + count])
+            pi.append(work.pi[at : at + count])
+        return torch.cat(slots).long(), torch.cat(pi).double()
+
+
+@pytest.fixture(autouse=True)
+def few_programs(monkeypatch):
+    monkeypatch.setattr(layout.LAUNCH, "programs", 8)
+    monkeypatch.setattr(layout.LAUNCH, "retry_programs", 3)
+    monkeypatch.setattr(layout.LAUNCH, "exact_programs", 5)
+
+
+@pytest.mark.parametrize("bits", [32, 64, 128])
+@pytest.mark.parametrize("slots", [1, 63, 111])
+def test_codes_are_the_references(slots, bits):
+    case = Step(batch=1, context=200, bits=bits, head_dim=64)
+    k, v, _, *tables = case.encode_arguments[:7]
+    new = torch.randperm(k.shape[0])[:slots]
+    truth = [torch.zeros_like(t) for t in case.encode_arguments[7:]]
+    ours = [by_head(t) if t.dim() > 1 else t.clone() for t in truth]
+    reference.encode(k, v, new, *tables, *truth)
+    gpu.encode(k, v, new, *tables, *ours)
+    for a, b in zip(truth, ours, strict=True):
+        # A code at a quantizer's border may round to its neighbour in float32.
+        assert (a[new] != b[new]).double().mean() < 0.01
+        untouched = torch.ones(k.shape[0], dtype=torch.bool)
+        untouched[new] = False
+        assert not b[untouched].any()
+
+
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("context", [1, 63, 80, 111])
+def test_first_step_of_a_request_is_exact_and_starts_the_state(context, heads):
+    case = Step(batch=2, context=context, num_qo_heads=heads[0], num_kv_heads=heads[1])
+    case.seq_lens[1] = 0
+    out, stats, counters = case.run()
+    assert case.errors(out)[0].max() < 2e-5
+    assert torch.equal(out[1], torch.zeros_like(out[1]))
+    assert (stats[..., 3] == ops.OUTCOMES.index("dense")).all()
+    counted = heads[0] * context if context > 1 else 0
+    assert counters[OFFSETS[0]] == counters[OFFSETS[1] + 4] == counted
+    assert (case.state[case.state_rows[0], :, layout.STATE_CONTEXT.value] == context).all()
+
+
+@pytest.mark.parametrize("bits", [64, 128])
+def test_tokens_are_drawn_with_the_probability_of_their_score(bits):
+    case = Step(batch=2, context=600, bits=bits, epsilon=0.5)
+    case.learnt(4.0)
+    case.run()
+    step, group = case.step, case.num_qo_heads // case.num_kv_heads
+    for request in range(case.batch):
+        for head in range(case.num_kv_heads):
+            logits, slots = case.logits(request, head)
+            inner = slots[SINK : case.context - WINDOW]
+            side = (case.side[0][inner, head], case.side[1][inner, head], case.side[3][head])
+            q = case.q[request, head * group : (head + 1) * group].double()
+            estimated, _ = reference.logits(q, *side, *(t[head] for t in case.side[4:]), step["sm_scale"])
+            fixed = torch.cat([logits[:, :SINK], logits[:, case.context - WINDOW :]], 1).logsumexp(1, keepdim=True)
+            coded = 4 * sketch.GROUPS_PER_WORD * bits // 32
+            t = q @ case.side[4][head].double()[:, :coded]
+            kappa = 0.5 * step["sm_scale"] ** 2 * t.square().sum() / (group * (1 << (coded - 1).bit_length()))
+            error, norm = (reference.norm_of(side[1][:, i]) for i in (0, 1))
+            score = (estimated + 4.0 - fixed).amax(0).exp() * (kappa * error**2).exp() * norm
+            pi = (score + step["floor"] * 100.0 / inner.numel()).clamp(max=1)
+            key = rng.stream_key(step["seed"], step["layer_id"], head, case.context)
+            u = rng.uniform(torch.arange(SINK, case.context - WINDOW), key)
+            chosen, drawn_pi = case.lists(request, head)
+            assert chosen.unique().numel() == chosen.numel()
+            where = {int(s): i for i, s in enumerate(inner)}
+            index = torch.tensor([where[int(s)] for s in chosen])
+            # The query's weights are rounded to int8.
+            assert (drawn_pi / pi[index]).log().abs().max() < 0.12
+            sure = (u < 0.88 * pi) | (pi >= 1)
+            assert sure[index].sum() == sure.sum()
+            assert not ((u > 1.13 * pi)[index]).any()
+
+
+@pytest.mark.parametrize("target", ops.TARGETS)
+@pytest.mark.parametrize("heads", HEADS[:2])
+def test_estimate_and_half_width_follow_from_what_was_read(target, heads):
+    case = Step(
+        context=500, num_qo_heads=heads[0], num_kv_heads=heads[1], epsilon=0.9, settings={"target": target}
+    )
+    case.learnt(3.0)
+    out, stats, counters = case.run()
+    row = params.pack(case.epsilon, case.delta, case.bound)
+    group = heads[0] // heads[1]
+    table = params.SPLIT_TABLE if target == "sdpa" else params.TABLE
+    for request in range(case.batch):
+        for head in range(heads[1]):
+            logits, slots = case.logits(request, head)
+            chosen, pi = case.lists(request, head)
+            fixed = torch.cat([slots[:SINK], slots[case.context - WINDOW :]])
+            read, weight = torch.cat([fixed, chosen]), torch.cat([torch.ones(SINK + WINDOW).double(), 1 / pi])
+            position = {int(s): i for i, s in enumerate(slots)}
+            index = torch.tensor([position[int(s)] for s in read])
+            v = case.v_cache[read, head].double()
+            for g in range(group):
+                y = (logits[g, index] - logits[g, index].max()).exp()
+                mass = weight @ y
+                o = (weight * y) @ v / mass
+                assert (out[request, head * group + g].double() - o).norm() / o.norm() < 2e-5
+                a = weight * (weight - 1) * y.square()
+
+                def width(part, spread_part, unit, a=a, weight=weight):
+                    spread = (spread_part.square() * a.square() * (1 - 1 / weight)).sum()
+                    spread /= (a * spread_part).sum() ** 2
+                    x = min(float(spread) / 2 * params.TABLE_STEPS_PER_UNIT, params.TABLE_POINTS - 1)
+                    j = min(int(x), params.TABLE_POINTS - 2)
+                    z = row[table + j] + (x - j) * (row[table + j + 1] - row[table + j])
+                    return z * float((a * part).sum().sqrt() / unit)
+
+                one, value = torch.ones_like(a), v.square().sum(1)
+                widths = {
+                    "output": width((v - o).square().sum(1), value, mass * o.norm()),
+                    "denominator": width(one, one, mass),
+                    "numerator": width(value, value, mass * o.norm()),
+                }
+                widths["sdpa"] = 2 * (widths["denominator"] + widths["numerator"])
+                line = stats[request, head * group + g]
+                assert abs(float(line[2]) / widths[target] - 1) < 1e-3
+                assert line[1] == chosen.numel() and line[4] == chosen.numel() + SINK + WINDOW
+                assert abs(float(line[5]) - float(1 - y[: fixed.numel()].sum() / mass)) < 1e-4
+    assert counters[OFFSETS[0]] == case.context * case.batch * heads[0]
+    assert counters[OFFSETS[1] : OFFSETS[1] + 5].sum() == stats[..., 4].double().sum()
+    assert counters[OFFSETS[3] + 1 : OFFSETS[4]].sum() == case.batch * heads[0]
+
+
+def test_an_open_group_draws_again_and_then_reads_everything():
+    case = Step(context=500, epsilon=0.05)
+    case.learnt(-3.0)
+    out, stats, _ = case.run()
+    assert torch.isfinite(out).all() and torch.isfinite(stats).all()
+    assert (stats[..., 3] == ops.OUTCOMES.index("certified")).all()
+    assert case.errors(out).max() < 0.05
+    case = Step(context=500, epsilon=1e-6)
+    case.learnt(-3.0)
+    out, stats, _ = case.run()
+    assert case.errors(out).max() < 2e-5
+    assert (stats[..., 0] == 1).all() and (stats[..., 2] == 0).all()
+    assert (stats[..., 3] == ops.OUTCOMES.index("certified")).all()
+
+
+def test_the_cap_holds_from_step_to_step():
+    case = Step(context=1000, epsilon=1e-4, settings={"cap": 0.2})
+    for _ in range(8):
+        out, stats, _ = case.run()
+    assert torch.isfinite(out).all()
+    assert (stats[..., 3] == ops.OUTCOMES.index("capped")).all()
+    assert 0.15 < float(stats[..., 1].mean()) / (case.context - SINK - WINDOW) < 0.25
+
+
+def test_unusable_slots_are_read_for_certain():
+    case = Step(context=600, epsilon=0.9)
+    case.learnt(-6.0)
+    chosen = case.kv_indices[:, 100:140].long()
+    case.side[1][chosen, :, 0] = sketch.UNUSABLE
+    case.run()
+    for request in range(case.batch):
+        for head in range(case.num_kv_heads):
+            slots, pi = case.lists(request, head)
+            found = torch.isin(slots, chosen[request])
+            assert found.sum() == chosen.shape[1] and (pi[found] == 1).all() and slots.numel() < 400
+
+
+def test_two_runs_give_equal_bits():
+    case = Step(context=600)
+    case.learnt(2.0)
+    before = case.state.clone()
+    first = case.run()
+    case.state.copy_(before)
+    assert all(torch.equal(a, b) for a, b in zip(first, case.run(), strict=True))
+
+
+def test_what_cannot_run_is_named():
+    case = Step(context=100)
+    for setting, value in {"sampler": "uniform", "selector": "quest", "audit_rate": 0.1, "group_score": "mean"}.items():
+        with pytest.raises(ValueError, match=setting):
+            gpu.decode(*case.arguments(), **(case.step | {setting: value}), state=case.state, state_rows=case.state_rows)
+    with pytest.raises(ValueError, match="state"):
+        gpu.decode(*case.arguments(), **case.step)

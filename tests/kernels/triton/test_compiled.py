@@ -1,0 +1,44 @@
+"""Every GPU kernel compiled for sm_80 and sm_90, and the registers, spills and shared memory it takes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).with_name("compile_kernels.py")
+KERNELS = 7
+# The shape that the speed claims are about: nothing spills there, and two programs fit a multiprocessor.
+MAIN = {"dtype": "bf16", "head_dim": 128, "group": 4, "words": 2}
+MOST_REGISTERS = {
+    "prepare_fwd_kernel": 200, "select_fwd_kernel": 100, "attend_fwd_kernel": 200, "combine_fwd_kernel": 100,
+    "retry_fwd_kernel": 255, "attend_exact_fwd_kernel": 168, "update_fwd_kernel": 255,
+}  # fmt: skip
+MOST_SHARED = 164 * 1024
+
+
+@pytest.fixture(scope="module")
+def rows():
+    run = subprocess.run([sys.executable, SCRIPT], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-4000:]
+    return [json.loads(line) for line in run.stdout.splitlines()]
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_every_kernel_compiles(rows, arch):
+    built = [r for r in rows if r["arch"] == arch]
+    models = {(r["dtype"], r["head_dim"], r["group"], r["words"]) for r in built}
+    assert len(built) == KERNELS * len(models) and len(models) == 5
+    assert {r["kernel"] for r in built} == set(MOST_REGISTERS)
+    assert all(r["shared"] <= MOST_SHARED for r in built)
+
+
+def test_kernels_of_the_main_shape_fit(rows):
+    main = [r for r in rows if r["arch"] == 90 and MAIN.items() <= r.items()]
+    assert len(main) == KERNELS
+    for row in main:
+        assert row["registers"] <= MOST_REGISTERS[row["kernel"]], row
+        assert row["spills"] <= 8, row
