@@ -102,9 +102,7 @@ def decode(
     _require(target in TARGETS, f"target {target!r} is unknown, expected one of {', '.join(TARGETS)}")
     _require(group_score == "max", f"group_score {group_score!r} runs on the CPU only; expected 'max'")
     _require(audit_rate == 0, f"audit_rate {audit_rate}: audits run on the CPU only; expected 0")
-    _require(
-        q.dtype == k_cache.dtype == out.dtype, f"q is {q.dtype}, out {out.dtype}, the KV cache {k_cache.dtype}"
-    )
+    _require(q.dtype == k_cache.dtype == out.dtype, f"q is {q.dtype}, out {out.dtype}, the KV cache {k_cache.dtype}")
     _require(
         num_qo_heads % num_kv_heads == 0 and group <= MAX_GROUP,
         f"{num_qo_heads} query heads over {num_kv_heads} KV heads: the group must be whole and at most {MAX_GROUP}",

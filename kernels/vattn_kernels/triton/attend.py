@@ -19,8 +19,8 @@ from vattn_kernels.triton.layout import (
     SPREAD,
     SPREAD_MASS,
     SQUARE,
-    nothing_to_do,
     follow,
+    nothing_to_do,
 )
 from vattn_kernels.triton.select import select_segment
 
@@ -78,7 +78,7 @@ def retry_fwd_kernel(
         mode = tl.load(p_mode + i_row)
         if mode == SAMPLED:
             for part in tl.static_range(LISTS):
-              select_segment(
+                select_segment(
                 i_row, LISTS * i_split + part, p_codes, p_norms, p_kv_indices, p_seq_lens, p_fields,
                 p_query, p_bias, p_log_scale, p_scale, p_slots, p_pi, p_counts, p_reads,
                 sink, window, seed, layer, kv_stride, code_head, norm_head, capacity,

@@ -194,7 +194,9 @@ def merge_head(
             spread = tl.sum(f2 * f2 * tl.load(p_square + SPREAD * WIDTH, mask=m_s, other=0.0, cache_modifier=".cg"), 0)
             spread = spread / tl.maximum(square * square, 1e-37)
         if (TARGET == DENOMINATOR) | (TARGET > NUMERATOR):
-            spread_mass = tl.sum(f2 * f2 * tl.load(p_square + SPREAD_MASS * WIDTH, mask=m_s, other=0.0, cache_modifier=".cg"), 0)
+            spread_mass = tl.sum(
+                f2 * f2 * tl.load(p_square + SPREAD_MASS * WIDTH, mask=m_s, other=0.0, cache_modifier=".cg"), 0
+            )
             spread_mass = spread_mass / tl.maximum(plain * plain, 1e-37)
             width_mass = half_width(plain, spread_mass, mass, p_params + TABLE, POINTS, PER_UNIT)
         if TARGET == OUTPUT:
@@ -251,8 +253,15 @@ def settle_group(
     limit = epsilon * 0.0 + 60.0
     if not EXACT:
         o_m = tl.arange(0, MOST)
-        budget = tl.sum(tl.load(p_counts + i_row * MOST + o_m, mask=o_m < LISTS * SPLITS, other=0, cache_modifier=".cg"), 0)
-        expected = tl.maximum(tl.sum(tl.load(p_reads + i_row * MOST + o_m, mask=o_m < LISTS * SPLITS, other=0.0, cache_modifier=".cg"), 0), 1.0)
+        budget = tl.sum(
+            tl.load(p_counts + i_row * MOST + o_m, mask=o_m < LISTS * SPLITS, other=0, cache_modifier=".cg"), 0
+        )
+        expected = tl.maximum(
+            tl.sum(
+                tl.load(p_reads + i_row * MOST + o_m, mask=o_m < LISTS * SPLITS, other=0.0, cache_modifier=".cg"), 0
+            ),
+            1.0,
+        )
         read = fixed_tokens + budget
         if cap < 1.0:
             limit = tl.log(tl.maximum(cap * total.to(tl.float32), 1.0) / expected)

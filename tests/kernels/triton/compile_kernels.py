@@ -70,7 +70,9 @@ def resources(cubin: bytes) -> dict[str, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run([CUOBJDUMP, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
+        text = subprocess.run(
+            [CUOBJDUMP, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        )
     found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", text.stdout))
     return {"registers": int(found["REG"]), "spills": int(found["STACK"]) + int(found.get("LOCAL", 0))}
 
@@ -80,7 +82,9 @@ def main() -> None:
     for arch in (80, 90):
         for dtype, head_dim, group, words in models[: int(sys.argv[1])] if sys.argv[1:] else models:
             for kernel, warps, given in shapes(dtype, head_dim, group, words):
-                constants = {name: value for name, value in (given | {"PDL": arch >= 90}).items() if name in kernel.arg_names}
+                constants = {
+                    name: value for name, value in (given | {"PDL": arch >= 90}).items() if name in kernel.arg_names
+                }
                 signature = {}
                 for name in kernel.arg_names:
                     if name in constants:

@@ -150,9 +150,7 @@ def test_tokens_are_drawn_with_the_probability_of_their_score(bits):
 @pytest.mark.parametrize("target", ops.TARGETS)
 @pytest.mark.parametrize("heads", HEADS[:2])
 def test_estimate_and_half_width_follow_from_what_was_read(target, heads):
-    case = Step(
-        context=500, num_qo_heads=heads[0], num_kv_heads=heads[1], epsilon=0.9, settings={"target": target}
-    )
+    case = Step(context=500, num_qo_heads=heads[0], num_kv_heads=heads[1], epsilon=0.9, settings={"target": target})
     case.learnt(3.0)
     out, stats, counters = case.run()
     row = params.pack(case.epsilon, case.delta, case.bound)
@@ -248,6 +246,8 @@ def test_what_cannot_run_is_named():
     case = Step(context=100)
     for setting, value in {"sampler": "uniform", "selector": "quest", "audit_rate": 0.1, "group_score": "mean"}.items():
         with pytest.raises(ValueError, match=setting):
-            gpu.decode(*case.arguments(), **(case.step | {setting: value}), state=case.state, state_rows=case.state_rows)
+            gpu.decode(
+                *case.arguments(), **(case.step | {setting: value}), state=case.state, state_rows=case.state_rows
+            )
     with pytest.raises(ValueError, match="state"):
         gpu.decode(*case.arguments(), **case.step)

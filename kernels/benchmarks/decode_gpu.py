@@ -1,0 +1,293 @@
+"""Decode attention on a GPU: ours at fixed densities and at epsilon .05, against the best dense kernels, in one run.
+
+Each case has several layers, so that what one reads is out of the L2 cache when it comes again; a time is the median of
+replays of a CUDA graph over all layers, in microseconds a layer. Nothing is timed whose output fails its check.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import sys
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vattn_kernels import ops, params, sketch
+
+QO_HEADS, KV_HEADS, HEAD_DIM, BITS = 32, 8, 128, 64
+SHAPES = ((1, 32768), (1, 131072), (4, 131072), (16, 4096), (16, 8192), (16, 32768), (64, 8192))
+DENSITIES = (0.2, 0.1, 0.05, 0.025)
+EPSILON, DELTA = 0.05, 0.05
+# What no step can certify, so that every group reads its cap.
+UNREACHABLE = 1e-3
+STEPS_TO_SETTLE = 40
+REPLAYS = 15
+BYTES_TO_ROTATE = 1 << 30
+OFFSETS = [0, 1, 6, 10, 24, 40, 42]
+COUNTERS = 64
+EDGES = torch.tensor([0.01 * 1.3**i for i in range(12)])
+DENSE_TOLERANCE = 1e-2
+
+
+class Case:
+    """Layers of random K and V with a decaying spectrum, heavy-tailed scores and needles, and their side data."""
+
+    def __init__(self, batch: int, context: int, order: str) -> None:
+        generator = torch.Generator("cuda").manual_seed(0)
+        slots = batch * context + 64
+        cache_bytes = 2 * slots * KV_HEADS * HEAD_DIM * 2
+        self.batch, self.context, self.layers = batch, context, max(2, -(-BYTES_TO_ROTATE // cache_bytes))
+        spread = torch.logspace(0.5, -1.0, HEAD_DIM, device="cuda")
+
+        def normal(*shape: int) -> torch.Tensor:
+            return torch.randn(*shape, generator=generator, device="cuda")
+
+        kept = context - context // 4
+        table = torch.arange(batch * context, device="cuda")
+        if order == "interleaved":
+            # Decoding all requests at once leaves the last quarter of each so.
+            tail = table[batch * kept :].view(-1, batch).T
+            table = torch.cat([table[: batch * kept].view(batch, kept), tail], 1)
+        self.kv_indices = table.view(batch, context).to(torch.int32).contiguous()
+        self.seq_lens = torch.full((batch,), context, dtype=torch.int64, device="cuda")
+        self.q, self.k, self.v, self.side, self.state = [], [], [], [], []
+        for _ in range(self.layers):
+            q = normal(batch, QO_HEADS, HEAD_DIM) * 2.5 / spread.norm() * HEAD_DIM**0.5
+            k = normal(slots, KV_HEADS, HEAD_DIM) * spread
+            # Heavy tails: one key in a hundred is half as long again; needles: 16 keys a request look like a query.
+            k *= 1 + 0.5 * (torch.rand(slots, 1, 1, generator=generator, device="cuda") < 0.01)
+            needles = torch.randint(context, (batch, 16), generator=generator, device="cuda")
+            k[self.kv_indices.gather(1, needles).long()] += (0.8 * q[:, :: QO_HEADS // KV_HEADS])[:, None]
+            self.q.append(q.bfloat16())
+            self.k.append(k.bfloat16())
+            self.v.append((normal(slots, KV_HEADS, HEAD_DIM) + 1).bfloat16())
+            self.side.append(self.sketched(q, self.k[-1], self.v[-1]))
+            self.state.append(torch.zeros(batch, QO_HEADS, ops.STATE_WIDTH, device="cuda"))
+        self.rows = torch.arange(batch, device="cuda")
+        self.covered = torch.tensor([2**31 - 1], dtype=torch.int32, device="cuda")
+        self.out = torch.full_like(self.q[0], float("nan"))
+        self.stats = torch.full((batch, QO_HEADS, len(ops.STATS)), float("nan"), device="cuda")
+        self.counters = torch.zeros(COUNTERS, dtype=torch.float64, device="cuda")
+        self.edges = [EDGES.cuda()] * 3
+        self.params = torch.empty(params.PARAMS_WIDTH, device="cuda")
+        self.step: dict[str, Any] = {
+            "sm_scale": HEAD_DIM**-0.5, "layer_id": 0, "seed": 0, "sampler": "proportional", "target": "output",
+            "selector": "sketch", "sink": 16, "window": 64, "dense_below": 0, "top_k_count": -1, "top_k_share": 0.025,
+            "pilot": 0.02, "pilot_min": 32, "cap": 1.0, "floor": 0.02, "audit_rate": 0.0,
+        }  # fmt: skip
+
+    @staticmethod
+    def sketched(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Side data of every slot and the tables that made them."""
+        slots = k.shape[0]
+        sample = k[torch.randperm(slots, device="cuda")[:4096]].float().cpu()
+        moments = sketch.Moments.zeros(1, KV_HEADS, HEAD_DIM, "cpu")
+        moments.add(0, q.float().cpu(), sample)
+        t = sketch.solve(moments, sample[None, :512], BITS).to("cuda")
+        codes = torch.zeros(KV_HEADS, slots, BITS // 32, dtype=torch.int32, device="cuda").transpose(0, 1)
+        norms = torch.zeros(KV_HEADS, slots, 2, dtype=torch.uint8, device="cuda").transpose(0, 1)
+        valid = torch.zeros(slots, dtype=torch.uint8, device="cuda")
+        every = torch.arange(slots, device="cuda")
+        ops.encode(k, v, every, t.mean[0], t.key_basis[0], t.steps[0], t.fields[0], codes, norms, valid)
+        return codes, norms, valid, t.mean[0], t.query_basis[0], t.steps[0], t.fields[0]
+
+    def decode(self, layer: int, **settings: Any) -> torch.Tensor:
+        """One step of one layer by our op."""
+        ops.decode(
+            self.q[layer], self.k[layer], self.v[layer], self.kv_indices, self.seq_lens, *self.side[layer], self.params,
+            self.covered, *self.edges, self.out, self.stats, self.counters, OFFSETS,
+            **(self.step | settings), state=self.state[layer], state_rows=self.rows,
+        )  # fmt: skip
+        return self.out
+
+    def settle(self, epsilon: float, cap: float) -> None:
+        """Forget the state and take as many steps as the scales need."""
+        self.params.copy_(torch.tensor(params.pack(epsilon, DELTA, "f8")))
+        for state in self.state:
+            state.zero_()
+        for _ in range(STEPS_TO_SETTLE):
+            for layer in range(self.layers):
+                self.decode(layer, cap=cap)
+
+    def errors(self, layer: int, out: torch.Tensor) -> torch.Tensor:
+        """Relative error of every head of the first request, float64."""
+        slots = self.kv_indices[0].long()
+        k, v = self.k[layer][slots].double(), self.v[layer][slots].double()
+        q = self.q[layer][0].double().view(KV_HEADS, -1, HEAD_DIM)
+        p = torch.softmax(torch.einsum("hgd,nhd->hgn", q, k) * self.step["sm_scale"], -1)
+        exact = torch.einsum("hgn,nhd->hgd", p, v).reshape(QO_HEADS, HEAD_DIM)
+        return (out[0].double() - exact).norm(dim=-1) / exact.norm(dim=-1)
+
+
+def flashinfer(case: Case) -> Callable[[int], torch.Tensor]:
+    """FlashInfer's paged decode with tensor cores, page size 1."""
+    import flashinfer as library
+
+    wrapper = library.BatchDecodeWithPagedKVCacheWrapper(
+        torch.empty(256 << 20, dtype=torch.uint8, device="cuda"), "NHD", use_tensor_cores=True
+    )
+    pointers = torch.arange(case.batch + 1, dtype=torch.int32) * case.context
+    last = torch.ones(case.batch, dtype=torch.int32)
+    wrapper.plan(
+        pointers.cuda(), case.kv_indices.flatten(), last.cuda(), QO_HEADS, KV_HEADS, HEAD_DIM, 1,
+        q_data_type=torch.bfloat16, kv_data_type=torch.bfloat16,
+    )  # fmt: skip
+    out = torch.empty_like(case.q[0])
+
+    def run(layer: int) -> torch.Tensor:
+        wrapper.run(case.q[layer], (case.k[layer].unsqueeze(1), case.v[layer].unsqueeze(1)), out=out)
+        return out
+
+    return run
+
+
+def sglang_triton(case: Case) -> Callable[[int], torch.Tensor]:
+    """SGLang's Triton decode with as many splits as its backend takes at most."""
+    from sglang.kernels.ops.attention.decode_attention import decode_attention_fwd
+
+    splits, batch = 16, case.batch
+    pointers = torch.arange(batch + 1, dtype=torch.int32, device="cuda") * case.context
+    indices = case.kv_indices.flatten().long()
+    logits = torch.empty(batch, QO_HEADS, splits, HEAD_DIM, device="cuda")
+    lse = torch.empty(batch, QO_HEADS, splits, device="cuda")
+    number = torch.full((batch,), splits, dtype=torch.int32, device="cuda")
+    out = torch.empty_like(case.q[0])
+
+    def run(layer: int) -> torch.Tensor:
+        decode_attention_fwd(
+            case.q[layer], case.k[layer], case.v[layer], out, pointers, indices, logits, lse, number, splits,
+            case.step["sm_scale"], 1.0, 1.0,
+        )  # fmt: skip
+        return out
+
+    return run
+
+
+def time_us(run: Callable[[int], Any], layers: int) -> float:
+    """Median time of a layer in microseconds, by replays of one graph."""
+    for layer in range(layers):
+        run(layer)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for layer in range(layers):
+            run(layer)
+    times = []
+    for _ in range(REPLAYS):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end) * 1e3 / layers)
+    return sorted(times)[REPLAYS // 2]
+
+
+def stages_us(run: Callable[[int], Any], layers: int) -> dict[str, float]:
+    """Mean time of each kernel a step, by the profiler; launches overlap, so they add up to more than a step."""
+    steps = 3
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(steps):
+            for layer in range(layers):
+                run(layer)
+        torch.cuda.synchronize()
+    total: dict[str, float] = defaultdict(float)
+    for event in profile.events():
+        if event.name.endswith("_fwd_kernel"):
+            total[event.name.removesuffix("_fwd_kernel")] += event.device_time / (steps * layers)
+    return dict(total)
+
+
+def copy_bandwidth() -> float:
+    """Bytes a second that a copy reads and writes."""
+    source = torch.zeros(1 << 28, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / (time_us(lambda layer: torch.add(source, 1.0, out=target), 1) * 1e-6)
+
+
+def checked(case: Case, run: Callable[[int], torch.Tensor], limit: float, name: str) -> None:
+    """Refuse to time what is wrong."""
+    case.out.fill_(float("nan"))
+    error = float(case.errors(0, run(0)).max())
+    if not error < limit:
+        raise SystemExit(
+            f"{name} at {case.batch}x{case.context}: relative error {error:.3g}, expected below {limit:.3g}"
+        )
+
+
+def bench(batch: int, context: int, order: str, densities: tuple[float, ...], bandwidth: float) -> list[dict[str, Any]]:
+    """Rows of one shape."""
+    case = Case(batch, context, order)
+    device = torch.cuda.get_device_name()
+    dense: dict[str, float] = {}
+    makers: dict[str, Callable[[Case], Callable[[int], torch.Tensor]]] = {
+        "ours": lambda case: lambda layer: case.decode(layer, dense_below=1 << 30),
+        **({"flashinfer": flashinfer} if importlib.util.find_spec("flashinfer") else {}),
+        **({"sglang_triton": sglang_triton} if importlib.util.find_spec("sglang") else {}),
+    }
+    case.params.copy_(torch.tensor(params.pack(EPSILON, DELTA, "f8")))
+    for name, make in makers.items():
+        run = make(case)
+        checked(case, run, DENSE_TOLERANCE, name)
+        dense[name] = time_us(run, case.layers)
+    best = min(dense.values())
+    kv_us = 2 * batch * context * KV_HEADS * HEAD_DIM * 2 / bandwidth * 1e6
+    head = f"{batch}x{context} {order}: dense " + ", ".join(f"{n} {t:.0f}" for n, t in dense.items())
+    print(f"{head} us; K and V at copy bandwidth {kv_us:.0f} us", flush=True)
+    common = {"device": device, "batch": batch, "context": context, "order": order, "dense_us": round(best, 1)}
+    rows = [common | {"density": 1.0, "stage": f"dense:{n}", "us": round(t, 1)} for n, t in dense.items()]
+    for density in (*densities, None):
+        cap, epsilon = (1.0, EPSILON) if density is None else (density, UNREACHABLE)
+        case.settle(epsilon, cap)
+
+        def run(layer: int, cap: float = cap) -> torch.Tensor:
+            return case.decode(layer, cap=cap)
+
+        if density is None:
+            checked(case, run, 3 * EPSILON, "epsilon .05")
+        total = time_us(run, case.layers)
+        real = float(case.stats[..., 0].mean())
+        gather = kv_us * real
+        stages = stages_us(run, case.layers)
+        shown = " ".join(f"{n} {t:.1f}" for n, t in stages.items())
+        label = "epsilon .05" if density is None else f"cap {density}"
+        print(f"  {label}: density {real:.4f}, {total:.1f} us, {best / total:.2f}x dense, "
+              f"{total / gather:.2f} of its bytes' time; {shown}", flush=True)  # fmt: skip
+        same = common | {"density": round(real, 4), "wanted": label}
+        rows.append(same | {"stage": "total", "us": round(total, 1), "ratio": round(best / total, 2)})
+        rows += [same | {"stage": n, "us": round(t, 1)} for n, t in stages.items()]
+    return rows
+
+
+def main() -> int:
+    """Run all shapes, print, and save the rows."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, default=Path(__file__).with_name("results.json"))
+    parser.add_argument("--shapes", nargs="*", help="BATCHxCONTEXT; all by default")
+    parser.add_argument("--densities", nargs="*", type=float, default=DENSITIES)
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("no CUDA device here: run this on a GPU; `make bench` measures a CPU", file=sys.stderr)
+        return 2
+    shapes = [tuple(map(int, s.split("x"))) for s in options.shapes] if options.shapes else list(SHAPES)
+    bandwidth = copy_bandwidth()
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, copy {bandwidth / 1e12:.2f} TB/s, "
+          f"side data {BITS // 8 + 2} bytes a token and KV head", flush=True)  # fmt: skip
+    rows: list[dict[str, Any]] = []
+    for batch, context in shapes:
+        rows += bench(batch, context, "in order", tuple(options.densities), bandwidth)
+        torch.cuda.empty_cache()
+        if (batch, context) == (16, 32768):
+            rows += bench(batch, context, "interleaved", (0.1, 0.05), bandwidth)
+            torch.cuda.empty_cache()
+        options.json.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
