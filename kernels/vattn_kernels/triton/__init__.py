@@ -1,8 +1,9 @@
 """GPU implementation of the ops in Triton: a few kernels of fixed grids, no wait for the host, no allocation in a step.
 
-A step is seven launches: ``prepare``, ``select``, ``attend``, ``combine``, ``retry``, ``attend_exact``, ``combine``. The first draw takes a scale
-predicted from the request's last step; a group that it does not certify draws again at the scale its variance asks for,
-and one that is still open reads everything. The last three launches end at once where nothing is left to do.
+A step is seven launches: ``prepare``, ``select``, ``attend``, ``combine``, ``retry``, ``attend_exact`` and ``combine``
+again. The first draw takes a scale predicted from the request's last step; a group that it does not certify draws again
+at the scale its variance asks for, and one that is still open reads everything. The last three launches end at once
+where nothing is left to do.
 """
 
 from __future__ import annotations
@@ -203,6 +204,6 @@ def encode(
     update_fwd_kernel[(-(-slots.numel() // 16), k_cache.shape[1])](
         k_cache, v_cache, slots, mean, key_basis, steps, fields, codes, norms, valid,
         slots.numel(), k_cache.stride(0), codes.stride(1), norms.stride(1),
-        D=head_dim, DP=_power_of_two(head_dim), R=steps.shape[-1], C=_power_of_two(4 * GROUPS_PER_WORD * words), WORDS=words, BT=16,
-        num_warps=4, **_dependent_launch(k_cache.device),
+        D=head_dim, DP=_power_of_two(head_dim), R=steps.shape[-1], C=_power_of_two(4 * GROUPS_PER_WORD * words),
+        WORDS=words, BT=16, num_warps=4, **_dependent_launch(k_cache.device),
     )  # fmt: skip

@@ -91,7 +91,8 @@ def retry_fwd_kernel(
                 HKV, G, WIDTH, D, DP, BN, SPLITS, MOST, TARGET, WIDE,
             )  # fmt: skip
             combine_row(
-                i_row, mode, SPLITS, p_outs, p_scalars, p_seq_lens, p_mode, p_log_scale, p_fixed, p_counts, p_reads, p_arrivals,
+                i_row, mode, SPLITS, p_outs, p_scalars, p_seq_lens, p_mode, p_log_scale, p_fixed, p_counts, p_reads,
+                p_arrivals,
                 p_params, p_state, p_state_rows, p_budget_edges, p_error_edges, p_out, p_stats, p_counters,
                 sink, window, cap, at_context, at_read, at_outcome, at_budget, at_error,
                 HKV, G, GP, WIDTH, D, DP, SPLITS, SPLITS_P, MOST, STATE, TARGET, False, LAST, EXACT_NEXT, TABLE, POINTS,

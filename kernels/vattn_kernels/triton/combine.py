@@ -1,6 +1,6 @@
 """Stages ``budget`` and ``combine``: merge a row's splits, certify or set the next scales, write output and counters.
 
-A launch of its own after the first round: done by the last split to arrive inside ``attend``, it made that 35 us slower.
+A launch of its own after the first round: done by the last split to arrive inside ``attend``, it cost that 35 us.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ SERVED_DENSELY = tl.constexpr(3)
 
 @triton.jit
 def half_width(variance, spread, unit, p_table, POINTS: tl.constexpr, PER_UNIT: tl.constexpr):
-    """Relative half-width ``z sqrt(V) / unit`` with the quantile at ``nu = 2 V^2 / Var(V)``; ``spread`` is Var(V) / V^2."""
+    """Relative half-width ``z sqrt(V) / unit``, z at ``nu = 2 / spread`` where ``spread`` is Var(V) / V^2."""
     x = tl.minimum(spread * (0.5 * PER_UNIT), POINTS - 1.0)
     j = tl.minimum(x.to(tl.int32), POINTS - 2)
     low, high = tl.load(p_table + j), tl.load(p_table + j + 1)
@@ -111,8 +111,8 @@ def combine_fwd_kernel(
                 p_seq_lens, p_mode, p_log_scale, p_fixed, p_counts,
                 p_reads, p_params, p_state, p_state_rows, p_budget_edges, p_error_edges, p_stats, p_counters,
                 sink, window, cap, at_context, at_read, at_outcome, at_budget, at_error,
-                HKV, G, GP, SPLITS, MOST, STATE, EXACT, LAST, EXACT_NEXT, TABLE, BUDGET_EDGES, BUDGET_EDGES_P, ERROR_EDGES,
-                ERROR_EDGES_P,
+                HKV, G, GP, SPLITS, MOST, STATE, EXACT, LAST, EXACT_NEXT, TABLE, BUDGET_EDGES, BUDGET_EDGES_P,
+                ERROR_EDGES, ERROR_EDGES_P,
             )  # fmt: skip
 
 
@@ -238,8 +238,7 @@ def settle_group(
 
     The next step's scale lies above what this one needed, never below the guard, and within the cap.
     """
-    b, h = i_row // HKV, i_row % HKV
-    n = tl.load(p_seq_lens + b).to(tl.int32)
+    n = tl.load(p_seq_lens + i_row // HKV).to(tl.int32)
     low = tl.minimum(sink, n)
     total = tl.maximum(n - window, low) - low
     fixed_tokens = n - total

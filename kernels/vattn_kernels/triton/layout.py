@@ -24,8 +24,8 @@ SAMPLED: Final = tl.constexpr(1)
 DENSE: Final = tl.constexpr(2)
 EXHAUSTED: Final = tl.constexpr(3)
 
-# Columns of ``state``: log-scale of a head relative to its fixed set's log-sum-exp, context it was learnt at (0: never),
-# expected reads of its group.
+# Columns of ``state``: log-scale of a head relative to its fixed set's log-sum-exp, context it was learnt at (0 for
+# never), expected reads of its group.
 STATE_SCALE: Final = tl.constexpr(0)
 STATE_CONTEXT: Final = tl.constexpr(1)
 STATE_READS: Final = tl.constexpr(2)

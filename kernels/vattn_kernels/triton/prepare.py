@@ -1,4 +1,4 @@
-"""Stage ``prepare``: the query in the sketch's coordinates, the fixed set's mass, and the scale predicted from the last step."""
+"""Stage ``prepare``: the query in the sketch's coordinates, the fixed set's mass, the predicted scale."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ def prepare_fwd_kernel(
     p_mode, p_codes, p_bias, p_log_scale, p_fixed, p_scale,
     sm_scale, floor, sink, window, dense_below, pilot_min, kv_stride, k_stride,
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr,
-    C: tl.constexpr, CODES: tl.constexpr, F: tl.constexpr, WIDTH: tl.constexpr, MOST_AGE: tl.constexpr, PDL: tl.constexpr,
+    C: tl.constexpr, CODES: tl.constexpr, F: tl.constexpr, WIDTH: tl.constexpr, MOST_AGE: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     follow(PDL)
     i_row = tl.program_id(0)

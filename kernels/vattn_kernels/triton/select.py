@@ -49,7 +49,8 @@ def select_fwd_kernel(
     p_mode, p_query, p_bias, p_log_scale, p_scale, p_slots, p_pi, p_counts, p_reads,
     sink, window, seed, layer, kv_stride, code_head, norm_head, capacity,
     HKV: tl.constexpr, G: tl.constexpr, R: tl.constexpr, GROUPS: tl.constexpr, WORDS: tl.constexpr,
-    WITH_VALUES: tl.constexpr, SEGMENTS: tl.constexpr, BLOCK: tl.constexpr, MOST: tl.constexpr, DP4A: tl.constexpr, PDL: tl.constexpr,
+    WITH_VALUES: tl.constexpr, SEGMENTS: tl.constexpr, BLOCK: tl.constexpr, MOST: tl.constexpr, DP4A: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """First round: one segment a program."""
     follow(PDL)
@@ -122,7 +123,7 @@ def select_segment(
     p_own = p_scale + i_row * NUM_SCALES
     unit, coding, least = tl.load(p_own + UNIT), tl.load(p_own + CODING), tl.load(p_own + FLOOR)
     unit2 = unit * LOG2E
-    # What is constant over tokens is loaded here: the stores below keep the compiler from moving a load out of the loop.
+    # What is constant over tokens is loaded here: the stores below keep the compiler from moving loads out of the loop.
     shifts = ()
     masks = ()
     for j in tl.static_range(GROUPS):

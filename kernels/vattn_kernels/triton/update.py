@@ -19,7 +19,8 @@ def level_of(square):
 def update_fwd_kernel(
     p_k, p_v, p_new, p_mean, p_key_basis, p_steps, p_fields, p_codes, p_norms, p_valid,
     num_new, k_stride, code_head, norm_head,
-    D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, C: tl.constexpr, WORDS: tl.constexpr, BT: tl.constexpr, PDL: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, C: tl.constexpr, WORDS: tl.constexpr, BT: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     follow(PDL)
     i_block, h = tl.program_id(0), tl.program_id(1)
