@@ -13,9 +13,10 @@ pytestmark = pytest.mark.gpu
 
 # Rounding of bf16 outputs, which a relative error of a whole head feels by its root mean square.
 ROUNDING = 5e-3
+BF16, FP16 = torch.bfloat16, torch.float16
 SHAPES = [
-    (1, 1, 8, 2, 64), (2, 63, 9, 3, 64), (3, 80, 4, 4, 128), (1, 111, 16, 1, 64), (2, 1000, 32, 8, 128),
-    (5, 2049, 6, 2, 96), (1, 4096, 8, 1, 256),
+    (1, 1, 8, 2, 64, BF16), (3, 80, 4, 4, 128, FP16), (1, 111, 16, 1, 64, BF16), (2, 1000, 32, 8, 128, BF16),
+    (5, 2049, 6, 2, 96, FP16), (1, 4096, 2, 1, 256, BF16), (2, 63, 9, 3, 64, BF16),
 ]  # fmt: skip
 
 
@@ -28,7 +29,11 @@ class GpuCase(DecodeCase):
 
     def __post_init__(self):
         self.settings = {"selector": "sketch", "floor": 0.02} | self.settings
+        wanted, self.dtype = self.dtype, BF16  # The CPU, which makes the side data, knows no float16.
         super().__post_init__()
+        self.dtype = wanted
+        for name in ("q", "k_cache", "v_cache"):
+            setattr(self, name, getattr(self, name).to(wanted))
         codes, norms, *tables = self.side
         self.side = (by_head(codes), by_head(norms), *(t.cuda() for t in tables))
         for name in ("q", "k_cache", "v_cache", "kv_indices", "seq_lens"):
@@ -46,17 +51,16 @@ class GpuCase(DecodeCase):
         return arguments[-4], arguments[-3], arguments[-2]
 
 
-def case(batch, context, heads, kv_heads, head_dim, dtype=torch.bfloat16, **options):
+def case(batch, context, heads, kv_heads, head_dim, dtype=BF16, **options):
     return GpuCase(
         batch=batch, context=context, num_qo_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim, dtype=dtype,
         **options,
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "B{}-N{}-H{}-K{}-D{}".format(*s))
-def test_first_step_is_exact_and_later_ones_hold_epsilon(shape, dtype):
-    c = case(*shape, dtype=dtype, epsilon=0.1)
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "B{}-N{}-H{}-K{}-D{}-{}".format(*s))
+def test_first_step_is_exact_and_later_ones_hold_epsilon(shape):
+    c = case(*shape, epsilon=0.1)
     out, _, _ = c.run()
     assert c.errors(out).max() < ROUNDING
     for _ in range(6):
