@@ -1,9 +1,9 @@
 """GPU implementation of the ops in Triton: a few kernels of fixed grids, no wait for the host, no allocation in a step.
 
-A step is seven launches: ``prepare``, ``select``, ``attend``, ``combine``, ``retry``, ``attend_exact`` and ``combine``
-again. The first draw takes a scale predicted from the request's last step; a group that it does not certify draws again
-at the scale its variance asks for, and one that is still open reads everything. The last three launches end at once
-where nothing is left to do.
+A step is eight launches: ``prepare``, ``select``, ``attend``, ``combine``, ``retry``, ``combine``, ``attend_exact``,
+``combine``. The first draw takes a scale predicted from the request's last step; a group that it does not certify draws
+again at the scale its variance asks for, and one that is still open reads everything. The last four launches end at
+once where nothing is left to do.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ MAX_GROUP = 16
 WORDS = (1, 2, 4)
 # Steps after which what was learnt of a request row is no longer trusted.
 MOST_AGE = 64
+LEAST_ROWS = 1024
 
 
 def _require(condition: bool, message: str) -> None:
@@ -130,7 +131,8 @@ def decode(
     is_split = target == "sdpa"
     pdl = _dependent_launch(q.device)
     model = {"HKV": num_kv_heads, "G": group, "D": head_dim, "DP": padded_dim}
-    rows_p = _power_of_two(rows)
+    # One compiled kernel serves every usual batch.
+    rows_p = max(LEAST_ROWS, _power_of_two(rows))
     prepare_fwd_kernel[(rows,)](
         q, k_cache, kv_indices, seq_lens, mean, query_basis, steps, fields, covered, state, state_rows,
         work.mode, work.codes, work.bias, work.log_scale, work.fixed, work.scale,
@@ -141,10 +143,6 @@ def decode(
 
     target_id = TARGETS.index(target)
     lists = (work.mode, work.slots, work.pi, work.counts, work.outs, work.scalars)
-    finish = (
-        work.log_scale, work.fixed, work.reads, work.arrivals, params, state, state_rows, budget_edges, error_edges,
-        out, stats, counters, cap, *counter_offsets[:5],
-    )  # fmt: skip
     sketch = {
         "R": steps.shape[-1], "GROUPS": groups, "WORDS": words, "BLOCK": layout.BLOCK, "DP4A": q.is_cuda,
         "MOST": layout.MOST_SEGMENTS,
@@ -165,30 +163,33 @@ def decode(
         capacity, HKV=num_kv_heads, G=group, WITH_VALUES=target != "denominator", SEGMENTS=segments, **sketch,
         num_warps=launch.select_warps, maxnreg=launch.select_registers, **pdl,
     )  # fmt: skip
-    combine_grid = (rows * group,)
+
+    def combine(exact: bool, last: int) -> None:
+        combine_fwd_kernel[(rows * group,)](
+            work.outs, work.scalars, work.heads, seq_lens, work.mode, work.counts, work.log_scale, work.fixed,
+            work.reads, work.arrivals, params, state, state_rows, budget_edges, error_edges, out, stats, counters,
+            sink, window, cap, last, *counter_offsets[:5], **merge, EXACT=exact, num_warps=launch.combine_warps, **pdl,
+        )  # fmt: skip
+
     attend_fwd_kernel[(rows * (splits + 1),)](
         q, k_cache, v_cache, kv_indices, seq_lens, *lists, sm_scale, sink, window, kv_stride, k_stride, capacity,
         **model, WIDTH=width, SPLITS=splits, MOST=layout.MOST_SEGMENTS, TARGET=target_id, **attend,
         maxnreg=launch.attend_registers, **pdl,
     )  # fmt: skip
-    combine_fwd_kernel[combine_grid](
-        work.outs, work.scalars, work.heads, seq_lens, work.mode, work.counts, *finish[:12], sink, window, *finish[12:],
-        **merge, EXACT=False, LAST=False, EXACT_NEXT=False, num_warps=launch.combine_warps, **pdl,
-    )  # fmt: skip
+    combine(exact=False, last=0)
     retry_fwd_kernel[(min(launch.retry_programs, rows * splits),)](
         q, k_cache, v_cache, kv_indices, seq_lens, *lists, codes, norms, fields, work.codes, work.bias, work.scale,
         sm_scale, sink, window, *key, rows, kv_stride, k_stride, codes.stride(1), norms.stride(1), capacity,
-        *finish, **(merge | sketch), LAST=cap < 1, EXACT_NEXT=True, ROWS_P=rows_p, **attend, **pdl,
+        work.log_scale, work.reads, **model, WIDTH=width, SPLITS=splits, TARGET=target_id, **sketch, ROWS_P=rows_p,
+        **attend, **pdl,
     )  # fmt: skip
+    combine(exact=False, last=2 if cap < 1 else 1)
     attend_exact_fwd_kernel[(min(launch.exact_programs, rows * splits),)](
         q, k_cache, v_cache, kv_indices, seq_lens, work.mode, work.outs, work.scalars, sm_scale, rows, kv_stride,
         k_stride, **model, WIDTH=width, SPLITS=splits, BN=launch.exact_block, STAGES=launch.exact_stages,
         ROWS_P=rows_p, num_warps=launch.exact_warps, **pdl,
     )  # fmt: skip
-    combine_fwd_kernel[combine_grid](
-        work.outs, work.scalars, work.heads, seq_lens, work.mode, work.counts, *finish[:12], sink, window, *finish[12:],
-        **merge, EXACT=True, LAST=True, EXACT_NEXT=False, num_warps=launch.combine_warps, **pdl,
-    )  # fmt: skip
+    combine(exact=True, last=2)
 
 
 def encode(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vattn_kernels.triton.combine import combine_row
 from vattn_kernels.triton.layout import (
     DENOMINATOR,
     DENSE,
@@ -58,15 +57,12 @@ def retry_fwd_kernel(
     p_q, p_k, p_v, p_kv_indices, p_seq_lens, p_mode, p_slots, p_pi, p_counts, p_outs, p_scalars,
     p_codes, p_norms, p_fields, p_query, p_bias, p_scale,
     sm_scale, sink, window, seed, layer, rows, kv_stride, k_stride, code_head, norm_head, capacity,
-    p_log_scale, p_fixed, p_reads, p_arrivals, p_params, p_state, p_state_rows, p_budget_edges, p_error_edges, p_out,
-    p_stats, p_counters, cap, at_context, at_read, at_outcome, at_budget, at_error,
+    p_log_scale, p_reads,
     HKV: tl.constexpr, G: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr,
     SPLITS: tl.constexpr, MOST: tl.constexpr, TARGET: tl.constexpr, WIDE: tl.constexpr,
     R: tl.constexpr, GROUPS: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr, DP4A: tl.constexpr,
     ROWS_P: tl.constexpr,
-    GP: tl.constexpr, SPLITS_P: tl.constexpr, STATE: tl.constexpr, LAST: tl.constexpr, EXACT_NEXT: tl.constexpr,
-    TABLE: tl.constexpr, POINTS: tl.constexpr, PER_UNIT: tl.constexpr, BUDGET_EDGES: tl.constexpr,
-    BUDGET_EDGES_P: tl.constexpr, ERROR_EDGES: tl.constexpr, ERROR_EDGES_P: tl.constexpr, PDL: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Second round, for rows that the first left open: select and attend at the larger scale."""
     follow(PDL)
@@ -75,8 +71,7 @@ def retry_fwd_kernel(
     item = tl.program_id(0)
     while item < rows * SPLITS:
         i_row, i_split = item // SPLITS, item % SPLITS
-        mode = tl.load(p_mode + i_row)
-        if mode == SAMPLED:
+        if tl.load(p_mode + i_row) == SAMPLED:
             for part in tl.static_range(LISTS):
                 select_segment(
                 i_row, LISTS * i_split + part, p_codes, p_norms, p_kv_indices, p_seq_lens, p_fields,
@@ -89,14 +84,6 @@ def retry_fwd_kernel(
                 i_row, i_split, p_q, p_k, p_v, p_kv_indices, p_seq_lens, p_slots, p_pi, p_counts, p_outs,
                 p_scalars, sm_scale, sink, window, kv_stride, k_stride, capacity,
                 HKV, G, WIDTH, D, DP, BN, SPLITS, MOST, TARGET, WIDE,
-            )  # fmt: skip
-            combine_row(
-                i_row, mode, SPLITS, p_outs, p_scalars, p_seq_lens, p_mode, p_log_scale, p_fixed, p_counts, p_reads,
-                p_arrivals,
-                p_params, p_state, p_state_rows, p_budget_edges, p_error_edges, p_out, p_stats, p_counters,
-                sink, window, cap, at_context, at_read, at_outcome, at_budget, at_error,
-                HKV, G, GP, WIDTH, D, DP, SPLITS, SPLITS_P, MOST, STATE, TARGET, False, LAST, EXACT_NEXT, TABLE, POINTS,
-                PER_UNIT, BUDGET_EDGES, BUDGET_EDGES_P, ERROR_EDGES, ERROR_EDGES_P,
             )  # fmt: skip
         item += tl.num_programs(0)
 

@@ -59,23 +59,24 @@ def half_width(variance, spread, unit, p_table, POINTS: tl.constexpr, PER_UNIT: 
 
 
 @triton.jit
-def observe(p_block, p_edges, value, EDGES: tl.constexpr, EDGES_P: tl.constexpr):
-    """Add one value to a histogram block: its sum, then one count a bucket."""
+def observe(p_block, p_edges, values, mask, EDGES: tl.constexpr, EDGES_P: tl.constexpr):
+    """Add values to a histogram block: its sum, then one count a bucket."""
     o_e = tl.arange(0, EDGES_P)
     edges = tl.load(p_edges + o_e, mask=o_e < EDGES, other=float("inf"))
-    bucket = tl.sum((edges < value).to(tl.int32), 0)
-    tl.atomic_add(p_block, value.to(tl.float64), sem="relaxed")
-    tl.atomic_add(p_block + 1 + bucket, 1.0, sem="relaxed")
+    buckets = tl.sum((edges[None, :] < values[:, None]).to(tl.int32), 1)
+    zeros = values.to(tl.float64) * 0.0
+    tl.atomic_add(p_block + buckets * 0, values.to(tl.float64), mask=mask, sem="relaxed")
+    tl.atomic_add(p_block + 1 + buckets, zeros + 1.0, mask=mask, sem="relaxed")
 
 
 @triton.jit
 def combine_fwd_kernel(
     p_outs, p_scalars, p_heads, p_seq_lens, p_mode, p_counts,
     p_log_scale, p_fixed, p_reads, p_arrivals, p_params, p_state, p_state_rows, p_budget_edges, p_error_edges, p_out,
-    p_stats, p_counters, sink, window, cap, at_context, at_read, at_outcome, at_budget, at_error,
+    p_stats, p_counters, sink, window, cap, last, at_context, at_read, at_outcome, at_budget, at_error,
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     SPLITS: tl.constexpr, SPLITS_P: tl.constexpr, MOST: tl.constexpr, STATE: tl.constexpr, TARGET: tl.constexpr,
-    EXACT: tl.constexpr, LAST: tl.constexpr, EXACT_NEXT: tl.constexpr, TABLE: tl.constexpr, POINTS: tl.constexpr,
+    EXACT: tl.constexpr, TABLE: tl.constexpr, POINTS: tl.constexpr,
     PER_UNIT: tl.constexpr, BUDGET_EDGES: tl.constexpr, BUDGET_EDGES_P: tl.constexpr, ERROR_EDGES: tl.constexpr,
     ERROR_EDGES_P: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -110,48 +111,10 @@ def combine_fwd_kernel(
                 tl.load(p_results + 3, mask=m_g, other=0.0, cache_modifier=".cg"),
                 p_seq_lens, p_mode, p_log_scale, p_fixed, p_counts,
                 p_reads, p_params, p_state, p_state_rows, p_budget_edges, p_error_edges, p_stats, p_counters,
-                sink, window, cap, at_context, at_read, at_outcome, at_budget, at_error,
-                HKV, G, GP, SPLITS, MOST, STATE, EXACT, LAST, EXACT_NEXT, TABLE, BUDGET_EDGES, BUDGET_EDGES_P,
+                sink, window, cap, last, at_context, at_read, at_outcome, at_budget, at_error,
+                HKV, G, GP, SPLITS, MOST, STATE, EXACT, TABLE, BUDGET_EDGES, BUDGET_EDGES_P,
                 ERROR_EDGES, ERROR_EDGES_P,
             )  # fmt: skip
-
-
-@triton.jit
-def combine_row(
-    i_row, mode, splits, p_outs, p_scalars, p_seq_lens, p_mode, p_log_scale, p_fixed, p_counts, p_reads, p_arrivals,
-    p_params, p_state, p_state_rows, p_budget_edges, p_error_edges, p_out, p_stats, p_counters,
-    sink, window, cap, at_context, at_read, at_outcome, at_budget, at_error,
-    HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-    SPLITS: tl.constexpr, SPLITS_P: tl.constexpr, MOST: tl.constexpr, STATE: tl.constexpr, TARGET: tl.constexpr,
-    EXACT: tl.constexpr, LAST: tl.constexpr, EXACT_NEXT: tl.constexpr, TABLE: tl.constexpr, POINTS: tl.constexpr,
-    PER_UNIT: tl.constexpr, BUDGET_EDGES: tl.constexpr, BUDGET_EDGES_P: tl.constexpr, ERROR_EDGES: tl.constexpr,
-    ERROR_EDGES_P: tl.constexpr,
-):  # fmt: skip
-    """Called by every split of a row when its part is stored: the last one to arrive merges and settles the row."""
-    tl.debug_barrier()
-    if tl.atomic_add(p_arrivals + i_row, 1, sem="acq_rel") == splits - 1:
-        tl.store(p_arrivals + i_row, 0)
-        o_g = tl.arange(0, GP)
-        widths = tl.zeros([GP], tl.float32)
-        guards = tl.full([GP], -1e9, tl.float32)
-        starts = tl.zeros([GP], tl.float32)
-        residuals = tl.zeros([GP], tl.float32)
-        for g in tl.static_range(G):
-            width, guard, start, residual = merge_head(
-                i_row, g, p_outs, p_scalars, p_params, p_out,
-                G, WIDTH, D, DP, SPLITS, SPLITS_P, TARGET, EXACT, TABLE, POINTS, PER_UNIT,
-            )  # fmt: skip
-            widths = tl.where(o_g == g, width, widths)
-            guards = tl.where(o_g == g, guard, guards)
-            starts = tl.where(o_g == g, start, starts)
-            residuals = tl.where(o_g == g, residual, residuals)
-        settle_group(
-            i_row, mode, widths, guards, starts, residuals, p_seq_lens, p_mode, p_log_scale, p_fixed, p_counts,
-            p_reads, p_params, p_state, p_state_rows, p_budget_edges, p_error_edges, p_stats, p_counters,
-            sink, window, cap, at_context, at_read, at_outcome, at_budget, at_error,
-            HKV, G, GP, SPLITS, MOST, STATE, EXACT, LAST, EXACT_NEXT, TABLE, BUDGET_EDGES, BUDGET_EDGES_P, ERROR_EDGES,
-            ERROR_EDGES_P,
-        )  # fmt: skip
 
 
 @triton.jit
@@ -229,12 +192,14 @@ def merge_head(
 def settle_group(
     i_row, mode, widths, guards, starts, residuals, p_seq_lens, p_mode, p_log_scale, p_fixed, p_counts,
     p_reads, p_params, p_state, p_state_rows, p_budget_edges, p_error_edges, p_stats, p_counters,
-    sink, window, cap, at_context, at_read, at_outcome, at_budget, at_error,
+    sink, window, cap, last, at_context, at_read, at_outcome, at_budget, at_error,
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, SPLITS: tl.constexpr, MOST: tl.constexpr,
-    STATE: tl.constexpr, EXACT: tl.constexpr, LAST: tl.constexpr, EXACT_NEXT: tl.constexpr, TABLE: tl.constexpr,
+    STATE: tl.constexpr, EXACT: tl.constexpr, TABLE: tl.constexpr,
     BUDGET_EDGES: tl.constexpr, BUDGET_EDGES_P: tl.constexpr, ERROR_EDGES: tl.constexpr, ERROR_EDGES_P: tl.constexpr,
 ):  # fmt: skip
     """Send a group into another round, or close its step.
+
+    ``last`` is 0 in the first round, 1 before exact attention, 2 in the end.
 
     The next step's scale lies above what this one needed, never below the guard, and within the cap.
     """
@@ -273,7 +238,7 @@ def settle_group(
         growth = tl.where(widths <= epsilon, 0.0, tl.minimum(needs + RETRY_AIM, MOST_GROWTH))
         growth = tl.maximum(growth, tl.where((used < guards - SLACK) & (budget < total), guards - used, 0.0))
         growth = tl.where(m_g, growth, 0.0)
-        if not LAST:
+        if last < 2:
             again = (tl.max(growth, 0) > 0.0) & (limit > 0.02)
             tl.store(p_log_scale + head, tl.where(again, used + tl.minimum(growth, limit), used), mask=m_g)
         change = needs + AIM
@@ -288,7 +253,7 @@ def settle_group(
             starts = tl.minimum(starts, starts - certain + tl.log(tl.maximum(cap * total.to(tl.float32), 1.0)))
         following = tl.where(mode == EXHAUSTED, tl.maximum(used + AIM, guards), starts)
     if again:
-        if EXACT_NEXT:
+        if last == 1:
             tl.store(p_mode + i_row, EXHAUSTED)
     else:
         close_group(
@@ -335,13 +300,11 @@ def close_group(
 
     # A captured graph pads its batch with rows of one token; a request that decodes has two at least.
     if n > 1:
-        for g in tl.static_range(G):
-            which = tl.sum(tl.where(o_g == g, outcome, 0), 0)
-            tl.atomic_add(p_counters + at_outcome + which, 1.0, sem="relaxed")
-            if is_dense == 0:
-                observe(p_counters + at_budget, p_budget_edges, budget.to(tl.float32), BUDGET_EDGES, BUDGET_EDGES_P)
-                width = tl.sum(tl.where(o_g == g, widths, 0.0), 0)
-                observe(p_counters + at_error, p_error_edges, width, ERROR_EDGES, ERROR_EDGES_P)
+        tl.atomic_add(p_counters + at_outcome + outcome, widths.to(tl.float64) * 0.0 + 1.0, mask=m_g, sem="relaxed")
+        if is_dense == 0:
+            budgets = budget.to(tl.float32) + widths * 0.0
+            observe(p_counters + at_budget, p_budget_edges, budgets, m_g, BUDGET_EDGES, BUDGET_EDGES_P)
+            observe(p_counters + at_error, p_error_edges, widths, m_g, ERROR_EDGES, ERROR_EDGES_P)
         group = epsilon.to(tl.float64) * 0.0 + G
         tl.atomic_add(p_counters + at_context, group * n.to(tl.float64), sem="relaxed")
         if is_dense:

@@ -45,7 +45,6 @@ def shapes(dtype: str, head_dim: int, group: int, words: int):
     merge = common | {
         "GP": padded, "WIDTH": width, "SPLITS": 8, "SPLITS_P": 16, "MOST": 128, "STATE": 4, "TARGET": 0, "TABLE": 4,
         "POINTS": 33, "PER_UNIT": 64, "BUDGET_EDGES": 12, "BUDGET_EDGES_P": 16, "ERROR_EDGES": 10, "ERROR_EDGES_P": 16,
-        "LAST": False, "EXACT_NEXT": True,
     }  # fmt: skip
     attend = {"BN": launch.attend_block, "WIDE": dtype == "fp16"}
     yield prepare_fwd_kernel, launch.prepare_warps, common | {
