@@ -106,7 +106,7 @@ def test_poisson_bound_covers_a_skewed_population(scale, dim):
     failed = 0
     for _ in range(seeds):
         inside = torch.rand(n, generator=g).double() < chance
-        spread = max(0.0, budget.variance(x[inside].square().sum(-1), share[inside], scale, scale)) ** 0.5
+        spread = max(0.0, budget.variance(x[inside].square().sum(-1), 1 / chance[inside], chance[inside])) ** 0.5
         error = float(((x / chance[:, None])[inside].sum(0) - x.sum(0)).norm())
         failed += error > bernstein.poisson(spread, reach, log)
     assert failed <= binom.ppf(1 - 1e-4, seeds, 0.05)
@@ -161,10 +161,12 @@ def test_the_split_of_sdpa_is_the_best(ratio):
     g = torch.Generator().manual_seed(1)
     share, scale = torch.rand(300, generator=g).double(), 0.3
     squares = [torch.rand(300, generator=g).double() * s**2 for s in sigmas]
-    aim = 0.4 * sum(budget.variance(d, share, scale, scale) ** 0.5 for d in squares)
-    alone = [[budget.least_scale([d], share, scale, i / 200 * aim) for i in range(1, 200)] for d in squares]
-    best = min(max(c) for c in zip(alone[0], reversed(alone[1]), strict=True))
-    assert best * 0.99 <= budget.least_scale(squares, share, scale, aim) <= best * (1 + 1e-9)
+    pi, alone = scale * share, torch.zeros(300).double()
+    aim = 0.4 * sum(budget.variance(d, 1 / pi, pi) ** 0.5 for d in squares)
+    rest = 1 / pi, share, alone, scale
+    apart = [[budget.least_scale([d], *rest, i / 200 * aim) for i in range(1, 200)] for d in squares]
+    best = min(max(c) for c in zip(apart[0], reversed(apart[1]), strict=True))
+    assert best * 0.99 <= budget.least_scale(squares, *rest, aim) <= best * (1 + 1e-9)
 
 
 @pytest.mark.parametrize("selector", quantiles.PROVABLE_SELECTORS)

@@ -8,7 +8,7 @@ from decode_case import DecodeCase
 from scipy import stats as distributions
 
 from vattn_kernels import ops, params, quantiles, reference
-from vattn_kernels.reference import budget, rng, scores
+from vattn_kernels.reference import budget, proportional, rng, scores
 from vattn_kernels.reference.estimate import Head, estimate
 
 
@@ -42,8 +42,8 @@ def test_uniforms_are_uniform_and_keys_independent():
 @pytest.mark.parametrize("population", ["gaussian", "duplicated maximum", "one heavy token", "all equal"])
 @pytest.mark.parametrize("kind", ["good scores", "bad scores"])
 def test_poisson_estimate_is_unbiased(population, kind):
-    """Mean of D and Nv over 4,000 seeds within 4.5 standard errors of the exact sums, at a fixed scale."""
-    n, dim, seeds, scale = 400, 4, 4000, 60.0
+    """Mean of D and Nv over 4,000 seeds within 4.5 standard errors of the exact sums, at fixed scales of two heads."""
+    n, dim, seeds, scales = 400, 4, 4000, torch.tensor([60.0, 20.0]).double()
     g = torch.Generator().manual_seed(3)
     logits = torch.randn(n, generator=g).double()
     if population == "duplicated maximum":
@@ -55,12 +55,12 @@ def test_poisson_estimate_is_unbiased(population, kind):
     values = torch.randn(n, dim, generator=g).double()
     guess = logits if kind == "good scores" else torch.randn(n, generator=g).double()
     usable = torch.ones(n, dtype=torch.bool)
-    share = torch.softmax(guess, 0)
+    share = torch.softmax(torch.stack([guess, guess.flip(0)]), 1)
+    likely = scores.intensity(scores.floored(share, usable, 0.05), scales)
     d, nv = torch.zeros(seeds).double(), torch.zeros(seeds, dim).double()
     for seed in range(seeds):
-        score, rank = scores.ranks(share, usable, 0.05, 0, rng.stream_key(seed, 0, 0, n))
-        inside = rank < scale
-        weighted = inside / (scale * score).clamp(max=1) * logits.exp()
+        inside = rng.uniform(torch.arange(n), rng.stream_key(seed, 0, 0, n)) < likely
+        weighted = inside / likely.clamp(max=1) * logits.exp()
         d[seed], nv[seed] = weighted.sum(), weighted @ values
     exact = torch.cat([logits.exp().sum()[None], logits.exp() @ values])
     drawn = torch.cat([d[:, None], nv], 1)
@@ -85,25 +85,51 @@ def test_variance_formula_matches_the_spread():
     """Relative gap of V(c) and the empirical variance of D over 6,000 seeds: below five standard errors (9 %)."""
     n, seeds, scale = 300, 6000, 80.0
     logits = torch.randn(n, generator=torch.Generator().manual_seed(5)).double()
-    share, usable = torch.full((n,), 1 / n).double(), torch.ones(n, dtype=torch.bool)
+    share, usable = torch.full((1, n), 1 / n).double(), torch.ones(n, dtype=torch.bool)
+    likely = scores.intensity(scores.floored(share, usable, 0.05), torch.tensor([scale]).double())
     sums, variances = torch.zeros(seeds).double(), torch.zeros(seeds).double()
     for seed in range(seeds):
-        score, rank = scores.ranks(share, usable, 0.05, 0, rng.stream_key(seed, 2, 0, n))
-        inside = rank < scale
-        sums[seed] = (logits.exp()[inside] / (scale * score[inside]).clamp(max=1)).sum()
-        variances[seed] = budget.variance(logits[inside].exp().square(), score[inside], scale, scale)
+        inside = rng.uniform(torch.arange(n), rng.stream_key(seed, 2, 0, n)) < likely
+        pi = likely[inside].clamp(max=1)
+        sums[seed] = (logits.exp()[inside] / pi).sum()
+        variances[seed] = budget.variance(logits[inside].exp().square(), 1 / pi, pi)
     assert float(variances.mean() / sums.var()) == pytest.approx(1, abs=5 * (2 / seeds) ** 0.5)
 
 
-def test_least_scale_is_least():
+@pytest.mark.parametrize("help_", [0.0, 0.2])
+def test_least_scale_is_least(help_):
     g = torch.Generator().manual_seed(9)
     deviation2, share = torch.rand(200, generator=g).double(), torch.rand(200, generator=g).double()
-    scale = 0.3
-    now = budget.variance(deviation2, share, scale, scale) ** 0.5
+    scale, others = 0.3, help_ * torch.rand(200, generator=g).double()
+
+    def pi(c: float) -> torch.Tensor:
+        return torch.maximum(others, c * share).clamp(max=1)
+
+    weight = 1 / pi(scale)
+    now = budget.variance(deviation2, weight, pi(scale)) ** 0.5
     for aim in (0.9 * now, 0.3 * now, 0.01 * now):
-        c = budget.least_scale([deviation2], share, scale, aim)
-        assert budget.variance(deviation2, share, scale, c) <= aim**2 * (1 + 1e-9)
-        assert budget.variance(deviation2, share, scale, 0.999 * c) > aim**2
+        c = budget.least_scale([deviation2], weight, share, others, scale, aim)
+        assert budget.variance(deviation2, weight, pi(c)) <= aim**2 * (1 + 1e-9)
+        assert budget.variance(deviation2, weight, pi(0.999 * c)) > aim**2
+    assert budget.least_scale([deviation2], weight, share, others, scale, 1.1 * now) == scale
+
+
+def test_scales_of_a_group_meet_their_aims_beside_each_other():
+    """Half-widths by what was read lie between .9 and 1.05 of epsilon; a certified head keeps its scale."""
+    g = torch.Generator().manual_seed(4)
+    share, scales = torch.rand(3, 400, generator=g).double() ** 4, torch.tensor([0.3, 0.3, 0.3]).double()
+    weight = 1 / scores.intensity(share, scales).clamp(max=1)
+    deviations = share.square() * torch.rand(3, 400, generator=g).double() * torch.tensor([[1.0], [4.0], [1.0]])
+
+    def width(head: int, at: torch.Tensor) -> float:
+        return budget.variance(deviations[head], weight, scores.intensity(share, at).clamp(max=1)) ** 0.5
+
+    epsilon = 0.3 * width(0, scales)
+    wants = [proportional.Want([deviations[h]], 0.0, h < 2) for h in range(3)]
+    solved = proportional.solve(wants, weight, share, scales, 1.0, epsilon)
+    assert all(0.9 * epsilon <= width(h, solved) <= 1.05 * epsilon for h in range(2))
+    assert solved[2] == scales[2]
+    assert solved[1] > solved[0] > scales[0]
 
 
 @pytest.mark.parametrize("bound", quantiles.BOUNDS)

@@ -11,15 +11,16 @@ from vattn_sgl.eval.capture import Geometry
 
 FAMILY_ALPHA = 0.05
 HALF_WIDTH = 2
+NEAR = 0.9
 
 
 @dataclass
 class Tally:
     """Sums over the head-steps of one row of the report.
 
-    A head *binds* in a step when its half-width, as the final sample supports it, is the largest of its KV group: the
-    group's scale grows until every head's half-width is at most epsilon, so this is the head that it grew for. A group
-    that read everything has half-widths 0 and no binding head.
+    A head *binds* in a step when its half-width, as the final sample supports it, is the largest of its KV group or
+    within 10 % of epsilon: a head's scale grows until its half-width is at most epsilon, so these are the heads that
+    the sample grew for. A group that read everything has half-widths 0 and no binding head.
     """
 
     geometry: Geometry
@@ -54,7 +55,7 @@ class Tally:
         over = error > self.epsilon
         self.violations[layer] += over.sum(0)
         self.steps[layer] += over.shape[0]
-        binding = binding_heads(stats[..., HALF_WIDTH], self.geometry.group)
+        binding = binding_heads(stats[..., HALF_WIDTH], self.geometry.group, self.epsilon)
         self.binding_steps += int(binding.sum())
         self.binding_violations += int((binding & over).sum())
         self.density_sum += float(stats[..., 0].double().sum())
@@ -85,8 +86,8 @@ class Tally:
         }
 
 
-def binding_heads(half_width: torch.Tensor, group: int) -> torch.Tensor:
-    """Heads whose half-width is the largest of their KV group and above 0, bool ``[batch, num_qo_heads]``.
+def binding_heads(half_width: torch.Tensor, group: int, epsilon: float) -> torch.Tensor:
+    """Heads whose half-width is the largest of their KV group or near epsilon, and above 0, bool ``[batch, heads]``.
 
     Parameters
     ----------
@@ -94,10 +95,12 @@ def binding_heads(half_width: torch.Tensor, group: int) -> torch.Tensor:
         ``[batch, num_qo_heads]``.
     group : int
         Query heads per KV head.
+    epsilon : float
+        Bound; `NEAR` of it is near.
     """
     grouped = half_width.unflatten(1, (-1, group))
     first = torch.nn.functional.one_hot(grouped.argmax(-1), group).bool()
-    return (first & (grouped > 0)).flatten(1)
+    return ((first | (grouped >= NEAR * epsilon)) & (grouped > 0)).flatten(1)
 
 
 def heads_over(violations: torch.Tensor, steps: torch.Tensor, delta: float) -> int:

@@ -246,7 +246,7 @@ class Population:
                 spreads.append(math.sqrt(max(0.0, fourth / second**2 - 1) / first) / normal if second > 1e-30 else 0.0)
                 continue
             usable = torch.ones(total, dtype=torch.bool)
-            score = scores.ranks(share, usable, FLOORS.get(selector, FLOOR), 0, 0)[0]
+            score = scores.floored(share[None], usable, FLOORS.get(selector, FLOOR))[0]
             pi = (first / float(score.sum()) * score).clamp(max=1)
             terms = (1 - pi) / pi * x.square().sum(-1)
             spreads.append(float((terms.square() * (1 - pi) / pi).sum().sqrt() / terms.sum()) / normal)
@@ -274,7 +274,7 @@ class Population:
                     estimated = signatures.logits(q, *read, basis, steps[0], fields, angular, 1.0)
         norm = norm if with_norm else torch.ones_like(norm)
         usable = torch.ones(slots.numel(), dtype=torch.bool)
-        return scores.shares(estimated, variance, self.logits[head][outside][None], norm, usable)
+        return scores.shares(estimated, variance, self.logits[head][outside][None], norm, usable)[0]
 
 
 @functools.lru_cache(maxsize=2)

@@ -84,8 +84,8 @@ def markdown(result: dict[str, Any], name: str) -> str:
         "",
         "- *density*: distinct tokens read / tokens of the context.",
         "- *violations*: head-steps whose relative output error exceeds epsilon. "
-        "*Binding*: the same among the heads with the largest final half-width of their KV group, for which the "
-        "group's scale grew; groups that read everything have none.",
+        "*Binding*: the same among the heads whose final half-width is the largest of their KV group or within 10 % of "
+        "epsilon, for which the sample grew; groups that read everything have none.",
         f"- *heads over*: heads whose violations exceed delta by a one-sided binomial test at {FAMILY_ALPHA:g} over "
         f"all heads together (Bonferroni). {steps} steps a head: a true rate of {detected:.3f} is found with power .9.",
         "- *KL*, *agreement*, *perplexity*: every layer attends by the method, one token at each position, forced on "

@@ -12,16 +12,18 @@
 namespace {
 
 constexpr int kMaxGroup = 16;
+constexpr int kTotals = kMaxGroup + 1;
 constexpr int kMaxDim = 256;
 constexpr int kChunk = 2048;
 constexpr int kBlock = 64;
 constexpr int kRounds = 48;
 constexpr int kPatience = 8;
+constexpr int kSweeps = 2;
 constexpr float kFirstRoundQuantile = 1.2f;
-constexpr float kGuardShare = 8.0f;
+constexpr float kGuardShare = 12.0f;
 constexpr float kLeastGrowth = 1.05f, kImpatientGrowth = 2.0f;
 constexpr float kTiny = 1e-30f;
-constexpr float kForced = 1e30f;
+constexpr float kForced = 1e30f, kMostScale = 1e29f;
 constexpr float kUnusable = -1.0f;
 constexpr float kMaxExponent = 60.0f;
 constexpr float kRounding = 1e-6f;
@@ -323,6 +325,8 @@ template <typename T> struct Decode {
   const double log_term;
   int parts[kMaxParts];
   int num_parts, num_bounded;
+  // Scores with a scale of their own: one a head, or one for the group.
+  int score_rows;
   double factor;
   float norm_of[256], upper_of[256], agreement[kMaxBits + 1];
 
@@ -336,6 +340,7 @@ template <typename T> struct Decode {
     num_bounded = both ? 2 : 1;
     num_parts = log_term > 0 && a.target == kOutput ? 2 : num_bounded;
     factor = both ? 2 : 1;
+    score_rows = a.is_uniform || a.group_mean || log_term > 0 ? 1 : group;
     for (int i = 0; i < 256; ++i) {
       norm_of[i] = std::exp2(float(i - 128) / 8.0f);
       upper_of[i] = i == 255 ? std::numeric_limits<float>::infinity() : std::exp2((float(i - 128) + kHalfStep) / 8.0f);
@@ -357,8 +362,10 @@ template <typename T> struct Decode {
     float bias[kMaxGroup], kappa[kMaxGroup];
     uint32_t signature[kMaxWords];
     Partial fixed[kMaxGroup];
-    float *scores = nullptr, *ranks = nullptr;
-    float score_sum = 0;
+    float *scores = nullptr, *draws = nullptr;
+    // Least score of each row, added to every score; sum of the largest share of each token.
+    float floors[kMaxGroup];
+    double share_sum = 0;
   };
 
   int64_t seq_len(int64_t b) const {
@@ -428,7 +435,7 @@ template <typename T> struct Decode {
     item.range = item.hi - item.lo;
     item.dense = item.n < a.dense_below || item.n > int64_t(*a.covered) || item.range <= 2 * a.pilot_min;
     item.scores = a.workspace + index * a.workspace_stride;
-    item.ranks = item.scores + int64_t(group) * a.kv_stride;
+    item.draws = item.scores + int64_t(group) * a.kv_stride;
     const uint32_t key = stream_key(uint32_t(a.seed) + 0x5bd1e995u, uint32_t(a.layer_id), uint32_t(item.head), uint32_t(item.n));
     item.audited = !item.dense && uniform01(uint32_t(item.request), key) < a.audit_rate;
     const T *q = static_cast<const T *>(a.q) + (item.request * a.num_qo_heads + item.head * group) * dim;
@@ -483,7 +490,7 @@ template <typename T> struct Decode {
     }
   }
 
-  static constexpr int kScoreBlock = 256;
+  static constexpr int kScoreBlock = 256, kStretch = 32;
 
   // Estimated logits of a block of tokens, and the squared errors of their codes (0 but for `sketch`); a token with
   // usable 0 has no valid side data.
@@ -593,13 +600,16 @@ template <typename T> struct Decode {
     }
   }
 
-  // Estimated weights of positions [from, to) relative to the fixed maximum; adds their sum per head to `sums`.
-  // A token without valid side data gets kUnusable and is later read for certain.
+  // Estimated weights of positions [from, to) relative to the fixed maximum; adds their sum per head to `sums`. Where the
+  // value counts they are left times its norm. A token without valid side data gets kUnusable, and is read for certain.
   void score(Item &item, int64_t from, int64_t to, double *sums) const {
     Estimates e;
+    const bool with_norm = a.target != kDenominator && !a.is_uniform;
+    float norms[kScoreBlock];
     for (int64_t start = from; start < to; start += kScoreBlock) {
       const int count = int(std::min<int64_t>(kScoreBlock, to - start));
       estimated(item, start, count, e);
+      for (int j = 0; j < count; ++j) norms[j] = with_norm ? value_norm(item, start + j, norm_of) : 1.0f;
       for (int g = 0; g < group; ++g) {
         float *out = item.scores + g * a.kv_stride + start;
         const float m = item.fixed[g].max, kappa = a.selector == kSketch ? item.kappa[g] : 0.0f;
@@ -607,7 +617,7 @@ template <typename T> struct Decode {
 #pragma omp simd reduction(+ : sum)
         for (int j = 0; j < count; ++j) {
           const float weight = fast_exp(std::min(e.lhat[g][j] + kappa * e.variance[j] - m, kMaxExponent));
-          out[j] = e.usable[j] != 0 ? weight : kUnusable;
+          out[j] = e.usable[j] != 0 ? weight * norms[j] : kUnusable;
           sum += e.usable[j] != 0 ? weight : 0;
         }
         sums[g] += sum;
@@ -621,56 +631,72 @@ template <typename T> struct Decode {
     return norms[a.norms[(int64_t(item.slots[i]) * a.num_kv_heads + item.head + 1) * a.norm_bytes - 1]];
   }
 
-  // Share of the output (or of the mass) per token, the largest or the mean over the group, left in head 0's row.
-  double share(Item &item, int64_t from, int64_t to, const double *sums) const {
+  // Share of the output (or of the mass) per token in `score_rows` rows: each head's own, or the largest or the mean over
+  // the group; and the draws u. Adds the sum of each row to `totals`, and the sum of the rows' maximum behind them.
+  void share(Item &item, int64_t from, int64_t to, const double *sums, double *totals) const {
+    const uint32_t key = stream_key(uint32_t(a.seed), uint32_t(a.layer_id), uint32_t(item.head), uint32_t(item.n));
     float inverse[kMaxGroup];
     for (int g = 0; g < group; ++g) inverse[g] = float(1.0 / (item.fixed[g].sum + sums[g])) / (a.group_mean ? group : 1);
-    float *first = item.scores;
+    for (int64_t start = from; start < to; start += kScoreBlock) {
+      const int count = int(std::min<int64_t>(kScoreBlock, to - start));
+      float *first = item.scores + start, *draws = item.draws + start, largest[kScoreBlock] = {0}, most = 0;
+      for (int g = 0; g < group; ++g) {
+        float *own = first + g * a.kv_stride;
+        const float scale = inverse[g];
 #pragma omp simd
-    for (int64_t i = from; i < to; ++i) first[i] *= inverse[0];
-    for (int g = 1; g < group; ++g) {
-      const float *other = item.scores + g * a.kv_stride;
-      if (a.group_mean) {
-#pragma omp simd
-        for (int64_t i = from; i < to; ++i) first[i] += other[i] * inverse[g];
-      } else {
-#pragma omp simd
-        for (int64_t i = from; i < to; ++i) first[i] = std::max(first[i], other[i] * inverse[g]);
+        for (int j = 0; j < count; ++j) own[j] = own[j] < 0 ? (a.is_uniform ? kUnusable : kForced) : own[j] * scale;
       }
+      for (int g = 1; g < group && score_rows == 1; ++g) {
+        const float *other = first + g * a.kv_stride;
+        if (a.group_mean) {
+#pragma omp simd
+          for (int j = 0; j < count; ++j) first[j] = std::min(first[j] + other[j], kForced);
+        } else {
+#pragma omp simd
+          for (int j = 0; j < count; ++j) first[j] = std::max(first[j], other[j]);
+        }
+      }
+      for (int r = 0; r < score_rows; ++r) {
+        const float *own = first + r * a.kv_stride;
+        float sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (int j = 0; j < count; ++j) {
+          const float s = own[j] < kForced ? own[j] : 0.0f;
+          sum += s;
+          largest[j] = std::max(largest[j], s);
+        }
+        totals[r] += sum;
+      }
+#pragma omp simd reduction(+ : most)
+      for (int j = 0; j < count; ++j) {
+        draws[j] = uniform01(uint32_t(start) + uint32_t(j), key);
+        most += largest[j];
+      }
+      totals[kMaxGroup] += most;
     }
-    double total = 0;
-    const bool with_norm = a.target != kDenominator && !a.is_uniform;
-    for (int64_t i = from; i < to; ++i) {
-      if (with_norm) first[i] *= value_norm(item, i, norm_of);
-      total += std::max(first[i], 0.0f);
-    }
-    return total;
   }
 
-  // Inclusion rank r = u / a: a token is read at scale c when r < c.
-  double rank(Item &item, int64_t from, int64_t to, double share_sum) const {
-    const uint32_t key = stream_key(uint32_t(a.seed), uint32_t(a.layer_id), uint32_t(item.head), uint32_t(item.n));
-    const float base = float(a.floor * share_sum / item.range);
-    double total = 0;
-    float *shares = item.scores, *ranks = item.ranks;
-    float partial = 0;
-#pragma omp simd reduction(+ : partial)
-    for (int64_t i = from; i < to; ++i) {
-      const bool usable = shares[i] >= 0;
-      const float s = usable ? std::max(shares[i], kTiny) + base : kForced;
-      shares[i] = s;
-      ranks[i] = usable ? uniform01(uint32_t(i), key) / s : 0.0f;
-      partial += usable ? s : 0.0f;
+  float score_of(const Item &item, int r, int64_t i) const { return item.scores[r * a.kv_stride + i] + item.floors[r]; }
+
+  // t_i = max over rows of c_r s_ri: token i is read when u_i < t_i.
+  void intensity(const Item &item, const float *scales, int64_t start, int count, float *out) const {
+    for (int r = 0; r < score_rows; ++r) {
+      const float *scores = item.scores + r * a.kv_stride + start, scale = scales[r], floor = item.floors[r] * scale;
+      if (r == 0) {
+#pragma omp simd
+        for (int j = 0; j < count; ++j) out[j] = scale * scores[j] + floor;
+      } else {
+#pragma omp simd
+        for (int j = 0; j < count; ++j) out[j] = std::max(out[j], scale * scores[j] + floor);
+      }
     }
-    total = partial;
-    return total;
   }
 
   // Per-thread buffers; matrices are [head][list entry] with row stride `stride`.
   struct Scratch {
     std::vector<int32_t> list;
     std::vector<const T *> k_rows, v_rows;
-    std::vector<float> logits, masses, weighted, distances[kMaxParts], weight, square, share;
+    std::vector<float> logits, masses, weighted, share, distances[kMaxParts], weight, square, others, one_over;
     std::vector<uint8_t> member;
     int64_t stride = 0;
     Partial audit[kMaxGroup];
@@ -678,9 +704,9 @@ template <typename T> struct Decode {
     void reserve(int64_t entries, int group, int parts) {
       if (entries <= stride && size_t(stride * group) <= std::min(logits.size(), distances[parts - 1].size())) return;
       stride = std::max(stride, (entries + 1023) / 1024 * 1024);
-      for (auto *matrix : {&logits, &masses, &weighted}) matrix->resize(size_t(stride * group));
+      for (auto *matrix : {&logits, &masses, &weighted, &share}) matrix->resize(size_t(stride * group));
       for (int p = 0; p < parts; ++p) distances[p].resize(size_t(stride * group));
-      for (auto *row : {&weight, &square, &share}) row->resize(size_t(stride));
+      for (auto *row : {&weight, &square, &others, &one_over}) row->resize(size_t(stride));
       k_rows.resize(size_t(stride));
       v_rows.resize(size_t(stride));
       list.resize(size_t(stride));
@@ -824,23 +850,30 @@ template <typename T> struct Decode {
       }
   }
 
-  // Largest scale at which the expected reads stay within the cap, or `c` when they already do.
-  float limit_scale(const Item &item, float scale, bool &capped) const {
-    if (a.cap >= 1.0) return scale;
+  // Moves `wanted` back towards `scales` until the expected reads stay within the cap; whether it had to.
+  bool limit(const Item &item, const float *scales, float *wanted) const {
+    if (a.cap >= 1.0) return false;
     const double allowed = a.cap * double(item.range);
-    const auto reads = [&](double c) {
+    float at[kMaxGroup], likely[kScoreBlock];
+    const auto reads = [&](double part) {
+      for (int r = 0; r < score_rows; ++r) at[r] = float(scales[r] + part * (double(wanted[r]) - scales[r]));
       double total = 0;
-      for (int64_t i = item.lo; i < item.hi; ++i) total += std::min(1.0, c * item.scores[i]);
+      for (int64_t start = item.lo; start < item.hi; start += kScoreBlock) {
+        const int count = int(std::min<int64_t>(kScoreBlock, item.hi - start));
+        intensity(item, at, start, count, likely);
+        for (int j = 0; j < count; ++j) total += std::min(1.0f, likely[j]);
+      }
       return total;
     };
-    if (reads(scale) <= allowed) return scale;
-    capped = true;
-    double low = 0, high = scale;
+    if (reads(1) <= allowed) return false;
+    double low = 0, high = 1;
     for (int step = 0; step < 40; ++step) {
       const double middle = 0.5 * (low + high);
       (reads(middle) <= allowed ? low : high) = middle;
     }
-    return float(low);
+    reads(low);
+    std::copy(at, at + score_rows, wanted);
+    return true;
   }
 
   // Looks of bound bernstein at a Poisson sample: a geometric grid of scales that the sample does not influence.
@@ -853,7 +886,7 @@ template <typename T> struct Decode {
 
   Looks looks_of(const Item &item, double first) const {
     float least = kForced;
-    for (int64_t i = item.lo; i < item.hi; ++i) least = std::min(least, item.scores[i]);
+    for (int64_t i = item.lo; i < item.hi; ++i) least = std::min(least, score_of(item, 0, i));
     const double last = least < kForced ? (1 + 1e-5) / least : first;
     return {first, std::max(std::log(last / first), 1e-9) / kGridSteps};
   }
@@ -875,90 +908,166 @@ template <typename T> struct Decode {
     return combine(widths);
   }
 
-  // Least c at which the half-widths of all bounded parts add up to epsilon: V(c) = linear / c - constant over the tokens
-  // with c a < 1, solved again until that set stays. `gain` is quantile * factor / unit of each part.
-  float least_scale(const Scratch &s, int g, int64_t count, float scale, double epsilon, const double *gain) const {
-    const float *weight = s.weight.data(), *share = s.share.data();
-    float c = scale;
-    for (int step = 0; step < 12; ++step) {
-      double linear[kMaxParts], constant[kMaxParts];
+  // Least c >= least at which the half-widths of a head's bounded parts add up to epsilon, with pi = min(1, max(others,
+  // c share)), whose inverses are at hand: Newton's method in 1/c within a bracket. `gain` is quantile * factor / unit of
+  // each part; the search begins at `guess`.
+  float least_scale(const Scratch &s, int g, int64_t count, float least, double guess, double epsilon, const double *gain) const {
+    const float *weight = s.weight.data(), *others = s.others.data(), *one_over = s.one_over.data();
+    double slope;
+    const auto width = [&](float c) {
+      double sum = 0;
+      slope = 0;
       for (int p = 0; p < num_bounded; ++p) {
         const float *distances = s.distances[p].data() + g * s.stride, k = float(gain[p]);
-        double l = 0, b = 0;
-#pragma omp simd reduction(+ : l, b)
+        float variance = 0, linear = 0, over_c = 1.0f / c;
+#pragma omp simd reduction(+ : variance, linear)
         for (int64_t j = 0; j < count; ++j) {
-          const float w = share[j] * c < 1 ? weight[j] * (distances[j] * k * k) : 0.0f;
-          l += w / share[j];
-          b += w;
+          const float mine = over_c * one_over[j], inverse = std::max(std::min(mine, others[j]), 1.0f);
+          const float w = weight[j] * (distances[j] * k * k);
+          variance += w * (inverse - 1.0f);
+          linear += mine == inverse ? w * inverse : 0.0f;
         }
-        linear[p] = l;
-        constant[p] = b;
+        const double root = std::sqrt(std::max(variance, 0.0f));
+        sum += root;
+        slope += root > 0 ? linear * c / (2 * root) : 0;
       }
-      double solved = linear[0] / (epsilon * epsilon + constant[0]);
-      if (num_bounded == 2) {
-        const auto width = [&](double x) {
-          double sum = 0;
-          for (int p = 0; p < 2; ++p) sum += std::sqrt(std::max(0.0, linear[p] / x - constant[p]));
-          return sum;
-        };
-        if (width(c) <= epsilon) break;
-        double low = c, high = c;
-        for (int p = 0; p < 2; ++p) high = std::max(high, linear[p] / (0.25 * epsilon * epsilon + constant[p]));
-        for (int half = 0; half < 40; ++half) {
-          const double middle = 0.5 * (low + high);
-          (width(middle) <= epsilon ? high : low) = middle;
-        }
-        solved = high;
-      }
-      if (!(solved > c * 1.0005f)) break;
-      c = float(solved);
+      return sum;
+    };
+    double low = least, high = kInfinity, c = guess;
+    bool at_least = false;
+    for (int step = 0; step < 40; ++step) {
+      const double found = width(float(c));
+      if (c <= least && found <= epsilon) return least;
+      at_least = at_least || c <= least;
+      (found <= epsilon ? high : low) = c;
+      if (std::abs(found - epsilon) <= 1e-5 * epsilon || high < low * (1 + 1e-6) || low >= kMostScale) break;
+      // Tangent of the width as a function of 1/c.
+      c = slope > 0 ? 1 / (1 / c - (found - epsilon) / slope) : kInfinity;
+      if (c <= least && !at_least) c = least;
+      else if (!(c > low && c < high)) c = high < kInfinity ? 0.5 * (low + high) : 2 * low;
     }
-    return c;
+    return float(std::min(c, double(kMostScale)));
+  }
+
+  // What a head asks of its scale.
+  struct Want {
+    double gain[kMaxParts], guard;
+    bool grows;
+  };
+
+  // Scales at which every head's half-width is epsilon by what was read, each the least beside the others: a head reads
+  // what the others read too, so they are solved in turn, a few times over.
+  void solve(Scratch &s, int64_t count, const Want *wants, const float *scales, float growth, double epsilon, float *solved) const {
+    const bool apart = score_rows == group;
+    float least[kMaxGroup];
+    std::copy(scales, scales + score_rows, least);
+    for (int g = 0; g < group; ++g) {
+      const int r = apart ? g : 0;
+      if (wants[g].grows) least[r] = std::max({least[r], scales[r] * growth, float(std::min<double>(wants[g].guard, kMostScale))});
+    }
+    std::copy(least, least + score_rows, solved);
+    for (int sweep = 0; sweep < (apart && group > 1 ? kSweeps : 1); ++sweep)
+      for (int g = 0; g < group; ++g) {
+        if (!wants[g].grows) continue;
+        const int r = apart ? g : 0;
+        float *others = s.others.data();
+        std::fill(others, others + count, 0.0f);
+        for (int q = 0; q < score_rows; ++q) {
+          if (q == r) continue;
+          const float *share = s.share.data() + q * s.stride, scale = solved[q];
+#pragma omp simd
+          for (int64_t j = 0; j < count; ++j) others[j] = std::max(others[j], scale * share[j]);
+        }
+        const float *share = s.share.data() + r * s.stride;
+        float *one_over = s.one_over.data();
+#pragma omp simd
+        for (int64_t j = 0; j < count; ++j) {
+          others[j] = 1.0f / others[j];
+          one_over[j] = 1.0f / share[j];
+        }
+        const float c = least_scale(s, g, count, least[r], solved[r], epsilon, wants[g].gain);
+        solved[r] = apart ? c : std::max(solved[r], c);
+      }
+  }
+
+  // Adds the tokens with u < t that were not read yet to the list, and reads them.
+  void extend(Item &item, Scratch &s, const float *scales, int64_t &count) const {
+    const int64_t old = count;
+    int32_t *list = s.list.data();
+    float likely[kScoreBlock];
+    for (int64_t start = item.lo; start < item.hi; start += kScoreBlock) {
+      const int here = int(std::min<int64_t>(kScoreBlock, item.hi - start));
+      intensity(item, scales, start, here, likely);
+      const float *draws = item.draws + start;
+      // Most stretches have nothing new in a later round.
+      for (int j = 0; j < here; j += kStretch) {
+        const int end = std::min(j + kStretch, here);
+        int any = 0;
+#pragma omp simd reduction(| : any)
+        for (int i = j; i < end; ++i) any |= draws[i] < likely[i];
+        for (int i = j; i < end && any; ++i) {
+          list[count] = int32_t(start + i);
+          count += draws[i] < likely[i];
+        }
+      }
+    }
+    read(item, s, old, count);
+    for (int64_t j = old; j < count; ++j) item.draws[list[j]] = std::numeric_limits<float>::infinity();
+    for (int r = 0; r < score_rows; ++r)
+      for (int64_t j = old; j < count; ++j) s.share[r * s.stride + j] = score_of(item, r, list[j]);
+  }
+
+  // Inverse inclusion probabilities of the list; once everything was read nothing is left to estimate.
+  void weigh(const Item &item, Scratch &s, const float *scales, int64_t count) const {
+    float *weight = s.weight.data();
+    std::fill(weight, weight + count, count == item.range ? 1.0f : 0.0f);
+    if (count == item.range) return;
+    for (int r = 0; r < score_rows; ++r) {
+      const float *share = s.share.data() + r * s.stride, scale = scales[r];
+#pragma omp simd
+      for (int64_t j = 0; j < count; ++j) weight[j] = std::max(weight[j], scale * share[j]);
+    }
+#pragma omp simd
+    for (int64_t j = 0; j < count; ++j) weight[j] = 1.0f / std::min(1.0f, weight[j]);
   }
 
   void proportional(Item &item, Scratch &s, HeadState *heads, float *stats) const {
     const float epsilon = a.params[0];
     const float pilot = float(std::max<double>(a.pilot_min, std::ceil(a.pilot * item.range)));
-    float scale = pilot / std::max(item.score_sum, kTiny), previous = -1;
-    bool capped = false;
-    scale = limit_scale(item, scale, capped);
+    float scales[kMaxGroup] = {0}, next[kMaxGroup];
+    std::fill(next, next + score_rows, pilot / std::max(float(item.share_sum), kTiny));
+    bool capped = limit(item, scales, next);
+    std::copy(next, next + score_rows, scales);
     Looks looks;
     Reach reach[kMaxGroup];
     if (log_term > 0) {
-      looks = looks_of(item, scale);
-      const auto last_open = [&](int64_t i) { return item.scores[i] >= kForced ? -1 : looks.before(1.0 / item.scores[i]); };
-      reaches(item, last_open, [&](int64_t i) { return -std::log(double(item.scores[i])); }, reach);
+      looks = looks_of(item, scales[0]);
+      const auto last_open = [&](int64_t i) { return score_of(item, 0, i) >= kForced ? -1 : looks.before(1.0 / score_of(item, 0, i)); };
+      reaches(item, last_open, [&](int64_t i) { return -std::log(double(score_of(item, 0, i))); }, reach);
     }
     s.reserve(item.range + 1, group, num_parts);
     int64_t count = 0;
     for (int round = 0;; ++round) {
-      const int64_t old = count;
-      int32_t *list = s.list.data();
-      for (int64_t i = item.lo; i < item.hi; ++i) {
-        list[count] = int32_t(i);
-        count += item.ranks[i] < scale && item.ranks[i] >= previous;
-      }
-      previous = scale;
-      read(item, s, old, count);
-      for (int64_t j = old; j < count; ++j) s.share[j] = item.scores[list[j]];
-      // Once everything was read nothing is left to estimate.
+      extend(item, s, scales, count);
+      weigh(item, s, scales, count);
       const bool whole = count == item.range;
-      for (int64_t j = 0; j < count; ++j) s.weight[j] = whole ? 1.0f : 1.0f / std::min(1.0f, scale * s.share[j]);
       estimate(item, s, count, heads);
-      float next = scale;
+      std::copy(scales, scales + score_rows, next);
+      Want wants[kMaxGroup];
       bool certified = true;
       for (int g = 0; g < group; ++g) {
         HeadState &h = heads[g];
         if (log_term > 0) {
+          const double scale = scales[0];
           h.half_width = whole ? 0.0f : bounded(provable(h, s, g, count, looks, reach[g], scale));
           if (h.half_width <= epsilon) continue;
           certified = false;
           int look = std::min(looks.before(scale * kLeastStep) + 1, kGridSteps);
           while (look < kGridSteps && !(provable(h, s, g, count, looks, reach[g], looks.at(look)) <= epsilon)) ++look;
-          next = std::max(next, float(looks.at(look)));
+          next[0] = std::max(next[0], float(looks.at(look)));
           continue;
         }
-        double gain[kMaxParts], width = 0;
+        double width = 0;
         for (int p = 0; p < num_bounded; ++p) {
           const float *distances = s.distances[p].data() + g * s.stride, *weight = s.weight.data();
           const double unit = unit_of(h, parts[p]);
@@ -972,20 +1081,21 @@ template <typename T> struct Decode {
           }
           const float z = quantile(variance > 0 ? square / (2 * variance * variance) : 0);
           width += factor * z * std::sqrt(variance);
-          gain[p] = factor * (round == 0 ? kFirstRoundQuantile : z) / unit;
+          wants[g].gain[p] = factor * (round == 0 ? kFirstRoundQuantile : z) / unit;
         }
         h.half_width = bounded(width);
+        wants[g].guard = kGuardShare * factor / (epsilon * (a.target == kDenominator ? 1.0 : std::max(h.norm, 1e-30)));
+        wants[g].grows = round == 0 || !(h.half_width <= epsilon);
         certified = certified && h.half_width <= epsilon;
-        const float c = least_scale(s, g, count, scale, epsilon, gain);
-        const double guard = kGuardShare * factor / (epsilon * (a.target == kDenominator ? 1.0 : std::max(h.norm, 1e-30)));
-        next = std::max(next, float(std::min(std::max(double(c), guard), 1e29)));
       }
       if (whole || ((round > 0 || log_term > 0) && certified) || round == kRounds - 1) break;
-      if (round > 0 && log_term == 0) next = std::max(next, scale * (round < kPatience ? kLeastGrowth : kImpatientGrowth));
-      if (round == kRounds - 2) next = 2 * kForced;
-      next = std::max(scale, limit_scale(item, next, capped));
-      if (capped && next <= scale) break;
-      scale = next;
+      const float growth = round == 0 ? 1.0f : round < kPatience ? kLeastGrowth : kImpatientGrowth;
+      if (log_term == 0) solve(s, count, wants, scales, growth, epsilon, next);
+      if (round == kRounds - 2) std::fill(next, next + score_rows, 2 * kForced);
+      const bool cut = limit(item, scales, next);
+      if (capped && cut) break;
+      capped = capped || cut;
+      for (int r = 0; r < score_rows; ++r) scales[r] = std::max(scales[r], next[r]);
     }
     for (int g = 0; g < group; ++g) {
       const HeadState &h = heads[g];
@@ -1190,7 +1300,7 @@ template <typename T> struct Decode {
   void run() const {
     static thread_local std::vector<Item> items;
     static thread_local std::vector<Partial> parts;
-    static thread_local std::vector<double> sums, shares, ranks;
+    static thread_local std::vector<double> sums, shares;
     struct Task {
       int64_t item, chunk;
     };
@@ -1203,13 +1313,12 @@ template <typename T> struct Decode {
     for (int64_t i = 0; i < total; ++i)
       for (int64_t c = 0; c * kChunk < std::max<int64_t>(seq_len(i / a.num_kv_heads), 1); ++c) tasks.push_back({i, c});
     parts.resize(size_t(total * chunks * group));
-    sums.assign(size_t(total * chunks * kMaxGroup), 0);
-    shares.assign(size_t(total * chunks), 0);
-    ranks.assign(size_t(total * chunks), 0);
+    sums.assign(size_t(total * chunks * kTotals), 0);
+    shares.assign(size_t(total * chunks * kTotals), 0);
 
     Item *const items_ = items.data();
     Partial *const parts_ = parts.data();
-    double *const sums_ = sums.data(), *const shares_ = shares.data(), *const ranks_ = ranks.data();
+    double *const sums_ = sums.data(), *const shares_ = shares.data();
     const Task *const tasks_ = tasks.data();
     const int64_t num_tasks = int64_t(tasks.size());
     // Chunks of the sampled range are cut at multiples of kChunk of the position, so a task's bounds are fixed.
@@ -1218,10 +1327,9 @@ template <typename T> struct Decode {
       from = std::max(t.chunk * kChunk, item.dense ? int64_t(0) : item.lo);
       to = std::min((t.chunk + 1) * kChunk, item.dense ? item.n : item.hi);
     };
-    const auto total_of = [&](const double *part, int64_t item) {
-      double sum = 0;
-      for (int64_t c = 0; c < chunks; ++c) sum += part[item * chunks + c];
-      return sum;
+    const auto add_chunks = [&](const double *part, int64_t item, double *sum) {
+      for (int64_t c = 0; c < chunks; ++c)
+        for (int g = 0; g < kTotals; ++g) sum[g] += part[(item * chunks + c) * kTotals + g];
     };
 #pragma omp parallel num_threads(int(a.threads))
     {
@@ -1238,7 +1346,7 @@ template <typename T> struct Decode {
           clear(parts_ + at * group);
           attend(item, from, to, parts_ + at * group);
         } else {
-          score(item, from, to, sums_ + at * kMaxGroup);
+          score(item, from, to, sums_ + at * kTotals);
         }
       }
 #pragma omp for schedule(dynamic, 1)
@@ -1247,18 +1355,9 @@ template <typename T> struct Decode {
         if (item.dense) continue;
         int64_t from, to;
         bounds(tasks_[t], from, to);
-        double sum[kMaxGroup] = {0};
-        for (int64_t c = 0; c < chunks; ++c)
-          for (int g = 0; g < group; ++g) sum[g] += sums_[(tasks_[t].item * chunks + c) * kMaxGroup + g];
-        shares_[tasks_[t].item * chunks + tasks_[t].chunk] = share(item, from, to, sum);
-      }
-#pragma omp for schedule(dynamic, 1)
-      for (int64_t t = 0; t < num_tasks; ++t) {
-        Item &item = items_[tasks_[t].item];
-        if (item.dense || a.is_uniform) continue;
-        int64_t from, to;
-        bounds(tasks_[t], from, to);
-        ranks_[tasks_[t].item * chunks + tasks_[t].chunk] = rank(item, from, to, total_of(shares_, tasks_[t].item));
+        double sum[kTotals] = {0};
+        add_chunks(sums_, tasks_[t].item, sum);
+        share(item, from, to, sum, shares_ + (tasks_[t].item * chunks + tasks_[t].chunk) * kTotals);
       }
 #pragma omp for schedule(dynamic, 1)
       for (int64_t i = 0; i < total; ++i) {
@@ -1266,7 +1365,10 @@ template <typename T> struct Decode {
         if (item.dense) {
           finish_dense(item, parts_ + i * chunks * group, std::max<int64_t>(1, (item.n + kChunk - 1) / kChunk));
         } else {
-          item.score_sum = float(total_of(ranks_, i));
+          double sum[kTotals] = {0};
+          add_chunks(shares_, i, sum);
+          for (int r = 0; r < score_rows; ++r) item.floors[r] = std::max(float(a.floor * sum[r] / item.range), kTiny);
+          item.share_sum = sum[kMaxGroup];
           sample(item, scratch);
         }
       }

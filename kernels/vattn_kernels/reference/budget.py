@@ -9,7 +9,8 @@ import torch
 from vattn_kernels import params as layout
 
 FIRST_ROUND_QUANTILE = 1.2
-GUARD_SHARE = 8.0
+GUARD_SHARE = 12.0
+MOST_SCALE = 1e29
 
 
 def quantile(row: torch.Tensor, nu: float, split: bool = False) -> float:
@@ -31,44 +32,65 @@ def quantile(row: torch.Tensor, nu: float, split: bool = False) -> float:
     return low + (x - j) * (high - low)
 
 
-def variance(deviation2: torch.Tensor, share: torch.Tensor, read_at: float, at: float) -> float:
-    """``V(c) = sum over what was read of (1/pi_i(c0)) (1 - pi_i(c))/pi_i(c) d_i^2``: Poisson sampling at scale ``at``.
+def variance(deviation2: torch.Tensor, weight: torch.Tensor, pi: torch.Tensor) -> float:
+    """``V(pi) = sum over what was read of weight_i (1 - pi_i)/pi_i d_i^2``: Poisson sampling at probabilities ``pi``.
 
     Parameters
     ----------
     deviation2 : torch.Tensor
         ``d_i^2 = |x_i|^2`` of a part's vectors (`vattn_kernels.reference.estimate.Part`), float64 ``[m]``.
-    share : torch.Tensor
-        Scores ``a_i``, float64 ``[m]``.
-    read_at, at : float
-        Scale ``c0`` at which the tokens were read, and ``c``.
+    weight : torch.Tensor
+        Inverse probabilities at which the tokens were read, float64 ``[m]``.
+    pi : torch.Tensor
+        float64 ``[m]``.
     """
-    weight = 1 / (read_at * share).clamp(max=1)
-    return float((weight * (1 / (at * share).clamp(max=1) - 1) * deviation2).sum())
+    return float((weight * (1 / pi - 1) * deviation2).sum())
 
 
-def degrees_of_freedom(deviation2: torch.Tensor, share: torch.Tensor, scale: float) -> float:
+def degrees_of_freedom(deviation2: torch.Tensor, weight: torch.Tensor) -> float:
     """``nu = 2 V^2 / Var(V)``, both from the sample (``algorithm.md``, quantile ``f8``)."""
-    weight = 1 / (scale * share).clamp(max=1)
     terms = weight * (weight - 1) * deviation2
     spread = float((terms.square() * (1 - 1 / weight)).sum())
     return math.inf if spread == 0 else 2 * float(terms.sum()) ** 2 / spread
 
 
-def least_scale(deviations2: list[torch.Tensor], share: torch.Tensor, scale: float, aim: float) -> float:
-    """Least ``c >= scale`` with ``sum over parts of sqrt(V(c)) <= aim``, by bisection; V falls in c.
+def least_scale(
+    deviations2: list[torch.Tensor],
+    weight: torch.Tensor,
+    share: torch.Tensor,
+    others: torch.Tensor,
+    least: float,
+    aim: float,
+) -> float:
+    """Least ``c >= least`` with ``sum over parts of sqrt(V(pi(c))) <= aim``, by bisection; V falls in c.
 
     With two parts this is the best split of the paper's Theorem 4.3: the budget ``max(c_N(eps1), c_D(eps2))`` under
     ``eps1 + eps2 <= aim`` is least where both are equal, hence at the least c whose two half-widths add up to aim.
+
+    Parameters
+    ----------
+    deviations2 : list of torch.Tensor
+        ``d_i^2`` of every part, float64 ``[m]``.
+    weight : torch.Tensor
+        As in `variance`.
+    share, others : torch.Tensor
+        Scores ``a_i``, and what other scales give: ``pi_i(c) = min(1, max(others_i, c a_i))``, float64 ``[m]``.
+    least, aim : float
+        Where to begin, and the half-width over the quantile.
+
+    Returns
+    -------
+    float
     """
 
     def width(c: float) -> float:
-        return sum(math.sqrt(max(0.0, variance(deviation2, share, scale, c))) for deviation2 in deviations2)
+        pi = torch.maximum(others, c * share).clamp(max=1)
+        return sum(math.sqrt(max(0.0, variance(deviation2, weight, pi))) for deviation2 in deviations2)
 
-    if width(scale) <= aim:
-        return scale
-    low, high = scale, 2 * scale
-    while width(high) > aim and high < 1e29:
+    if width(least) <= aim:
+        return least
+    low, high = least, 2 * least
+    while width(high) > aim and high < MOST_SCALE:
         high *= 2
     for _ in range(60):
         middle = 0.5 * (low + high)

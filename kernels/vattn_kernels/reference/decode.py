@@ -123,15 +123,19 @@ pilot_min, cap, floor, group_score
             ]
             if target == "denominator" or sampler == "uniform":
                 value_norm = torch.ones_like(value_norm)
-            share = scores.shares(estimated, variance, logits[:, fixed], value_norm, usable, group_score)
+            share = scores.shares(estimated, variance, logits[:, fixed], value_norm, usable)
+            # One scale for the group: its looks must not depend on the sample, or the score is not a head's own.
+            if sampler == "uniform" or provable or group_score == "mean":
+                share = scores.combined(share, group_score)
             key = rng.stream_key(seed, layer_id, h, n)
             if sampler == "proportional":
-                score, rank = scores.ranks(share, usable, floor, low, key)
-                drawn = proportional.sample(heads, score, rank, low, params, target, pilot, pilot_min, cap)
+                score, draws = scores.floored(share, usable, floor), rng.uniform(torch.arange(low, high), key)
+                begin = max(pilot_min, math.ceil(pilot * total)) / max(float(share.amax(0).sum()), scores.TINY)
+                drawn = proportional.sample(heads, score, draws, low, params, target, begin, cap)
             else:
-                share = torch.where(usable, share, torch.full_like(share, -1.0))
+                ranking = torch.where(usable, share[0], -1.0)
                 size = uniform.top_k_size(top_k_count, top_k_share, total)
-                drawn = uniform.sample(heads, share, size, low, key, params, target, pilot, pilot_min, cap)
+                drawn = uniform.sample(heads, ranking, size, low, key, params, target, pilot, pilot_min, cap)
             read = n - total + drawn.read.numel()
             slack = 1 + (ROUNDING if sampler == "uniform" else 0)
             for g, (estimate, width, cut) in enumerate(

@@ -1,4 +1,9 @@
-"""Poisson sampling in proportion to the scores, in rounds (``algorithm.md``, "Two samplers"; ours)."""
+"""Poisson sampling in proportion to the scores, in rounds (``algorithm.md``, "Two samplers"; ours).
+
+Token i is read with probability ``pi_i = min(1, max over heads h of c_h s_hi)``: every head has a score and a scale of
+its own, and uses all that the group reads with weight ``1 / pi_i``. The scales only grow, so a later sample contains an
+earlier one.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +15,15 @@ import torch
 from vattn_kernels import params as layout
 from vattn_kernels.reference import bernstein, budget
 from vattn_kernels.reference.estimate import FACTOR, Estimate, Head, estimate
+from vattn_kernels.reference.scores import INFINITE, intensity
 
 # Nearly every step is certified in two or three rounds. One that is not reads on, in the end everything.
 ROUNDS = 48
 PATIENCE = 8
 LEAST_GROWTH, IMPATIENT_GROWTH = 1.05, 2.0
 EVERYTHING = 2e30
+# Times that a group's scales are solved in turn.
+SWEEPS = 2
 # Looks closer than this are the same look up to rounding.
 LEAST_STEP = 1.0001
 
@@ -48,80 +56,153 @@ class Sample:
 def sample(
     heads: list[Head],
     scores: torch.Tensor,
-    rank: torch.Tensor,
+    draws: torch.Tensor,
     low: int,
     row: torch.Tensor,
     target: str,
-    pilot: float,
-    pilot_min: int,
+    begin: float,
     cap: float,
 ) -> Sample:
     """Pilot, then scales solved from everything read, until every head's half-width is at most epsilon or all is read.
 
-    Bound ``bernstein`` takes its scales from a grid that the sample does not influence
+    Bound ``bernstein`` takes its scale from a grid that the sample does not influence
     (`vattn_kernels.reference.bernstein`).
 
     Parameters
     ----------
     heads : list of Head
         The group.
-    scores, rank : torch.Tensor
-        float64 ``[N]`` from `vattn_kernels.reference.scores.ranks`.
+    scores : torch.Tensor
+        float64 ``[R, N]`` from `vattn_kernels.reference.scores.floored`: one row a head, each with a scale of its own,
+        or one for all of them; for bound ``bernstein`` one.
+    draws : torch.Tensor
+        ``u_i``, float64 ``[N]``.
     low : int
         Position of the first token of the range.
     row : torch.Tensor
         The layer's parameters.
     target : {"output", "denominator", "numerator", "sdpa"}
         What the bound is about.
-    pilot, pilot_min, cap : float, int, float
-        Settings.
+    begin : float
+        Scale of the pilot, the same for every row.
+    cap : float
+        Largest share of the range that may be read.
     """
-    epsilon, total = float(row[0]), scores.numel()
+    epsilon, total = float(row[0]), draws.numel()
     split = target == "sdpa"
     log = float(row[layout.SPLIT_LOG if split else layout.LOG])
-    finite = scores < 1e29
-    scale = max(pilot_min, math.ceil(pilot * total)) / float(scores[finite].sum().clamp(min=1e-30))
-    scale, capped = limit(scores, scale, cap)
-    looks = bernstein.grid(scale, (1 + 1e-5) / float(scores[finite].min())) if log and bool(finite.any()) else [scale]
+    nothing = torch.zeros(scores.shape[0]).double()
+    scales, capped = limit(scores, nothing, nothing + begin, cap)
+    looks = bernstein.grid(float(scales[0]), (1 + 1e-5) / min(float(scores[0].min()), INFINITE))
     for round_ in range(ROUNDS):
-        inside = (rank < scale).nonzero()[:, 0]
-        share = scores[inside]
+        likely = intensity(scores, scales)
+        inside = (draws < likely).nonzero()[:, 0]
         # Once everything was read nothing is left to estimate.
         whole = inside.numel() == total
-        weight = torch.ones_like(share) if whole else 1 / (scale * share).clamp(max=1)
+        weight = torch.ones(total).double() if whole else 1 / likely[inside].clamp(max=1)
         estimates = [estimate(head, inside + low, weight, target, log > 0) for head in heads]
-        half_widths, wanted = [], scale
+        half_widths, wants, wanted = [], [], scales.clone()
         for head, e in zip(heads, estimates, strict=True):
             if log:
-                half_widths.append(0.0 if whole else _provable(head, e, target, scores, share, scale, scale, log))
+                scale = float(scales[0])
+                half_widths.append(0.0 if whole else _provable(head, e, target, scores[0], inside, weight, scale, log))
                 if half_widths[-1] > epsilon:
                     later = [c for c in looks if c > scale * LEAST_STEP] or [scale]
-                    enough = [c for c in later if _provable(head, e, target, scores, share, scale, c, log) <= epsilon]
-                    wanted = max(wanted, (enough or later[-1:])[0])
+                    enough = (
+                        c for c in later if _provable(head, e, target, scores[0], inside, weight, c, log) <= epsilon
+                    )
+                    wanted[0] = max(float(wanted[0]), next(enough, later[-1]))
                 continue
             deviations2 = [part.relative2 for part in e.parts.values()]
-            factors = [budget.quantile(row, budget.degrees_of_freedom(d, share, scale), split) for d in deviations2]
-            spreads = [0.0 if whole else max(0.0, budget.variance(d, share, scale, scale)) for d in deviations2]
-            width = FACTOR[target] * sum(f * math.sqrt(s) for f, s in zip(factors, spreads, strict=True))
-            half_widths.append(width)
+            factors = [budget.quantile(row, budget.degrees_of_freedom(d, weight), split) for d in deviations2]
+            spreads = [max(0.0, budget.variance(d, weight, 1 / weight)) for d in deviations2]
+            half_widths.append(FACTOR[target] * sum(f * math.sqrt(s) for f, s in zip(factors, spreads, strict=True)))
             used = [budget.FIRST_ROUND_QUANTILE] * len(factors) if round_ == 0 else factors
-            scaled = [d * (FACTOR[target] * f) ** 2 for d, f in zip(deviations2, used, strict=True)]
             norm = 1.0 if target == "denominator" else max(float(e.out.norm()), 1e-30)
-            guard = budget.GUARD_SHARE * FACTOR[target] / (epsilon * norm)
-            wanted = max(wanted, budget.least_scale(scaled, share, scale, epsilon), guard)
+            wants.append(
+                Want(
+                    [d * (FACTOR[target] * f) ** 2 for d, f in zip(deviations2, used, strict=True)],
+                    budget.GUARD_SHARE * FACTOR[target] / (epsilon * norm),
+                    round_ == 0 or half_widths[-1] > epsilon,
+                )
+            )
         certified = (round_ > 0 or log > 0) and all(h <= epsilon for h in half_widths)
         if whole or certified or round_ == ROUNDS - 1:
             break
-        if round_ > 0 and not log:
-            wanted = max(wanted, scale * (LEAST_GROWTH if round_ < PATIENCE else IMPATIENT_GROWTH))
+        if not log:
+            growth = 1.0 if round_ == 0 else LEAST_GROWTH if round_ < PATIENCE else IMPATIENT_GROWTH
+            wanted = solve(wants, weight, scores[:, inside], scales, growth, epsilon)
         if round_ == ROUNDS - 2:
-            wanted = EVERYTHING
-        limited, cut = limit(scores, wanted, cap)
-        capped = capped or cut
-        if capped and limited <= scale:
+            wanted = torch.full_like(scales, EVERYTHING)
+        wanted, cut = limit(scores, scales, wanted, cap)
+        if capped and cut:
             break
-        scale = max(scale, limited)
+        scales, capped = wanted, capped or cut
     return Sample(inside + low, estimates, half_widths, [capped] * len(heads), inside.numel())
+
+
+@dataclass
+class Want:
+    """What a head asks of its scale.
+
+    Attributes
+    ----------
+    deviations2 : list of torch.Tensor
+        ``d_i^2`` of every part, times its squared quantile.
+    guard : float
+        Least scale: a token whose estimated share of the output exceeds ``eps / GUARD_SHARE`` is read for certain.
+    grows : bool
+        Whether the head is not certified yet; others leave their scale.
+    """
+
+    deviations2: list[torch.Tensor]
+    guard: float
+    grows: bool
+
+
+def solve(
+    wants: list[Want], weight: torch.Tensor, share: torch.Tensor, scales: torch.Tensor, growth: float, epsilon: float
+) -> torch.Tensor:
+    """Scales at which every head's half-width is epsilon by what was read, each the least beside the others.
+
+    Each head reads what the others read too, so the scales are solved in turn, a few times over.
+
+    Parameters
+    ----------
+    wants : list of Want
+        One a head.
+    weight : torch.Tensor
+        Inverse inclusion probabilities of what was read, float64 ``[m]``.
+    share : torch.Tensor
+        Scores of what was read, float64 ``[R, m]``.
+    scales : torch.Tensor
+        float64 ``[R]``, at which it was read.
+    growth : float
+        Least growth of a scale that grows.
+    epsilon : float
+        Bound.
+
+    Returns
+    -------
+    torch.Tensor
+        float64 ``[R]``, at least ``scales``.
+    """
+    rows = scales.numel()
+    of_row = [wants] if rows == 1 else [[want] for want in wants]
+    of_row = [[want for want in row if want.grows] for row in of_row]
+    least = [
+        max([float(c), *(max(float(c) * growth, min(want.guard, budget.MOST_SCALE)) for want in row)])
+        for c, row in zip(scales, of_row, strict=True)
+    ]
+    solved = torch.tensor(least, dtype=torch.float64)
+    for _ in range(1 if rows == 1 else SWEEPS):
+        for r, row in enumerate(of_row):
+            apart = solved.clone()
+            apart[r] = 0
+            others = intensity(share, apart)
+            found = (budget.least_scale(want.deviations2, weight, share[r], others, least[r], epsilon) for want in row)
+            solved[r] = max([least[r], *found])
+    return solved
 
 
 def _provable(
@@ -129,32 +210,35 @@ def _provable(
     e: Estimate,
     target: str,
     scores: torch.Tensor,
-    share: torch.Tensor,
-    read_at: float,
+    inside: torch.Tensor,
+    weight: torch.Tensor,
     at: float,
     log: float,
 ) -> float:
-    """Half-width of bound ``bernstein`` at scale ``at``, from what was read at ``read_at``."""
+    """Half-width of bound ``bernstein`` at scale ``at``, from what was read."""
     open_ = at * scores < 1
     reach = bernstein.reaches(head, open_, -(at * scores).log(), e.maximum, float(e.out.norm()))
     widths = {}
     for name, part in e.parts.items():
-        spread = math.sqrt(max(0.0, budget.variance(part.relative2, share, read_at, at)))
-        widths[name] = bernstein.poisson(spread, reach[name] / part.unit, log)
+        variance = budget.variance(part.relative2, weight, (at * scores[inside]).clamp(max=1))
+        widths[name] = bernstein.poisson(math.sqrt(max(0.0, variance)), reach[name] / part.unit, log)
     return bernstein.combine(target, widths)
 
 
-def limit(scores: torch.Tensor, scale: float, cap: float) -> tuple[float, bool]:
-    """Scale at which the expected reads stay within the cap, and whether that cut it."""
-    allowed = cap * scores.numel()
+def limit(scores: torch.Tensor, scales: torch.Tensor, wanted: torch.Tensor, cap: float) -> tuple[torch.Tensor, bool]:
+    """Scales on the way from ``scales`` to ``wanted`` whose expected reads stay within the cap, and whether it cut."""
+    allowed = cap * scores.shape[1]
 
-    def reads(c: float) -> float:
-        return float((c * scores).clamp(max=1).sum())
+    def at(part: float) -> torch.Tensor:
+        return scales + part * (wanted - scales)
 
-    if cap >= 1 or reads(scale) <= allowed:
-        return scale, False
-    low, high = 0.0, scale
+    def reads(part: float) -> float:
+        return float(intensity(scores, at(part)).clamp(max=1).sum())
+
+    if cap >= 1 or reads(1.0) <= allowed:
+        return wanted, False
+    low, high = 0.0, 1.0
     for _ in range(40):
         middle = 0.5 * (low + high)
         low, high = (middle, high) if reads(middle) <= allowed else (low, middle)
-    return low, True
+    return at(low), True

@@ -1,12 +1,11 @@
-"""Scores of the range: estimated share of the output (or of the mass), shared by the KV group."""
+"""Scores of the range: every head's estimated share of the output (or of the mass) by token."""
 
 from __future__ import annotations
 
 import torch
 
-from vattn_kernels.reference import rng
-
 TINY = 1e-30
+INFINITE = 1e30
 MAX_EXPONENT = 60.0
 # Rounding of a float32 logit against the exact one; an upper bound must lie above it.
 MARGIN = 1e-4
@@ -23,9 +22,8 @@ def shares(
     fixed_logits: torch.Tensor,
     value_norm: torch.Tensor,
     usable: torch.Tensor,
-    group_score: str = "max",
 ) -> torch.Tensor:
-    """``s_i = max over heads of exp(lhat_i + half the variance) / (D_fixed + sum exp lhat) * |v_i|``.
+    """``s_hi = exp(lhat_hi + half the variance) / (D_fixed + sum exp lhat) * |v_i|`` of every head h.
 
     Parameters
     ----------
@@ -37,40 +35,55 @@ def shares(
         float64 ``[N]``; ones where the target or the sampler does not use it.
     usable : torch.Tensor
         bool ``[N]``; other tokens enter no sum.
-    group_score : {"max", "mean"}
-        How the group's heads share one score.
 
     Returns
     -------
     torch.Tensor
-        float64 ``[N]``; 0 where not usable.
+        float64 ``[group, N]``; 0 where not usable.
     """
     m = fixed_logits.max(-1, keepdim=True).values
     weights = (estimated + variance / 2 - m).clamp(max=MAX_EXPONENT).exp() * usable
     denominator = (fixed_logits - m).exp().sum(-1) + weights.sum(-1)
-    share = weights / denominator[:, None]
-    return (share.amax(0) if group_score == "max" else share.mean(0)) * value_norm
+    return weights / denominator[:, None] * value_norm
 
 
-def ranks(
-    share: torch.Tensor, usable: torch.Tensor, floor: float, low: int, key: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scores with their floor, and the rank ``r_i = u_i / a_i``: token i is read at scale c when ``r_i < c``.
+def combined(share: torch.Tensor, group_score: str) -> torch.Tensor:
+    """One score for the whole group, float64 ``[1, N]``.
 
     Parameters
     ----------
     share : torch.Tensor
-        float64 ``[N]`` from `shares`.
-    usable : torch.Tensor
-        bool ``[N]``; other tokens get score infinity and rank 0, so they are read for certain.
-    floor : float
-        Least score as a share of the mean.
-    low : int
-        Position of the first token of the range.
-    key : int
-        From `vattn_kernels.reference.rng.stream_key`.
+        float64 ``[group, N]`` from `shares`.
+    group_score : {"max", "mean"}
+        How the heads are combined.
     """
-    scores = share.clamp(min=TINY) + floor * share.sum() / share.numel()
-    u = rng.uniform(torch.arange(low, low + share.numel()), key)
-    infinite = torch.full_like(scores, 1e30)
-    return torch.where(usable, scores, infinite), torch.where(usable, u / scores, torch.zeros_like(u))
+    return share.amax(0, keepdim=True) if group_score == "max" else share.mean(0, keepdim=True)
+
+
+def floored(share: torch.Tensor, usable: torch.Tensor, floor: float) -> torch.Tensor:
+    """Scores with their floor: no token has probability 0.
+
+    Parameters
+    ----------
+    share : torch.Tensor
+        float64 ``[R, N]`` from `shares` or `combined`.
+    usable : torch.Tensor
+        bool ``[N]``; other tokens get `INFINITE`, so they are read for certain.
+    floor : float
+        Least score as a share of the row's mean.
+    """
+    scores = share + (floor * share.mean(-1, keepdim=True)).clamp(min=TINY)
+    return torch.where(usable, scores, INFINITE)
+
+
+def intensity(scores: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """``t_i = max over rows r of c_r s_ri``: token i is read when ``u_i < t_i``, so ``pi_i = min(1, t_i)``.
+
+    Parameters
+    ----------
+    scores : torch.Tensor
+        float64 ``[R, N]`` from `floored`.
+    scales : torch.Tensor
+        float64 ``[R]``; where one grows the sample grows, and keeps all it had.
+    """
+    return (scales[:, None] * scores).amax(0)

@@ -19,9 +19,10 @@ def stats_of(half_widths, density=0.25):
     return stats
 
 
-def test_binding_head_has_the_largest_half_width_of_its_group():
-    binding = metrics.binding_heads(torch.tensor([[0.04, 0.05, 0.02, 0.01], [0.0, 0.0, 0.01, 0.05]]), 2)
-    assert binding.tolist() == [[False, True, True, False], [False, False, False, True]]
+def test_binding_head_has_the_largest_half_width_of_its_group_or_one_near_epsilon():
+    half_widths = torch.tensor([[0.04, 0.05, 0.02, 0.01], [0.0, 0.0, 0.01, 0.05], [0.046, 0.048, 0.05, 0.044]])
+    binding = metrics.binding_heads(half_widths, 2, 0.05)
+    assert binding.tolist() == [[False, True, True, False], [False, False, False, True], [True, True, True, False]]
 
 
 def test_tally_counts_violations_of_all_and_of_binding_heads():
