@@ -168,6 +168,20 @@ def largest_decode_graph(server_args: Any) -> int | None:
     return None if decode.backend == "disabled" or not decode.bs else max(decode.bs)
 
 
+def default_dtype(config: Any) -> torch.dtype:
+    """Dtype that SGLang serves a model in without ``--dtype``, which is float16 for most float32 models.
+
+    Parameters
+    ----------
+    config : transformers.PretrainedConfig
+        Of the model's text part.
+    """
+    from sglang.srt.configs.model_config import _get_and_verify_dtype
+
+    dtype: torch.dtype = _get_and_verify_dtype(config, "auto")
+    return dtype
+
+
 def query_geometry(model_runner: Any) -> tuple[int | None, float | None]:
     """Query heads on this rank and the factor of the logits, from the model's first attention layer.
 

@@ -33,7 +33,7 @@ class Finding:
     what : str
         What was looked at and found.
     mend : str
-        What to do, when not ok.
+        What to do, when not ok or when a server needs an argument.
     """
 
     ok: bool
@@ -168,6 +168,7 @@ def _model(path: Path | None, settings: Settings) -> Iterator[Finding]:
         return
     heads = f"{described.num_attention_heads} query and {described.num_key_value_heads} KV heads"
     yield Finding(True, f"model {path.name}: {heads} of {described.head_dim}")
+    yield from _dtype(config)
     geometry = _geometry(config, described)
     side_data = _guard(_side_data, geometry, settings)
     yield side_data
@@ -206,6 +207,20 @@ def _geometry(config: Any, described: Any) -> CacheGeometry:
     heads, head_dim = described.num_key_value_heads, described.head_dim
     cpu = torch.device("cpu")
     return CacheGeometry(text.num_hidden_layers, 0, heads, head_dim, cpu, dtype, described.num_attention_heads)
+
+
+def _dtype(config: Any) -> Iterator[Finding]:
+    """What SGLang serves the model in unless it is told, where a CPU cannot."""
+    import torch
+
+    dtype = compat.default_dtype(config.get_text_config())
+    if not torch.cuda.is_available() and list(support.cpu_pool_reasons(SimpleNamespace(dtype=dtype))):
+        name = str(dtype).removeprefix("torch.")
+        yield Finding(
+            True,
+            f"by default SGLang serves this model in {name}, which the CPU kernels do not read",
+            "start with --dtype float32 or --dtype bfloat16",
+        )
 
 
 def _side_data(geometry: CacheGeometry, settings: Settings) -> Finding:

@@ -63,6 +63,13 @@ def test_side_data_and_their_share_are_told(selector, dtype, expected, folder, b
     assert (True, f"selector {selector} keeps {expected}", "") in report(folder)
 
 
+@pytest.mark.parametrize(("dtype", "told"), [("float16", True), ("float32", True), ("bfloat16", False)])
+def test_a_dtype_that_sglang_would_choose_and_a_cpu_cannot_read(dtype, told, folder, built):
+    (folder / "config.json").write_text(json.dumps(LLAMA | {"torch_dtype": dtype}))
+    advice = "start with --dtype float32 or --dtype bfloat16"
+    assert any("in float16" in what and mend == advice for _, what, mend in report(folder)) is told
+
+
 def test_wrong_hash_weights_are_told(folder, built, monkeypatch):
     monkeypatch.setenv("VATTN_SELECTOR", "hash")
     monkeypatch.setenv("VATTN_HASH_WEIGHTS", str(folder / "none.pt"))
