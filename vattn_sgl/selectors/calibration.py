@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from vattn_kernels.cache import cache_dir
-from vattn_kernels.rope import Rope
+from vattn_kernels.rope import Rope, is_same
 from vattn_kernels.sketch import Moments, SketchTables, check_fields, solve
 from vattn_sgl.config import Settings
 from vattn_sgl.selectors.base import CacheGeometry
@@ -35,7 +35,8 @@ ENOUGH_TOKENS = 16384
 SAMPLE_TOKENS = 1024
 SAMPLE_QUERIES = 32
 _MOMENTS = ("qq", "kk", "k", "q_count", "k_count")
-_META = ("longest", "covered", "tokens", "rope")
+_META = ("longest", "covered", "tokens")
+_ROPE = "rope.sample"
 # Positions are int32 in the kernels.
 MOST_POSITIONS = 2**30
 
@@ -123,25 +124,26 @@ class CalibrationStore:
         blank = SketchTables.zeros(*shape, bits, "meta") if tables is SketchTables else tables.zeros(*shape, "meta")
         self._like = _named(blank, Moments.zeros(*shape, "meta"))
 
-    def load(self) -> tuple[Any, Moments, dict[str, int]] | None:
-        """Tables, moments and ``{"longest", "covered", "tokens", "rope"}``, or None when there is no sound file."""
+    def load(self) -> tuple[Any, Moments, dict[str, int], torch.Tensor] | None:
+        """Tables, moments, ``{"longest", "covered", "tokens"}``, the rotation's sample; None without a sound file."""
         if not self.path.exists():
             return None
         try:
             with safe_open(self.path, framework="pt") as file:
                 stored = file.metadata()
-                tensors = {name: file.get_tensor(name) for name in self._like}
+                tensors = {name: file.get_tensor(name) for name in (*self._like, _ROPE)}
             meta = {name: int(stored[name]) for name in _META}
             self._check(tensors, meta, stored.get("sha256"))
         except (OSError, SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
             logger.warning("vattention: calibration %s cannot be read (%s); calibrating again", self.path, error)
             return None
         tables = self.tables(*(tensors[f"tables.{name}"] for name in self.names))
-        return tables, Moments(*(tensors[f"moments.{name}"] for name in _MOMENTS)), meta
+        return tables, Moments(*(tensors[f"moments.{name}"] for name in _MOMENTS)), meta, tensors[_ROPE]
 
-    def save(self, tables: Any, moments: Moments, meta: dict[str, int]) -> None:
+    def save(self, tables: Any, moments: Moments, meta: dict[str, int], rope: torch.Tensor) -> None:
         """Write by renaming, so that a half-written file is never seen; a full disk is logged, not raised."""
-        tensors = {name: tensor.cpu().contiguous() for name, tensor in _named(tables, moments).items()}
+        named = _named(tables, moments) | {_ROPE: rope}
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in named.items()}
         metadata = {name: str(value) for name, value in meta.items()} | {"sha256": _checksum(tensors, meta)}
         draft = self.path.with_suffix(f".{os.getpid()}.tmp")
         try:
@@ -224,7 +226,7 @@ class Calibration:
         self.geometry = geometry
         self.store = store
         self.rope = rope
-        self._digest = rope.digest() if rope is not None else 0
+        self._rope_sample = rope.sample() if rope is not None else torch.zeros(0)
         self.tables: Any = None
         self.longest = 0
         self.observed_tokens = 0
@@ -233,10 +235,10 @@ class Calibration:
         self._new_longest = 0
         self._new_tokens = 0
         loaded = store.load()
-        if loaded is not None and loaded[2]["rope"] != self._digest:
+        if loaded is not None and not is_same(loaded[3], self._rope_sample):
             logger.info("vattention: calibration %s is of another rotary embedding; calibrating again", store.path)
         elif loaded is not None:
-            tables, moments, meta = loaded
+            tables, moments, meta, _ = loaded
             self.tables = tables.to(geometry.device)
             self.moments = Moments(*(getattr(moments, name).to(geometry.device) for name in _MOMENTS))
             self.longest, self.observed_tokens = meta["longest"], meta["tokens"]
@@ -346,8 +348,8 @@ class Calibration:
             self.longest = self._new_longest
         self.tables = self.solver(moments, stacked, torch.stack(kept) if kept else stacked[:, :0])
         self._new_tokens = 0
-        meta = {"longest": self.longest, "covered": self.covered, "tokens": self.observed_tokens, "rope": self._digest}
-        self.store.save(self.tables, self.moments, meta)
+        meta = {"longest": self.longest, "covered": self.covered, "tokens": self.observed_tokens}
+        self.store.save(self.tables, self.moments, meta, self._rope_sample)
 
     def _span(self, longest: int) -> int:
         """Positions that tables for ``longest`` tokens are made for: a power of two, so that few are made."""

@@ -27,14 +27,14 @@ from vattn_sgl.selectors.calibration import (
 
 GEOMETRY = CacheGeometry(2, 700, 2, 16, torch.device("cpu"))
 SETTINGS = Settings(calibration_tokens=512)
-META = ("longest", "covered", "tokens", "rope")
+META = ("longest", "covered", "tokens")
 KEYS = torch.randn(2, 700, 2, 16, generator=torch.Generator().manual_seed(0))
 QUERIES = torch.randn(700, 4, 16, generator=torch.Generator().manual_seed(1))
 
 
-def rope(num_positions=40000, base=1e4):
+def rope(num_positions=40000, base=1e4, dtype=torch.float64):
     angles = torch.arange(num_positions, dtype=torch.float64)[:, None] * base ** (-torch.arange(8) / 8.0)
-    return Rope.from_cache(torch.cat([angles.cos(), angles.sin()], -1), 16, True)
+    return Rope.from_cache(torch.cat([angles.cos(), angles.sin()], -1).to(dtype), 16, True)
 
 
 def fresh(rotation=None):
@@ -135,6 +135,8 @@ def test_another_rotation_calibrates_again():
     pass_(first, 600, 600)
     solve(first)
     assert fresh(rope()).covered == LEAST_SPAN
+    assert fresh(rope(dtype=torch.bfloat16)).covered == LEAST_SPAN, "a server of another dtype casts the rotation"
+    assert fresh(rope(base=1.01e4)).covered == 0
     assert fresh(rope(base=5e4)).covered == 0
     assert fresh().covered == 0
 
