@@ -38,8 +38,11 @@ Epsilon = Annotated[float, Field(gt=0, le=1)]
 Delta = Annotated[float, Field(gt=0, lt=0.5)]
 Share = Annotated[float, Field(ge=0, le=1)]
 PositiveShare = Annotated[float, Field(gt=0, le=1)]
-Count = Annotated[StrictInt, Field(ge=0)]
-_LAYERS = re.compile(r"(\d+)(?:-(\d+))?")
+# Positions are int32 in the kernels.
+MOST_TOKENS = 2**31 - 1
+Count = Annotated[StrictInt, Field(ge=0, le=MOST_TOKENS)]
+MOST_LAYERS = 10_000
+_LAYERS = re.compile(r"([0-9]{1,4})(?:-([0-9]{1,4}))?")
 
 
 class LayerOverride(BaseModel):
@@ -108,10 +111,10 @@ class Settings(BaseModel):
     target: Literal["output", "denominator", "numerator", "sdpa"] = "output"
     bound: Literal["f8", "student", "clt", "bernstein"] | None = None
     sink: Count = 16
-    window: Annotated[StrictInt, Field(ge=1)] = 64
-    top_k: Annotated[StrictInt, Field(ge=0)] | Annotated[float, Field(ge=0, le=1)] = 0.025
+    window: Annotated[StrictInt, Field(ge=1, le=MOST_TOKENS)] = 64
+    top_k: Count | Annotated[float, Field(ge=0, le=1)] = 0.025
     pilot: PositiveShare = 0.02
-    pilot_min: Annotated[StrictInt, Field(ge=4)] = 32
+    pilot_min: Annotated[StrictInt, Field(ge=4, le=MOST_TOKENS)] = 32
     cap: PositiveShare = 1.0
     dense_below: Count = 2048
     hash_weights: str | None = None
@@ -121,7 +124,7 @@ class Settings(BaseModel):
     floor: PositiveShare = 0.02
     seed: Annotated[StrictInt, Field(ge=0, lt=2**32)] = 0
     audit_rate: Share = 0.0
-    calibration_tokens: Annotated[StrictInt, Field(ge=512)] = 2048
+    calibration_tokens: Annotated[StrictInt, Field(ge=512, le=MOST_TOKENS)] = 2048
     prefill_backend: str | None = None
     layers: dict[str, LayerOverride] = Field(default_factory=dict)
 
@@ -173,15 +176,18 @@ class Settings(BaseModel):
         """The bound in force."""
         return self.bound or default_bound(self.sampler, self.target)
 
-    def layer_overrides(self) -> dict[int, LayerOverride]:
-        """Overrides by layer number; a later entry wins over an earlier one."""
-        overrides = {}
-        for key, override in self.layers.items():
+    def layer_ranges(self) -> dict[str, range]:
+        """Layer numbers that each key of ``layers`` names."""
+        ranges = {}
+        for key in self.layers:
             match = _LAYERS.fullmatch(key)
             assert match is not None
-            for layer in range(int(match[1]), int(match[2] or match[1]) + 1):
-                overrides[layer] = override
-        return overrides
+            ranges[key] = range(int(match[1]), int(match[2] or match[1]) + 1)
+        return ranges
+
+    def layer_overrides(self) -> dict[int, LayerOverride]:
+        """Overrides by layer number; a later entry wins over an earlier one."""
+        return {layer: self.layers[key] for key, layers in self.layer_ranges().items() for layer in layers}
 
 
 @dataclass(frozen=True)
@@ -243,13 +249,13 @@ ALLOWED = {
     "sampler": "'proportional' or 'uniform'",
     "target": ", ".join(repr(t) for t in BOUNDS_OF_TARGET),
     "bound": ", ".join(repr(b) for b in BOUNDS) + " or null",
-    "sink": "a whole number of tokens, 0 or more",
-    "window": "a whole number of tokens, 1 or more",
-    "top_k": "a whole number of tokens, or a share from 0.0 to 1.0",
+    "sink": f"a whole number of tokens from 0 to {MOST_TOKENS}",
+    "window": f"a whole number of tokens from 1 to {MOST_TOKENS}",
+    "top_k": f"a whole number of tokens up to {MOST_TOKENS}, or a share from 0.0 to 1.0",
     "pilot": "a share above 0 and at most 1 (a pilot of 0 would be top-k alone, without a bound)",
-    "pilot_min": "a whole number of tokens, 4 or more",
+    "pilot_min": f"a whole number of tokens from 4 to {MOST_TOKENS}",
     "cap": "a share above 0 and at most 1",
-    "dense_below": "a whole number of tokens, 0 or more",
+    "dense_below": f"a whole number of tokens from 0 to {MOST_TOKENS}",
     "selector": "'sketch', 'oracle', 'quest', 'sign' or 'hash'",
     "sketch_bits": "32, 64 or 128",
     "hash_weights": "the path of a file of HashAttention weights, or null",
@@ -257,9 +263,9 @@ ALLOWED = {
     "floor": "a share above 0 and at most 1",
     "seed": "a whole number from 0 to 4294967295",
     "audit_rate": "a share from 0 to 1",
-    "calibration_tokens": "a whole number of tokens, 512 or more",
+    "calibration_tokens": f"a whole number of tokens from 512 to {MOST_TOKENS}",
     "prefill_backend": "the name of an SGLang attention backend, or null",
-    "layers": "a mapping from a layer (3) or a range (0-4) to epsilon and delta",
+    "layers": f"a mapping from a layer (3) or a range (0-4), below {MOST_LAYERS}, to epsilon and delta",
 }
 
 

@@ -28,11 +28,14 @@ def check_layers(settings: Settings, num_layers: int) -> None:
     Raises
     ------
     vattn_sgl.config.ConfigError
-        With one mistake a layer.
+        With one mistake a key.
     """
     allowed = f"a layer of this model, 0 to {num_layers - 1}"
-    overrides = settings.layer_overrides()
-    mistakes = [Mistake(f"layers.{layer}", layer, allowed) for layer in overrides if layer >= num_layers]
+    mistakes = [
+        Mistake(f"layers.{key}", layers[-1], allowed)
+        for key, layers in settings.layer_ranges().items()
+        if layers[-1] >= num_layers
+    ]
     if mistakes:
         raise ConfigError("the settings", mistakes)
 
