@@ -14,6 +14,8 @@ from vattn_sgl.config import Mistake, PatchError, validate_patch
 
 STATE_KEY = "vattention"
 STATE_PREFIX = "vattention_"
+# Tells our request for the state from SGLang's own.
+STATE_REQUEST = "vattention-state"
 REJECTED = "rejected"
 
 
@@ -50,7 +52,12 @@ async def _set_state(values: Mapping[str, float]) -> list[bool]:
 
 
 async def _states() -> list[dict[str, Any]]:
-    states = await _tokenizer_manager().get_internal_state()
+    from sglang.srt.managers.io_struct import GetInternalStateReq
+
+    manager = _tokenizer_manager()
+    manager.auto_create_handle_loop()
+    answers = await manager.get_internal_state_communicator(GetInternalStateReq(rid=STATE_REQUEST))
+    states = [answer.internal_state for answer in answers]
     return [state[STATE_KEY] for state in states if STATE_KEY in state]
 
 

@@ -19,15 +19,22 @@ class CalibrationError(RuntimeError):
     """The server did not calibrate itself on the text."""
 
 
-def run(model_path: Path, arguments: tuple[str, ...] = ("--dtype", "float32")) -> int:
+def default_arguments() -> tuple[str, ...]:
+    """Arguments of ``sglang serve`` here; the calibration serves servers of every other dtype too."""
+    import torch
+
+    return ("--dtype", "bfloat16" if torch.cuda.is_available() else "float32")
+
+
+def run(model_path: Path, arguments: tuple[str, ...] | None = None) -> int:
     """Serve the model once, let it calibrate itself on the shipped text, and keep the result.
 
     Parameters
     ----------
     model_path : pathlib.Path
         Folder of the model; must be the path that the later server is given.
-    arguments : tuple of str
-        Of ``sglang serve``, as for the later server.
+    arguments : tuple of str, optional
+        Of ``sglang serve``; default `default_arguments`.
 
     Returns
     -------
@@ -44,7 +51,7 @@ def run(model_path: Path, arguments: tuple[str, ...] = ("--dtype", "float32")) -
     began = time.monotonic()
     limit = AutoConfig.from_pretrained(model_path).max_position_embeddings - RESERVE
     ids = AutoTokenizer.from_pretrained(model_path)(texts.load(texts.CALIBRATION), verbose=False).input_ids[:limit]
-    server = Server(model_path, "vattention", arguments, admin_key=secrets.token_urlsafe(12))
+    server = Server(model_path, "vattention", arguments or default_arguments(), admin_key=secrets.token_urlsafe(12))
     with console.status("starting SGLang") as status:
         server.start(lambda seconds: status.update(f"starting SGLang: {seconds:.0f} s"))
     with server, console.status(f"prefilling {len(ids)} tokens"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -29,6 +30,20 @@ class Text(StrEnum):
 def _fail(error: Exception, status: int = 1) -> NoReturn:
     typer.echo(str(error), err=True)
     raise typer.Exit(status)
+
+
+@app.callback()
+def _end_by_signal() -> None:
+    # Servers run in sessions of their own and are stopped on the way out, which a signal would cut short.
+    ending = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is not signal.SIG_IGN]
+
+    def end(number: int, frame: object) -> NoReturn:
+        for other in ending:
+            signal.signal(other, signal.SIG_IGN)
+        raise SystemExit(128 + number)
+
+    for number in ending:
+        signal.signal(number, end)
 
 
 @config_app.command("show")

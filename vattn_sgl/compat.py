@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,8 @@ _PLAIN_ROPES = (
     "YaRNScalingRotaryEmbedding",
     "DynamicNTKAlphaRotaryEmbedding",
 )
+# SGLang lists the few of these that it serves; others would be run by transformers as if they generated.
+_OTHER_HEAD = re.compile(r"For(?!CausalLM|ConditionalGeneration)[A-Z]")
 MINIMUM, BELOW = (0, 5, 17), (0, 6)
 
 
@@ -166,6 +169,33 @@ def largest_decode_graph(server_args: Any) -> int | None:
     """
     decode = server_args.cuda_graph_config.decode
     return None if decode.backend == "disabled" or not decode.bs else max(decode.bs)
+
+
+def default_dtype(config: Any) -> torch.dtype:
+    """Dtype that SGLang serves a model in without ``--dtype``, which is float16 for most float32 models.
+
+    Parameters
+    ----------
+    config : transformers.PretrainedConfig
+        Of the model's text part.
+    """
+    from sglang.srt.configs.model_config import _get_and_verify_dtype
+
+    dtype: torch.dtype = _get_and_verify_dtype(config, "auto")
+    return dtype
+
+
+def generates(architectures: list[str]) -> bool:
+    """Whether a model has a head that generates, by the names of its architectures.
+
+    Parameters
+    ----------
+    architectures : list of str
+        Of ``config.json``.
+    """
+    from sglang.srt.configs.model_config import is_generation_model
+
+    return is_generation_model(architectures) and not any(_OTHER_HEAD.search(name) for name in architectures)
 
 
 def query_geometry(model_runner: Any) -> tuple[int | None, float | None]:

@@ -9,6 +9,7 @@ import difflib
 import json
 import os
 import re
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     StrictInt,
@@ -34,12 +36,37 @@ RUNTIME_FIELDS = ("epsilon", "delta")
 # Page scores miss more, so more is spread evenly: at 15 % density the error was .127 at .2 and .134 at .05.
 FLOORS = {"quest": 0.2, "sign": 0.05, "hash": 0.05}
 
-Epsilon = Annotated[float, Field(gt=0, le=1)]
-Delta = Annotated[float, Field(gt=0, lt=0.5)]
-Share = Annotated[float, Field(ge=0, le=1)]
-PositiveShare = Annotated[float, Field(gt=0, le=1)]
-Count = Annotated[StrictInt, Field(ge=0)]
-_LAYERS = re.compile(r"(\d+)(?:-(\d+))?")
+# Strict, because true would count as 1 and "0.05" as a number.
+Epsilon = Annotated[float, Field(strict=True, gt=0, le=1)]
+Delta = Annotated[float, Field(strict=True, gt=0, lt=0.5)]
+Share = Annotated[float, Field(strict=True, ge=0, le=1)]
+PositiveShare = Annotated[float, Field(strict=True, gt=0, le=1)]
+# Positions are int32 in the kernels.
+MOST_TOKENS = 2**31 - 1
+Count = Annotated[StrictInt, Field(ge=0, le=MOST_TOKENS)]
+MOST_LAYERS = 10_000
+# Characters of a value in a message.
+MOST_SHOWN = 100
+_LAYERS = re.compile(r"([0-9]{1,4})(?:-([0-9]{1,4}))?")
+
+
+_shortening = reprlib.Repr()
+_shortening.maxstring = _shortening.maxlong = _shortening.maxother = MOST_SHOWN
+
+
+def shortened(value: Any) -> str:
+    """A value for a message, however large or nested it is."""
+    try:
+        return _shortening.repr(value)
+    except ValueError:  # Python writes no decimals of a huge integer.
+        return "an integer too large to show"
+
+
+def _layer_key(key: Any) -> str:
+    match = _LAYERS.fullmatch(str(key))
+    if match is None or (match[2] is not None and int(match[2]) < int(match[1])):
+        raise ValueError(f"layer key {shortened(key)} is not a layer such as 3 or a range such as 0-4")
+    return str(key)
 
 
 class LayerOverride(BaseModel):
@@ -108,10 +135,10 @@ class Settings(BaseModel):
     target: Literal["output", "denominator", "numerator", "sdpa"] = "output"
     bound: Literal["f8", "student", "clt", "bernstein"] | None = None
     sink: Count = 16
-    window: Annotated[StrictInt, Field(ge=1)] = 64
-    top_k: Annotated[StrictInt, Field(ge=0)] | Annotated[float, Field(ge=0, le=1)] = 0.025
+    window: Annotated[StrictInt, Field(ge=1, le=MOST_TOKENS)] = 64
+    top_k: Count | Share = 0.025
     pilot: PositiveShare = 0.02
-    pilot_min: Annotated[StrictInt, Field(ge=4)] = 32
+    pilot_min: Annotated[StrictInt, Field(ge=4, le=MOST_TOKENS)] = 32
     cap: PositiveShare = 1.0
     dense_below: Count = 2048
     hash_weights: str | None = None
@@ -121,9 +148,9 @@ class Settings(BaseModel):
     floor: PositiveShare = 0.02
     seed: Annotated[StrictInt, Field(ge=0, lt=2**32)] = 0
     audit_rate: Share = 0.0
-    calibration_tokens: Annotated[StrictInt, Field(ge=512)] = 2048
+    calibration_tokens: Annotated[StrictInt, Field(ge=512, le=MOST_TOKENS)] = 2048
     prefill_backend: str | None = None
-    layers: dict[str, LayerOverride] = Field(default_factory=dict)
+    layers: dict[Annotated[str, BeforeValidator(_layer_key)], LayerOverride] = Field(default_factory=dict)
 
     @model_validator(mode="before")
     @classmethod
@@ -140,18 +167,6 @@ class Settings(BaseModel):
             allowed = ", ".join(repr(b) for b in BOUNDS_OF_TARGET[target])
             raise ValueError(f"with target {target!r} {allowed} or null: its error may have a single dimension")
         return value
-
-    @field_validator("layers", mode="before")
-    @classmethod
-    def _layer_keys(cls, value: Any) -> Any:
-        if not isinstance(value, Mapping):
-            return value
-        keys = {str(key): override for key, override in value.items()}
-        for key in keys:
-            match = _LAYERS.fullmatch(key)
-            if match is None or (match[2] is not None and int(match[2]) < int(match[1])):
-                raise ValueError(f"layer key {key!r} is not a layer such as 3 or a range such as 0-4")
-        return keys
 
     @field_validator("selector")
     @classmethod
@@ -173,15 +188,18 @@ class Settings(BaseModel):
         """The bound in force."""
         return self.bound or default_bound(self.sampler, self.target)
 
-    def layer_overrides(self) -> dict[int, LayerOverride]:
-        """Overrides by layer number; a later entry wins over an earlier one."""
-        overrides = {}
-        for key, override in self.layers.items():
+    def layer_ranges(self) -> dict[str, range]:
+        """Layer numbers that each key of ``layers`` names."""
+        ranges = {}
+        for key in self.layers:
             match = _LAYERS.fullmatch(key)
             assert match is not None
-            for layer in range(int(match[1]), int(match[2] or match[1]) + 1):
-                overrides[layer] = override
-        return overrides
+            ranges[key] = range(int(match[1]), int(match[2] or match[1]) + 1)
+        return ranges
+
+    def layer_overrides(self) -> dict[int, LayerOverride]:
+        """Overrides by layer number; a later entry wins over an earlier one."""
+        return {layer: self.layers[key] for key, layers in self.layer_ranges().items() for layer in layers}
 
 
 @dataclass(frozen=True)
@@ -207,7 +225,7 @@ class Mistake:
 
     def __str__(self) -> str:
         where = f"line {self.line}: " if self.line is not None else ""
-        return f"{where}{self.key}: got {self.value!r}; expected {self.allowed}"
+        return f"{where}{self.key}: got {shortened(self.value)}; expected {self.allowed}"
 
 
 class ConfigError(ValueError):
@@ -243,13 +261,13 @@ ALLOWED = {
     "sampler": "'proportional' or 'uniform'",
     "target": ", ".join(repr(t) for t in BOUNDS_OF_TARGET),
     "bound": ", ".join(repr(b) for b in BOUNDS) + " or null",
-    "sink": "a whole number of tokens, 0 or more",
-    "window": "a whole number of tokens, 1 or more",
-    "top_k": "a whole number of tokens, or a share from 0.0 to 1.0",
+    "sink": f"a whole number of tokens from 0 to {MOST_TOKENS}",
+    "window": f"a whole number of tokens from 1 to {MOST_TOKENS}",
+    "top_k": f"a whole number of tokens up to {MOST_TOKENS}, or a share from 0.0 to 1.0",
     "pilot": "a share above 0 and at most 1 (a pilot of 0 would be top-k alone, without a bound)",
-    "pilot_min": "a whole number of tokens, 4 or more",
+    "pilot_min": f"a whole number of tokens from 4 to {MOST_TOKENS}",
     "cap": "a share above 0 and at most 1",
-    "dense_below": "a whole number of tokens, 0 or more",
+    "dense_below": f"a whole number of tokens from 0 to {MOST_TOKENS}",
     "selector": "'sketch', 'oracle', 'quest', 'sign' or 'hash'",
     "sketch_bits": "32, 64 or 128",
     "hash_weights": "the path of a file of HashAttention weights, or null",
@@ -257,9 +275,9 @@ ALLOWED = {
     "floor": "a share above 0 and at most 1",
     "seed": "a whole number from 0 to 4294967295",
     "audit_rate": "a share from 0 to 1",
-    "calibration_tokens": "a whole number of tokens, 512 or more",
+    "calibration_tokens": f"a whole number of tokens from 512 to {MOST_TOKENS}",
     "prefill_backend": "the name of an SGLang attention backend, or null",
-    "layers": "a mapping from a layer (3) or a range (0-4) to epsilon and delta",
+    "layers": f"a mapping from a layer (3) or a range (0-4), below {MOST_LAYERS}, to epsilon and delta",
 }
 
 
@@ -272,7 +290,7 @@ def _unknown(name: str, choices: list[str]) -> str:
 def _mistakes(error: ValidationError) -> list[Mistake]:
     found: dict[str, Mistake] = {}
     for item in error.errors():
-        path = [str(part) for part in item["loc"]]
+        path = [str(part) for part in item["loc"] if part != "[key]"]
         if path[0] == "top_k":
             path = path[:1]
         key = ".".join(path)
@@ -288,11 +306,39 @@ def _mistakes(error: ValidationError) -> list[Mistake]:
     return list(found.values())
 
 
-def _lines(node: yaml.Node | None, prefix: str = "") -> tuple[dict[str, int], list[Mistake]]:
-    """Line of every key of a mapping node, and keys that stand twice."""
+class _Loader(yaml.SafeLoader):
+    """YAML of which a scalar that Python cannot make, such as 2020-13-45, stays text and is told as a wrong value."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except Exception:
+            if not isinstance(node, yaml.ScalarNode):
+                raise
+            self.recursive_objects.pop(node, None)
+            self.constructed_objects[node] = node.value
+            return node.value
+
+
+# YAML 1.1 takes 1e-3 for text, and so does PyYAML; JSON and Helm write numbers so.
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+"), list("-+.0123456789")
+)
+
+
+def _parse(text: str) -> tuple[Any, yaml.Node | None]:
+    """Values and nodes of a YAML text; raises `yaml.YAMLError` alone."""
+    try:
+        return yaml.load(text, _Loader), yaml.compose(text, _Loader)
+    except RecursionError as error:
+        raise yaml.YAMLError("it is nested too deeply") from error
+
+
+def _lines(node: yaml.Node | None, prefix: str = "", depth: int = 3) -> tuple[dict[str, int], list[Mistake]]:
+    """Line of every key of a mapping node, and keys that stand twice, down to the deepest setting."""
     lines: dict[str, int] = {}
     twice: list[Mistake] = []
-    if not isinstance(node, yaml.MappingNode):
+    if not isinstance(node, yaml.MappingNode) or depth == 0:
         return lines, twice
     for key_node, value_node in node.value:
         key = f"{prefix}{key_node.value}"
@@ -300,7 +346,7 @@ def _lines(node: yaml.Node | None, prefix: str = "") -> tuple[dict[str, int], li
         if key in lines:
             twice.append(Mistake(key, "a second entry", f"one entry; the first is on line {lines[key]}", line))
         lines[key] = line
-        below, below_twice = _lines(value_node, f"{key}.")
+        below, below_twice = _lines(value_node, f"{key}.", depth - 1)
         lines |= below
         twice += below_twice
     return lines, twice
@@ -313,8 +359,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, int], list[Mistake]]:
     except (OSError, UnicodeDecodeError) as error:
         return {}, {}, [Mistake("file", str(path), f"a readable UTF-8 text file ({error})", 1)]
     try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        values = yaml.safe_load(text)
+        values, node = _parse(text)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         return {}, {}, [Mistake("file", error.problem, "valid YAML", mark.line + 1 if mark else 1)]
@@ -397,7 +442,7 @@ def load_with_sources(
             mistakes.append(Mistake(name, env[name], _unknown(name, known).replace("settings", "variables")))
             continue
         try:
-            values[field] = yaml.safe_load(env[name])
+            values[field] = _parse(env[name])[0]
         except yaml.YAMLError:
             values[field] = env[name]
         sources[field] = name

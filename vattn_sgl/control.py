@@ -15,6 +15,31 @@ GLOBAL_LAYER = "all"
 _current: RuntimeControl | None = None
 
 
+def check_layers(settings: Settings, num_layers: int) -> None:
+    """Refuse overrides of layers that a model does not have.
+
+    Parameters
+    ----------
+    settings : Settings
+        ``layers``.
+    num_layers : int
+        Of the model.
+
+    Raises
+    ------
+    vattn_sgl.config.ConfigError
+        With one mistake a key.
+    """
+    allowed = f"a layer of this model, 0 to {num_layers - 1}"
+    mistakes = [
+        Mistake(f"layers.{key}", layers[-1], allowed)
+        for key, layers in settings.layer_ranges().items()
+        if layers[-1] >= num_layers
+    ]
+    if mistakes:
+        raise ConfigError("the settings", mistakes)
+
+
 class RuntimeControl:
     """Parameters in force in this process; one object however many backends SGLang builds.
 
@@ -43,14 +68,10 @@ class RuntimeControl:
         self.status_provider: Callable[[], dict[str, Any]] | None = None
         self._lock = threading.Lock()
         self._values = {field: float(getattr(settings, field)) for field in RUNTIME_FIELDS}
-        overrides = settings.layer_overrides()
-        allowed = f"a layer of this model, 0 to {num_layers - 1}"
-        mistakes = [Mistake(f"layers.{layer}", layer, allowed) for layer in overrides if layer >= num_layers]
-        if mistakes:
-            raise ConfigError("the settings", mistakes)
+        check_layers(settings, num_layers)
         self._overrides = {
             layer: {f: v for f in RUNTIME_FIELDS if (v := getattr(override, f)) is not None}
-            for layer, override in overrides.items()
+            for layer, override in settings.layer_overrides().items()
         }
         self._staged: dict[str, float] = {}
         self.params = torch.empty(num_layers, params.PARAMS_WIDTH, dtype=torch.float32, device=device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -13,13 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from vattn_sgl import compat, model, support
+from vattn_sgl import compat, control, model, support
 from vattn_sgl.config import ConfigError, Settings, load_settings
 
 if TYPE_CHECKING:
     from vattn_sgl.selectors import CacheGeometry
 
 LEAST_MEMORY_GIB = 6.0
+WEIGHTS = (".safetensors", ".bin", ".pt", ".gguf")
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class Finding:
     what : str
         What was looked at and found.
     mend : str
-        What to do, when not ok.
+        What to do, when not ok or when a server needs an argument.
     """
 
     ok: bool
@@ -84,6 +86,8 @@ def findings(model_path: Path | None) -> Iterator[Finding]:
         )
     except ConfigError as error:
         yield Finding(False, f"settings: {error}", "vattn config check FILE shows every mistake with its line")
+    if settings.prefill_backend is not None:
+        yield _guard(_prefill, settings.prefill_backend)
     yield from _on_gpu(settings)
     yield from _model(model_path, settings)
 
@@ -137,6 +141,13 @@ def _kernels() -> Finding:
     return Finding(True, f"CPU kernels compiled by {build.compiler()}: {build.build()}")
 
 
+def _prefill(name: str) -> Finding:
+    from vattn_sgl import prefill
+
+    prefill.check_name(name)
+    return Finding(True, f"SGLang's {name} computes new tokens")
+
+
 def _memory() -> Finding:
     free = psutil.virtual_memory().available / 2**30
     enough = free >= LEAST_MEMORY_GIB
@@ -149,6 +160,8 @@ def _memory() -> Finding:
 
 
 def _model(path: Path | None, settings: Settings) -> Iterator[Finding]:
+    import torch
+
     if path is None:
         path = model.folder()
         if not model.is_whole(path):
@@ -157,34 +170,86 @@ def _model(path: Path | None, settings: Settings) -> Iterator[Finding]:
     if not (path / "config.json").exists():
         yield Finding(False, f"{path} holds no config.json", "give a model's folder")
         return
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(path)
-    described = describe(config)
+    try:
+        config, described = _read(path)
+    except Exception as error:
+        first = str(error).strip().partition("\n")[0]
+        yield Finding(False, f"{path / 'config.json'}: {first}", "give the folder of a decoder model with attention")
+        return
+    yield _guard(_weights, path)
     reasons = [*support.argument_reasons(SimpleNamespace(device="cpu")), *support.model_reasons(described)]
+    if torch.cuda.is_available():
+        reasons += support.gpu_model_reasons(described)
     if reasons:
         for reason in reasons:
             yield Finding(False, f"model {path.name}: {reason}")
         return
     heads = f"{described.num_attention_heads} query and {described.num_key_value_heads} KV heads"
     yield Finding(True, f"model {path.name}: {heads} of {described.head_dim}")
+    yield from _dtype(config)
     geometry = _geometry(config, described)
+    try:
+        control.check_layers(settings, geometry.num_layers)
+    except ConfigError as error:
+        yield Finding(False, f"settings: {error}", f"the model has {geometry.num_layers} layers")
     side_data = _guard(_side_data, geometry, settings)
     yield side_data
     if side_data.ok:
         yield _guard(_calibration, path, geometry, settings)
 
 
+def _read(path: Path) -> tuple[Any, Any]:
+    """A model's configuration, and what `describe` makes of it."""
+    from transformers import AutoConfig
+
+    raw = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    if not isinstance(raw, dict):
+        raise ValueError(f"a mapping was expected, not a {type(raw).__name__}")
+    config = AutoConfig.from_pretrained(path)
+    return config, describe(config)
+
+
+def _weights(path: Path) -> Finding:
+    """Whether there are files of weights, and all that an index names."""
+    found = {file.name for file in path.iterdir() if file.suffix in WEIGHTS and file.stat().st_size}
+    mend = "give a folder with the model's weights"
+    named: set[str] = set()
+    for index in path.glob("*.safetensors.index.json"):
+        named |= set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    if missing := sorted(named - found):
+        return Finding(False, f"{path} lacks {', '.join(missing)}", mend)
+    if not found:
+        return Finding(False, f"{path} holds no weights ({', '.join(WEIGHTS)})", mend)
+    return Finding(True, f"{len(found)} files of weights")
+
+
 def describe(config: Any) -> Any:
-    """What `vattn_sgl.support.model_reasons` looks at, from a Hugging Face configuration."""
+    """What `vattn_sgl.support.model_reasons` looks at, from a Hugging Face configuration.
+
+    Parameters
+    ----------
+    config : transformers.PretrainedConfig
+        Of a model.
+
+    Raises
+    ------
+    ValueError
+        If it names no architecture or no attention heads.
+    """
+    architectures = getattr(config, "architectures", None) or []
+    if not architectures:
+        raise ValueError("it names no architectures, from which SGLang chooses the model's class")
     text = config.get_text_config()
-    heads = text.num_attention_heads
+    heads = getattr(text, "num_attention_heads", None)
+    if not heads:
+        raise ValueError(f"a {text.model_type} has no attention heads")
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
     latent = getattr(text, "kv_lora_rank", None) is not None
     kinds = set(getattr(text, "layer_types", None) or [])
     return SimpleNamespace(
         attention_arch=SimpleNamespace(name="MLA" if latent else "MHA"),
         is_encoder_decoder=getattr(config, "is_encoder_decoder", False),
+        is_generation=compat.generates(architectures),
         is_hybrid_swa="sliding_attention" in kinds,
         hf_text_config=text,
         head_dim=head_dim,
@@ -206,6 +271,20 @@ def _geometry(config: Any, described: Any) -> CacheGeometry:
     heads, head_dim = described.num_key_value_heads, described.head_dim
     cpu = torch.device("cpu")
     return CacheGeometry(text.num_hidden_layers, 0, heads, head_dim, cpu, dtype, described.num_attention_heads)
+
+
+def _dtype(config: Any) -> Iterator[Finding]:
+    """What SGLang serves the model in unless it is told, where a CPU cannot."""
+    import torch
+
+    dtype = compat.default_dtype(config.get_text_config())
+    if not torch.cuda.is_available() and list(support.cpu_pool_reasons(SimpleNamespace(dtype=dtype))):
+        name = str(dtype).removeprefix("torch.")
+        yield Finding(
+            True,
+            f"by default SGLang serves this model in {name}, which the CPU kernels do not read",
+            "start with --dtype float32 or --dtype bfloat16",
+        )
 
 
 def _side_data(geometry: CacheGeometry, settings: Settings) -> Finding:

@@ -102,27 +102,32 @@ def _set_internal_state(original: Any, scheduler: Any, recv_req: Any) -> Any:
         return original(scheduler, recv_req)
     from sglang.srt.managers.io_struct import SetInternalStateReqOutput
 
+    refused, done = SetInternalStateReqOutput(updated=False), SetInternalStateReqOutput(updated=True)
     current = control.get()
     others = len(recv_req.server_args) > len(ours)
-    if current is None or others:
-        return SetInternalStateReqOutput(updated=False)
-    rejected = ours.pop(REJECTED, None)
-    if rejected is not None:
-        current.changes["rejected"] += int(rejected)
+    # SGLang's own route opens without a key where there is none, ours must not.
+    if current is None or others or not scheduler.server_args.admin_api_key:
+        return refused
+    if REJECTED in ours:
+        # A counter takes nothing but a step.
+        if list(ours.items()) != [(REJECTED, 1)]:
+            return refused
+        current.changes["rejected"] += 1
+        return done
     try:
-        if ours:
-            current.stage(ours)
+        current.stage(ours)
     except ValueError:
-        return SetInternalStateReqOutput(updated=False)
-    return SetInternalStateReqOutput(updated=True)
+        return refused
+    return done
 
 
 def _get_internal_state(result: Any, scheduler: Any, recv_req: Any) -> Any:
     from vattn_sgl import control
-    from vattn_sgl.admin import STATE_KEY
+    from vattn_sgl.admin import STATE_KEY, STATE_REQUEST
 
     current = control.get()
-    if current is not None:
+    # ``GET /server_info`` asks too, and answers without the admin key.
+    if current is not None and recv_req.rid == STATE_REQUEST and scheduler.server_args.admin_api_key:
         result.internal_state[STATE_KEY] = {"config": current.config(), "status": current.status()}
     return result
 

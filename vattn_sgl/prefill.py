@@ -45,6 +45,26 @@ class Prefill(Protocol):
         ...
 
 
+def check_name(name: str) -> None:
+    """Refuse a ``prefill_backend`` that SGLang does not have.
+
+    Parameters
+    ----------
+    name : str
+        The setting.
+
+    Raises
+    ------
+    PrefillError
+        With the names that there are.
+    """
+    from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
+
+    if name not in ATTENTION_BACKENDS or name == "vattention":
+        known = ", ".join(sorted(set(ATTENTION_BACKENDS) - {"vattention"}))
+        raise PrefillError(f"prefill_backend {name!r} is not a backend of SGLang; known are {known}")
+
+
 class OwnPrefill:
     """`vattn_sgl.cpu.prefill` on SGLang's pools."""
 
@@ -79,9 +99,7 @@ class DelegatedPrefill:
     def __init__(self, model_runner: ModelRunner, name: str) -> None:
         from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
 
-        if name not in ATTENTION_BACKENDS or name == "vattention":
-            known = ", ".join(sorted(set(ATTENTION_BACKENDS) - {"vattention"}))
-            raise PrefillError(f"prefill_backend {name!r} is not a backend of SGLang; known are {known}")
+        check_name(name)
         self.backend = ATTENTION_BACKENDS[name](model_runner)
 
     def begin(self, forward_batch: ForwardBatch) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from vattn_kernels.cpu import MAX_GROUP, MAX_HEAD_DIM
+from vattn_kernels.cpu import DTYPES, MAX_GROUP, MAX_HEAD_DIM
 from vattn_sgl.config import Settings
 
 DENSE_ADVICE = "serve this model with another --attention-backend"
@@ -57,6 +57,8 @@ def check(model_runner: Any, settings: Settings) -> None:
         reasons += gpu_reasons(model_runner.server_args, settings)
         reasons += gpu_model_reasons(model_runner.model_config)
         reasons += gpu_pool_reasons(model_runner.token_to_kv_pool)
+    else:
+        reasons += cpu_pool_reasons(model_runner.token_to_kv_pool)
     model = getattr(model_runner, "model", None)
     if model is not None:
         reasons += layer_reasons(model)
@@ -182,6 +184,19 @@ def gpu_pool_reasons(pool: Any) -> Iterator[str]:
     dtype = getattr(pool, "dtype", GPU_DTYPES[0])
     if dtype not in GPU_DTYPES:
         yield f"KV cache of {dtype}: the GPU kernels of this version read bfloat16 and float16; use --dtype bfloat16"
+
+
+def cpu_pool_reasons(pool: Any) -> Iterator[str]:
+    """Reasons in a CPU's KV pool.
+
+    Parameters
+    ----------
+    pool : KVCache
+        SGLang's pool; a missing dtype counts as right.
+    """
+    dtype = getattr(pool, "dtype", DTYPES[0])
+    if dtype not in DTYPES:
+        yield f"KV cache of {dtype}: the CPU kernels read float32 and bfloat16; use --dtype bfloat16 or float32"
 
 
 def model_reasons(config: Any) -> Iterator[str]:

@@ -104,7 +104,7 @@ def test_schema_names_the_same_settings_as_the_server(chart):
         *[("sampler", v) for v in ("uniform", "random")],
         *[("target", v) for v in ("denominator", "none")],
         *[("bound", v) for v in (None, "f8", "f9")],
-        *[("sink", v) for v in (0, -1, 1.5)],
+        *[("sink", v) for v in (0, -1, 1.5, 2**31)],
         *[("window", v) for v in (0, 1)],
         *[("top_k", v) for v in (0, 64, 0.02, 1.5, -1)],
         *[("pilot", v) for v in (0, 0.02, 2)],
@@ -116,8 +116,18 @@ def test_schema_names_the_same_settings_as_the_server(chart):
         *[("hash_weights", v) for v in ("weights.pt", 3)],
         *[("seed", v) for v in (-1, 2**32 - 1, 2**32)],
         *[("audit_rate", v) for v in (0, 1, 1.1)],
-        *[("calibration_tokens", v) for v in (511, 512)],
-        *[("layers", v) for v in ({"3": {"epsilon": 0.1}}, {"0-4": {"delta": 0.7}}, {"x": {}}, {"3": {"sink": 1}})],
+        *[("calibration_tokens", v) for v in (511, 512, 2**31 - 1, 2**31)],
+        *[
+            ("layers", v)
+            for v in (
+                {"3": {"epsilon": 0.1}},
+                {"9999": {}},
+                {"10000": {}},
+                {"0-4": {"delta": 0.7}},
+                {"x": {}},
+                {"3": {"sink": 1}},
+            )
+        ],
     ],
 )
 def test_schema_and_server_agree(helm, chart, setting, value, tmp_path):

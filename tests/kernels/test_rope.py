@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vattn_kernels.rope import Rope
+from vattn_kernels.rope import Rope, is_same
 from vattn_kernels.sketch import Moments
 
 HEAD_DIM, POSITIONS = 16, 512
@@ -63,9 +63,17 @@ def test_spread_moments_are_those_of_rows_at_every_position(rotary_dim, is_neox,
     assert torch.equal(spread.k_count, unrotated.k_count)
 
 
-def test_digest_tells_rotations_apart():
-    ropes = [Rope.from_cache(cache(16, s), HEAD_DIM, True) for s in (1.0, 1.0, 1.1)]
-    assert ropes[0].digest() == ropes[1].digest() != ropes[2].digest()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_cast_cache_is_the_same_rotation(dtype):
+    exact, cast = (Rope.from_cache(c, HEAD_DIM, True).sample() for c in (cache(16, 1.3), cache(16, 1.3).to(dtype)))
+    assert is_same(exact, cast)
+
+
+@pytest.mark.parametrize("other", [cache(16, 1.1), cache(8), cache(16)[:200], cache(16)[::2], cache(16).roll(1, 0)])
+def test_other_rotations_are_told_apart(other):
+    assert not is_same(
+        Rope.from_cache(cache(16), HEAD_DIM, True).sample(), Rope.from_cache(other, HEAD_DIM, True).sample()
+    )
 
 
 def test_odd_dimensions_are_refused():

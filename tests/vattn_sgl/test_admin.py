@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
+import msgspec
 import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
+from sglang.srt.managers.io_struct import GetInternalStateReq
 from sglang.srt.utils.auth import add_api_key_middleware
 
-from vattn_sgl import admin, control
+from vattn_sgl import admin, control, plugin
 from vattn_sgl.config import Settings
 
 KEY = "an-admin-key"
@@ -108,3 +112,17 @@ def test_a_server_without_an_admin_key_answers_403(sent):
     assert client.get("/vattention/config").status_code == 403
     assert client.patch("/vattention/config", json={"epsilon": 0.2}).status_code == 403
     assert sent == []
+
+
+def test_our_request_for_the_state_is_told_apart_and_crosses_the_wire(monkeypatch):
+    current = control.create(Settings(), 2, "cpu")
+    scheduler = SimpleNamespace(server_args=SimpleNamespace(admin_api_key=KEY))
+
+    async def communicator(request):
+        arrived = msgspec.msgpack.decode(msgspec.msgpack.encode(request), type=GetInternalStateReq)
+        return [plugin._get_internal_state(SimpleNamespace(internal_state={}), scheduler, arrived)]
+
+    manager = SimpleNamespace(auto_create_handle_loop=lambda: None, get_internal_state_communicator=communicator)
+    monkeypatch.setattr(admin, "_tokenizer_manager", lambda: manager)
+    client = TestClient(application(KEY), headers={"Authorization": f"Bearer {KEY}"})
+    assert client.get("/vattention/config").json() == current.config() | {"ranks": 1}

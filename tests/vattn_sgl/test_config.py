@@ -60,28 +60,28 @@ VALID = {
     ),
 }
 WRONG = {
-    "epsilon": [0, -0.1, 1.5, "x", None, [0.1]],
-    "delta": [0, 0.5, 1, "x"],
+    "epsilon": [0, -0.1, 1.5, "x", None, [0.1], True, "0.1"],
+    "delta": [0, 0.5, 1, "x", "0.05"],
     "sampler": ["random", 1],
     "target": ["sum", None],
     "bound": ["t", 1],
-    "sink": [-1, 1.5, "x"],
-    "window": [0, -1, 2.5],
-    "top_k": [-1, 1.5, "x"],
-    "pilot": [0, 1.1],
-    "pilot_min": [3, 4.5],
+    "sink": [-1, 1.5, 2**31, 10**23, "x"],
+    "window": [0, -1, 2.5, 2**31, 10**23],
+    "top_k": [-1, 1.5, True, 2**31, 10**23, "x"],
+    "pilot": [0, 1.1, True],
+    "pilot_min": [3, 4.5, 2**31, 10**23],
     "cap": [0, 2],
-    "dense_below": [-1, 0.5],
+    "dense_below": [-1, 0.5, 2**31, 10**23],
     "selector": ["pqcache", "hash"],
     "sketch_bits": [96, "64"],
     "hash_weights": [3],
     "group_score": ["sum", 1],
     "floor": [0, 2],
     "seed": [-1, 2**32],
-    "audit_rate": [-0.1, 1.1],
-    "calibration_tokens": [511],
+    "audit_rate": [-0.1, 1.1, False],
+    "calibration_tokens": [511, 2**31, 10**23],
     "prefill_backend": [1],
-    "layers": [{"a": {}}, {"4-2": {}}, 3, {"3": {"sink": 4}}],
+    "layers": [{"a": {}}, {"4-2": {}}, {"10000": {}}, {"0-99999999999": {}}, 3, {"3": {"sink": 4}}],
 }
 quick = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=50)
 
@@ -153,6 +153,53 @@ def test_a_file_that_is_no_mapping(tmp_path, text, expected):
     mistakes = check_file(write(tmp_path, text))
     assert len(mistakes) == 1
     assert expected in str(mistakes[0])
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("sink: 8\nepsilon: 2020-13-45\n", ["line 2: epsilon: got '2020-13-45'; expected a number"]),
+        ("seed: 0b_\n", ["line 1: seed: got '0b_'; expected a whole number"]),
+        ("seed: !!int ''\n", ["line 1: seed: got ''; expected a whole number"]),
+        (f"seed: {'1' * 5000}\nsink: -1\n", ["line 1: seed: got '111", "line 2: sink: got -1"]),
+        (f"seed: 0x{'f' * 5000}\n", ["line 1: seed: got an integer too large to show"]),
+        (f"epsilon: 0x{'f' * 5000}\n", ["line 1: epsilon: got an integer too large to show"]),
+        ("[" * 3000, ["line 1: file: got 'it is nested too deeply'; expected valid YAML"]),
+        ("layers: &a {3: *a}\n", ["line 1: layers.3."]),
+        ("epsilon: &a [*a]\n", ["line 1: epsilon: got [["]),
+        (
+            "layers:\n  a: {}\n  3: {epsilon: 2}\n  4-2: {delta: 0.1}\n  5: 7\n",
+            [
+                "line 2: layers.a: got 'a'; expected a mapping",
+                "line 3: layers.3.epsilon: got 2",
+                "line 4: layers.4-2: got '4-2'; expected a mapping",
+                "line 5: layers.5: got 7; expected a mapping",
+            ],
+        ),
+    ],
+)
+def test_what_yaml_or_a_layer_cannot_be_is_told_beside_the_rest(tmp_path, text, expected):
+    result = CliRunner().invoke(app, ["config", "check", str(write(tmp_path, text))])
+    lines = result.stdout.splitlines()
+    assert result.exit_code == 2
+    assert [any(part in line for line in lines) for part in expected] == [True] * len(expected)
+    assert len(lines) == len(expected)
+    assert max(map(len, lines)) < 400
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("EPSILON", "2020-13-45"), ("SEED", "0b_"), ("EPSILON", "yes"), ("EPSILON", "'0.1'"), ("SINK", "[" * 3000)],
+)
+def test_a_variable_that_is_no_number(name, value):
+    with pytest.raises(ConfigError, match=rf"VATTN_{name}: got ") as caught:
+        load_settings(env={f"VATTN_{name}": value})
+    assert len(str(caught.value)) < 400
+
+
+def test_numbers_may_be_written_as_json_and_helm_do(tmp_path):
+    assert load_settings(write(tmp_path, "epsilon: 1e-3\ndelta: 1E-06\n"), {}).delta == 1e-6
+    assert load_settings(env={"VATTN_EPSILON": "1e-3"}).epsilon == 1e-3
 
 
 def test_a_missing_or_binary_file(tmp_path):

@@ -64,8 +64,10 @@ def test_a_layer_keeps_its_own_value():
 
 
 def test_an_override_of_a_layer_that_the_model_lacks_is_refused():
-    with pytest.raises(ConfigError, match=r"layers\.5.*0 to 4"):
-        control.RuntimeControl(Settings(layers={"4-5": {"epsilon": 0.1}}), NUM_LAYERS, "cpu")
+    layers = {"4-5": {"epsilon": 0.1}, "3": {"epsilon": 0.1}, "0-9999": {"delta": 0.1}}
+    with pytest.raises(ConfigError, match=r"layers\.4-5: got 5; .*0 to 4") as caught:
+        control.RuntimeControl(Settings(layers=layers), NUM_LAYERS, "cpu")
+    assert [mistake.key for mistake in caught.value.mistakes] == ["layers.4-5", "layers.0-9999"]
 
 
 def test_one_control_a_process():

@@ -34,8 +34,9 @@ def built(monkeypatch):
 
 @pytest.fixture
 def folder(tmp_path):
-    """A model's folder without weights."""
+    """A model's folder with a stand-in for its weights."""
     (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
     return tmp_path
 
 
@@ -63,6 +64,13 @@ def test_side_data_and_their_share_are_told(selector, dtype, expected, folder, b
     assert (True, f"selector {selector} keeps {expected}", "") in report(folder)
 
 
+@pytest.mark.parametrize(("dtype", "told"), [("float16", True), ("float32", True), ("bfloat16", False)])
+def test_a_dtype_that_sglang_would_choose_and_a_cpu_cannot_read(dtype, told, folder, built):
+    (folder / "config.json").write_text(json.dumps(LLAMA | {"torch_dtype": dtype}))
+    advice = "start with --dtype float32 or --dtype bfloat16"
+    assert any("in float16" in what and mend == advice for _, what, mend in report(folder)) is told
+
+
 def test_wrong_hash_weights_are_told(folder, built, monkeypatch):
     monkeypatch.setenv("VATTN_SELECTOR", "hash")
     monkeypatch.setenv("VATTN_HASH_WEIGHTS", str(folder / "none.pt"))
@@ -77,6 +85,61 @@ def test_a_model_that_cannot(folder, built):
     wrong = [what for ok, what, _ in report(folder) if not ok]
     assert len(wrong) == 1
     assert "head_dim 72" in wrong[0]
+
+
+def failures(path):
+    return [what for ok, what, _ in report(path) if not ok]
+
+
+def test_a_folder_without_weights(folder, built):
+    (folder / "model.safetensors").write_bytes(b"")
+    assert failures(folder) == [f"{folder} holds no weights (.safetensors, .bin, .pt, .gguf)"]
+    shards = {"a": "model-1.safetensors", "b": "model-2.safetensors"}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+    (folder / "model-1.safetensors").write_bytes(b"weights")
+    assert failures(folder) == [f"{folder} lacks model-2.safetensors"]
+    (folder / "model-2.safetensors").write_bytes(b"weights")
+    assert failures(folder) == []
+
+
+@pytest.mark.parametrize("architecture", ["BertModel", "BertForMaskedLM", "BertForPreTraining"])
+def test_an_encoder(architecture, folder, built):
+    (folder / "config.json").write_text(json.dumps({"model_type": "bert", "architectures": [architecture]}))
+    (failed,) = failures(folder)
+    assert "not a generating model" in failed
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b'{"model_type": "llama", ', "Expecting property name"),
+        (b"{}", "Unrecognized model"),
+        (b"[]", "a mapping was expected, not a list"),
+        (b"\xff\xfe{}", "codec can't decode"),
+        (b'{"model_type": "mamba", "architectures": ["MambaForCausalLM"]}', "a mamba has no attention heads"),
+        (b'{"model_type": "llama"}', "names no architectures"),
+        (json.dumps(LLAMA | {"num_attention_heads": 0}).encode(), "division"),
+        (b"[" * 100000, "recursion"),
+    ],
+)
+def test_a_config_that_cannot_be_read(content, expected, folder, built):
+    (folder / "config.json").write_bytes(content)
+    (failed,) = failures(folder)
+    assert failed.startswith(f"{folder / 'config.json'}: ")
+    assert expected in failed
+
+
+def test_settings_that_do_not_suit_the_model_or_sglang(folder, built, monkeypatch):
+    monkeypatch.setenv("VATTN_LAYERS", "{30: {epsilon: 0.1}}")
+    (failed,) = failures(folder)
+    assert "layers.30" in failed
+    assert "0 to 29" in failed
+    monkeypatch.setenv("VATTN_LAYERS", "{29: {epsilon: 0.1}}")
+    monkeypatch.setenv("VATTN_PREFILL_BACKEND", "torch_native")
+    assert failures(folder) == []
+    monkeypatch.setenv("VATTN_PREFILL_BACKEND", "nosuch")
+    (failed,) = failures(folder)
+    assert "'nosuch' is not a backend of SGLang; known are" in failed
 
 
 def test_no_model(tmp_path, built):
@@ -108,5 +171,9 @@ def test_settings_that_a_gpu_cannot_serve(folder, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Test GPU")
     assert (True, "GPU Test GPU: kernels are compiled as a server starts", "") in report(folder)
     monkeypatch.setenv("VATTN_SELECTOR", "quest")
-    (failed,) = [line for line in report(folder) if not line[0]]
-    assert "set selector to sketch" in failed[1]
+    (failed,) = failures(folder)
+    assert "set selector to sketch" in failed
+    monkeypatch.delenv("VATTN_SELECTOR")
+    (folder / "config.json").write_text(json.dumps(LLAMA | {"head_dim": 80}))
+    (failed,) = failures(folder)
+    assert "GPU kernels of this version serve" in failed

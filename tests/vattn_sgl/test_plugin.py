@@ -6,9 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from sglang.srt.managers.io_struct import SetInternalStateReq
+from sglang.srt.managers.io_struct import GetInternalStateReq, SetInternalStateReq
 
-from vattn_sgl import control, plugin
+from vattn_sgl import admin, control, plugin
 from vattn_sgl.config import Settings
 
 
@@ -99,9 +99,19 @@ def test_side_data_count_in_the_memory_budget(loaded, monkeypatch, selector, sid
     assert tokens <= dense
 
 
-def set_state(values):
+def scheduler(admin_key="key"):
+    return SimpleNamespace(server_args=SimpleNamespace(admin_api_key=admin_key))
+
+
+def set_state(values, admin_key="key"):
     request = SetInternalStateReq(server_args=values)
-    return plugin._set_internal_state(lambda scheduler, req: "sglang's", None, request)
+    return plugin._set_internal_state(lambda scheduler, req: "sglang's", scheduler(admin_key), request)
+
+
+def get_state(admin_key="key", rid=admin.STATE_REQUEST):
+    result = SimpleNamespace(internal_state={"a": 1})
+    request = GetInternalStateReq(rid=rid)
+    return plugin._get_internal_state(result, scheduler(admin_key), request).internal_state
 
 
 def test_our_values_are_staged_and_others_left_to_sglang():
@@ -120,6 +130,16 @@ def test_what_a_scheduler_refuses_changes_nothing():
     assert current.changes["rejected"] == 1
 
 
+@pytest.mark.parametrize("admin_key", [None, ""])
+def test_sglangs_unguarded_routes_reach_nothing_of_ours_without_an_admin_key(admin_key):
+    current = control.create(Settings(), 2, "cpu")
+    assert not set_state({"vattention_epsilon": 0.2}, admin_key).updated
+    assert not set_state({"vattention_rejected": 1}, admin_key).updated
+    assert set_state({"other": 1}, admin_key) == "sglang's"
+    assert (current.config()["staged"], current.changes) == ({}, {"applied": 0, "rejected": 0})
+    assert get_state(admin_key) == {"a": 1}
+
+
 def test_a_request_rejected_by_the_http_server_is_counted():
     current = control.create(Settings(), 2, "cpu")
     assert set_state({"vattention_rejected": 1}).updated
@@ -127,10 +147,19 @@ def test_a_request_rejected_by_the_http_server_is_counted():
     assert current.config()["staged"] == {}
 
 
-def test_the_state_is_added_to_sglangs_own():
-    result = SimpleNamespace(internal_state={"a": 1})
-    assert plugin._get_internal_state(result, None, None).internal_state == {"a": 1}
+@pytest.mark.parametrize(
+    "values", [{"rejected": -1}, {"rejected": 2}, {"rejected": float("nan")}, {"rejected": 1, "epsilon": 0.2}]
+)
+def test_the_counter_of_rejections_takes_only_a_step(values):
+    current = control.create(Settings(), 2, "cpu")
+    assert not set_state({f"vattention_{name}": value for name, value in values.items()}).updated
+    assert (current.config()["staged"], current.changes) == ({}, {"applied": 0, "rejected": 0})
+
+
+def test_the_state_is_added_to_sglangs_own_where_our_routes_ask():
+    assert get_state() == {"a": 1}
     control.create(Settings(), 2, "cpu")
-    state = plugin._get_internal_state(result, None, None).internal_state
+    state = get_state()
     assert state["a"] == 1
     assert state["vattention"]["config"]["in_force"] == {"epsilon": 0.05, "delta": 0.05}
+    assert get_state(rid=None) == {"a": 1}

@@ -1,9 +1,14 @@
-"""The command by which a server is started."""
+"""The command by which a server is started, and how it ends."""
 
 from __future__ import annotations
 
 import argparse
+import signal
+import subprocess
+import sys
 
+import psutil
+import pytest
 from sglang.srt.server_args import ServerArgs
 
 from vattn_sgl.server import Server
@@ -15,3 +20,37 @@ def test_a_key_that_begins_with_a_dash_is_still_a_key(tmp_path):
     program, verb, *arguments = Server(tmp_path, "torch_native", admin_key="-k3y").command
     assert (program.rpartition("/")[2], verb) == ("sglang", "serve")
     assert parser.parse_args(arguments).admin_api_key == "-k3y"
+
+
+STAND_IN = """
+import sys, time
+from vattn_sgl import cli, demo
+from vattn_sgl.server import Server
+
+def wait(server, waiting):
+    if {starting}:
+        print(server.process.pid, flush=True)
+        time.sleep(60)
+
+def run(*arguments):
+    server = Server("model", "torch_native")
+    server.command = [sys.executable, "-c", "import time; time.sleep(60)"]
+    with server:
+        print(server.process.pid, flush=True)
+        time.sleep(60)
+
+Server._wait, demo.run = wait, run
+cli.app(["demo"])
+"""
+
+
+@pytest.mark.parametrize("starting", [True, False])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_to_the_command_ends_its_server(number, starting):
+    command = [sys.executable, "-c", STAND_IN.format(starting=starting)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        server = psutil.Process(int(process.stdout.readline()))
+        process.send_signal(number)
+        assert process.wait(30) == 128 + number
+    assert not server.is_running()

@@ -138,6 +138,19 @@ def test_dtypes_on_a_gpu():
         assert len(list(support.gpu_pool_reasons(pool))) == reasons
 
 
+def test_dtypes_on_a_cpu():
+    pool = MHATokenToKVPool()
+    runner = SimpleNamespace(
+        server_args=SimpleNamespace(device="cpu"), model_config=SimpleNamespace(), token_to_kv_pool=pool
+    )
+    for dtype in (torch.bfloat16, torch.float32):
+        pool.dtype = dtype
+        support.check(runner, Settings())
+    pool.dtype = torch.float16
+    with pytest.raises(support.Unsupported, match=r"KV cache of torch\.float16.*--dtype bfloat16 or float32"):
+        support.check(runner, Settings())
+
+
 def test_pools(monkeypatch):
     assert "MLATokenToKVPool" in next(support.pool_reasons(MLATokenToKVPool()))
     pool = MHATokenToKVPool()

@@ -15,8 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from vattn_kernels.cache import cache_dir
-from vattn_kernels.rope import Rope
-from vattn_kernels.sketch import Moments, SketchTables, solve
+from vattn_kernels.rope import Rope, is_same
+from vattn_kernels.sketch import Moments, SketchTables, check_fields, solve
 from vattn_sgl.config import Settings
 from vattn_sgl.selectors.base import CacheGeometry
 
@@ -35,6 +35,10 @@ ENOUGH_TOKENS = 16384
 SAMPLE_TOKENS = 1024
 SAMPLE_QUERIES = 32
 _MOMENTS = ("qq", "kk", "k", "q_count", "k_count")
+_META = ("longest", "covered", "tokens")
+_ROPE = "rope.sample"
+# Positions are int32 in the kernels.
+MOST_POSITIONS = 2**30
 
 
 class Tables(Protocol):
@@ -110,37 +114,76 @@ class CalibrationStore:
         `SketchTables` or `LineTables`.
     """
 
-    def __init__(self, key: str, geometry: CacheGeometry, bits: int, tables: type = SketchTables) -> None:
+    def __init__(self, key: str, geometry: CacheGeometry, bits: int, tables: Any = SketchTables) -> None:
         name = f"{key}-L{geometry.num_layers}-H{geometry.num_kv_heads}-D{geometry.head_dim}-b{bits}.safetensors"
         self.path = cache_dir() / "calibration" / name
         self.tables = tables
         self.names = [field.name for field in fields(tables)]
+        self.bits = bits
+        shape = (geometry.num_layers, geometry.num_kv_heads, geometry.head_dim)
+        blank = SketchTables.zeros(*shape, bits, "meta") if tables is SketchTables else tables.zeros(*shape, "meta")
+        self._like = _named(blank, Moments.zeros(*shape, "meta"))
 
-    def load(self) -> tuple[Any, Moments, dict[str, int]] | None:
-        """Tables, moments and ``{"longest", "covered", "tokens", "rope"}``, or None when there is no readable file."""
+    def load(self) -> tuple[Any, Moments, dict[str, int], torch.Tensor] | None:
+        """Tables, moments, ``{"longest", "covered", "tokens"}``, the rotation's sample; None without a sound file."""
         if not self.path.exists():
             return None
         try:
             with safe_open(self.path, framework="pt") as file:
-                meta = {k: int(v) for k, v in file.metadata().items()}
-                tables = self.tables(*(file.get_tensor(f"tables.{name}") for name in self.names))
-                moments = Moments(*(file.get_tensor(f"moments.{name}") for name in _MOMENTS))
-            return tables, moments, {name: meta[name] for name in ("longest", "covered", "tokens", "rope")}
-        except (OSError, SafetensorError, KeyError, ValueError, AttributeError) as error:
+                stored = file.metadata()
+                tensors = {name: file.get_tensor(name) for name in (*self._like, _ROPE)}
+            meta = {name: int(stored[name]) for name in _META}
+            self._check(tensors, meta, stored.get("sha256"))
+        except (OSError, SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
             logger.warning("vattention: calibration %s cannot be read (%s); calibrating again", self.path, error)
             return None
+        tables = self.tables(*(tensors[f"tables.{name}"] for name in self.names))
+        return tables, Moments(*(tensors[f"moments.{name}"] for name in _MOMENTS)), meta, tensors[_ROPE]
 
-    def save(self, tables: Any, moments: Moments, meta: dict[str, int]) -> None:
+    def save(self, tables: Any, moments: Moments, meta: dict[str, int], rope: torch.Tensor) -> None:
         """Write by renaming, so that a half-written file is never seen; a full disk is logged, not raised."""
-        tensors = {f"tables.{name}": getattr(tables, name).cpu().contiguous() for name in self.names}
-        tensors |= {f"moments.{name}": getattr(moments, name).cpu().contiguous() for name in _MOMENTS}
+        named = _named(tables, moments) | {_ROPE: rope}
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in named.items()}
+        metadata = {name: str(value) for name, value in meta.items()} | {"sha256": _checksum(tensors, meta)}
         draft = self.path.with_suffix(f".{os.getpid()}.tmp")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            save_file(tensors, draft, metadata={name: str(value) for name, value in meta.items()})
+            save_file(tensors, draft, metadata=metadata)
             draft.replace(self.path)
         except OSError as error:
             logger.warning("vattention: calibration could not be kept at %s (%s)", self.path, error)
+
+    def _check(self, tensors: dict[str, torch.Tensor], meta: dict[str, int], checksum: str | None) -> None:
+        """Raise a ValueError for whatever the kernels would trip over."""
+        for name, like in self._like.items():
+            tensor = tensors[name]
+            if (tensor.shape, tensor.dtype) != (like.shape, like.dtype):
+                found, wanted = ((tuple(t.shape), t.dtype) for t in (tensor, like))
+                raise ValueError(f"{name} is {found}, expected {wanted}")
+        if checksum != _checksum(tensors, meta):
+            raise ValueError("its checksum is missing or does not fit")
+        for name, tensor in tensors.items():
+            if not tensor.isfinite().all():
+                raise ValueError(f"{name} is not finite")
+        for name in ("longest", "covered"):
+            if not 0 < meta[name] <= MOST_POSITIONS:
+                raise ValueError(f"{name} is {meta[name]}, expected 1 to {MOST_POSITIONS}")
+        if self.tables is SketchTables:
+            check_fields(tensors["tables.fields"], self.bits)
+
+
+def _named(tables: Any, moments: Moments) -> dict[str, torch.Tensor]:
+    """Tensors of a file by name."""
+    named = {f"tables.{field.name}": getattr(tables, field.name) for field in fields(tables)}
+    return named | {f"moments.{name}": getattr(moments, name) for name in _MOMENTS}
+
+
+def _checksum(tensors: dict[str, torch.Tensor], meta: dict[str, int]) -> str:
+    digest = hashlib.sha256(repr([meta[name] for name in _META]).encode())
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].numpy().tobytes())
+    return digest.hexdigest()
 
 
 class Calibration:
@@ -183,7 +226,7 @@ class Calibration:
         self.geometry = geometry
         self.store = store
         self.rope = rope
-        self._digest = rope.digest() if rope is not None else 0
+        self._rope_sample = rope.sample() if rope is not None else torch.zeros(0)
         self.tables: Any = None
         self.longest = 0
         self.observed_tokens = 0
@@ -192,10 +235,10 @@ class Calibration:
         self._new_longest = 0
         self._new_tokens = 0
         loaded = store.load()
-        if loaded is not None and loaded[2]["rope"] != self._digest:
+        if loaded is not None and not is_same(loaded[3], self._rope_sample):
             logger.info("vattention: calibration %s is of another rotary embedding; calibrating again", store.path)
         elif loaded is not None:
-            tables, moments, meta = loaded
+            tables, moments, meta, _ = loaded
             self.tables = tables.to(geometry.device)
             self.moments = Moments(*(getattr(moments, name).to(geometry.device) for name in _MOMENTS))
             self.longest, self.observed_tokens = meta["longest"], meta["tokens"]
@@ -305,8 +348,8 @@ class Calibration:
             self.longest = self._new_longest
         self.tables = self.solver(moments, stacked, torch.stack(kept) if kept else stacked[:, :0])
         self._new_tokens = 0
-        meta = {"longest": self.longest, "covered": self.covered, "tokens": self.observed_tokens, "rope": self._digest}
-        self.store.save(self.tables, self.moments, meta)
+        meta = {"longest": self.longest, "covered": self.covered, "tokens": self.observed_tokens}
+        self.store.save(self.tables, self.moments, meta, self._rope_sample)
 
     def _span(self, longest: int) -> int:
         """Positions that tables for ``longest`` tokens are made for: a power of two, so that few are made."""

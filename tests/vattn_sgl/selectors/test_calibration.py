@@ -6,10 +6,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from vattn_kernels import ops, reference
 from vattn_kernels.rope import Rope
 from vattn_sgl.config import Settings
+from vattn_sgl.selectors import calibration as calibration_module
 from vattn_sgl.selectors.base import CacheGeometry
 from vattn_sgl.selectors.calibration import (
     COVERAGE_SLACK,
@@ -24,13 +27,14 @@ from vattn_sgl.selectors.calibration import (
 
 GEOMETRY = CacheGeometry(2, 700, 2, 16, torch.device("cpu"))
 SETTINGS = Settings(calibration_tokens=512)
+META = ("longest", "covered", "tokens")
 KEYS = torch.randn(2, 700, 2, 16, generator=torch.Generator().manual_seed(0))
 QUERIES = torch.randn(700, 4, 16, generator=torch.Generator().manual_seed(1))
 
 
-def rope(num_positions=40000, base=1e4):
+def rope(num_positions=40000, base=1e4, dtype=torch.float64):
     angles = torch.arange(num_positions, dtype=torch.float64)[:, None] * base ** (-torch.arange(8) / 8.0)
-    return Rope.from_cache(torch.cat([angles.cos(), angles.sin()], -1), 16, True)
+    return Rope.from_cache(torch.cat([angles.cos(), angles.sin()], -1).to(dtype), 16, True)
 
 
 def fresh(rotation=None):
@@ -131,6 +135,8 @@ def test_another_rotation_calibrates_again():
     pass_(first, 600, 600)
     solve(first)
     assert fresh(rope()).covered == LEAST_SPAN
+    assert fresh(rope(dtype=torch.bfloat16)).covered == LEAST_SPAN, "a server of another dtype casts the rotation"
+    assert fresh(rope(base=1.01e4)).covered == 0
     assert fresh(rope(base=5e4)).covered == 0
     assert fresh().covered == 0
 
@@ -172,6 +178,79 @@ def test_a_broken_file_is_calibrated_again(damage, caplog):
     assert pass_(again, 600, 600)
     solve(again)
     assert fresh().covered > 0
+
+
+def rewrite(path, tensors=(), meta=(), sign=True):
+    """Change a calibration's file, by default with a checksum that fits."""
+    with safe_open(path, framework="pt") as file:
+        stored, kept = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    kept |= dict(tensors)
+    stored |= {name: str(value) for name, value in dict(meta).items()}
+    if sign:
+        stored["sha256"] = calibration_module._checksum(kept, {name: int(stored[name]) for name in META})
+    else:
+        stored.pop("sha256")
+    save_file(kept, path, metadata=stored)
+
+
+def old_layout():
+    """Fields one dimension after the other in a word, as a former version packed them."""
+    fields = torch.zeros(2, 2, 16, 3, dtype=torch.int32)
+    for index in range(16):
+        fields[:, :, index] = torch.tensor([index // 8, index % 8 * 4, 4])
+    return fields
+
+
+def changed(fields, index, value):
+    fields = fields.clone()
+    fields[1, 1, index[0], index[1]] = value
+    return fields
+
+
+DAMAGE = {
+    "fields out of range": lambda t: ({"tables.fields": torch.full_like(t.fields, 2**30)}, {}),
+    "an older layout": lambda t: ({"tables.fields": old_layout()}, {}),
+    "a word that is not there": lambda t: ({"tables.fields": changed(t.fields, (0, 0), 2)}, {}),
+    "a shift out of the byte": lambda t: ({"tables.fields": changed(t.fields, (3, 1), 29)}, {}),
+    "a negative shift": lambda t: ({"tables.fields": changed(t.fields, (0, 1), -8)}, {}),
+    "a width of 6": lambda t: ({"tables.fields": changed(t.fields, (0, 2), 6)}, {}),
+    "a wrong shape": lambda t: ({"tables.mean": t.mean[:, :1].clone()}, {}),
+    "a wrong dtype": lambda t: ({"tables.steps": t.steps.double()}, {}),
+    "no numbers": lambda t: ({"tables.key_basis": t.key_basis * float("nan")}, {}),
+    "infinite moments": lambda t: ({"moments.k_count": torch.full((2,), float("inf"))}, {}),
+    "nothing observed": lambda t: ({}, {"longest": 0}),
+    "negative contexts": lambda t: ({}, {"longest": -5}),
+    "endless contexts": lambda t: ({}, {"covered": 2**40}),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_what_the_kernels_would_trip_over_is_calibrated_again(damage, caplog):
+    c = fresh()
+    pass_(c, 600, 600)
+    solve(c)
+    rewrite(c.store.path)
+    assert fresh().covered == c.covered
+    rewrite(c.store.path, *DAMAGE[damage](c.tables))
+    again = fresh()
+    assert again.covered == 0
+    assert str(c.store.path) in caplog.text
+    assert "calibrating again" in caplog.text
+    assert pass_(again, 600, 600)
+
+
+def test_a_flipped_bit_or_a_file_without_a_checksum_is_calibrated_again(caplog):
+    c = fresh()
+    pass_(c, 600, 600)
+    solve(c)
+    whole = c.store.path.read_bytes()
+    c.store.path.write_bytes(whole[:-5] + bytes([whole[-5] ^ 1]) + whole[-4:])
+    assert fresh().covered == 0
+    c.store.path.write_bytes(whole)
+    assert fresh().covered == c.covered
+    rewrite(c.store.path, sign=False)
+    assert fresh().covered == 0
+    assert caplog.text.count("checksum is missing or does not fit") == 2
 
 
 def test_a_cache_that_cannot_be_written_is_logged_and_served_from_memory(tmp_path, monkeypatch, caplog):
