@@ -88,7 +88,7 @@ class Case:
         sample = k[torch.randperm(slots, device="cuda")[:4096]].float().cpu()
         moments = sketch.Moments.zeros(1, KV_HEADS, HEAD_DIM, "cpu")
         moments.add(0, q.float().cpu(), sample)
-        t = sketch.solve(moments, sample[None, :512], BITS).to("cuda")
+        t = sketch.solve(moments, sample[None, :512], BITS, lanes=True).to("cuda")
         codes = torch.zeros(KV_HEADS, slots, BITS // 32, dtype=torch.int32, device="cuda").transpose(0, 1)
         norms = torch.zeros(KV_HEADS, slots, 2, dtype=torch.uint8, device="cuda").transpose(0, 1)
         valid = torch.zeros(slots, dtype=torch.uint8, device="cuda")

@@ -2,7 +2,7 @@
 
 ``C = E[q q^T] = L L^T`` over calibration queries and ``(K - mean) L = U S Vh`` give the best rank-r form of ``q . k``
 for the queries that come (``algorithm.md``, "Sketch"). A key becomes ``z = (k - mean) L Vh^T`` with a few bits a
-dimension, given out to groups of four by water-filling; a query becomes ``t = q L^-T Vh^T``.
+dimension, given out by water-filling; a query becomes ``t = q L^-T Vh^T``.
 """
 
 from __future__ import annotations
@@ -121,9 +121,10 @@ class SketchTables:
     steps : torch.Tensor
         float32 ``[num_layers, num_kv_heads, max_fields]``, quantizer step of each coded dimension.
     fields : torch.Tensor
-        int32 ``[num_layers, num_kv_heads, max_fields, 3]``: word, shift, width; width 0 is unused. Dimensions
-        ``4j .. 4j + 3`` have one width and lie in the four bytes of word ``j % words`` at the same shift within the
-        byte, so that one shift and mask yields four codes for a dot product of bytes; ``j < GROUPS_PER_WORD * words``.
+        int32 ``[num_layers, num_kv_heads, max_fields, 3]``: word, shift, width; width 0 is unused. By lanes,
+        dimensions ``4j .. 4j + 3`` have one width and lie in the four bytes of word ``j % words`` at the same shift
+        within the byte, so that one shift and mask yields four codes for a dot product of bytes;
+        ``j < GROUPS_PER_WORD * words``.
     """
 
     mean: torch.Tensor
@@ -188,7 +189,7 @@ def check_fields(fields: torch.Tensor, bits: int) -> None:
             raise ValueError("fields of another layout")
 
 
-def solve(moments: Moments, key_sample: torch.Tensor, bits: int) -> SketchTables:
+def solve(moments: Moments, key_sample: torch.Tensor, bits: int, lanes: bool = False) -> SketchTables:
     """Bases, widths and steps of the codes.
 
     Parameters
@@ -199,6 +200,8 @@ def solve(moments: Moments, key_sample: torch.Tensor, bits: int) -> SketchTables
         ``[num_layers, num_samples, num_kv_heads, head_dim]`` keys on which quantizer steps are chosen.
     bits : int
         Bits of one code, a multiple of 32.
+    lanes : bool
+        Whether dimensions lie in groups of four as a GPU reads them, see `SketchTables`; apart they lose less.
 
     Returns
     -------
@@ -222,11 +225,13 @@ def solve(moments: Moments, key_sample: torch.Tensor, bits: int) -> SketchTables
     centred = key_sample.transpose(1, 2).double() - mean[:, :, None]
     z = (centred @ key_basis[..., :slots]).float()  # [L, H, n, R]
     steps, errors = _quantizers(z, sigma[..., :slots].float())
-    widths = _water_fill(errors, bits // WORD_BITS)
+    words = bits // WORD_BITS
+    widths = _water_fill_lanes(errors, words) if lanes else _water_fill(errors, bits)
+    place = _pack_lanes if lanes else _pack
     packed = torch.zeros(num_layers, num_kv_heads, slots, 3, dtype=torch.int32)
     for layer in range(num_layers):
         for head in range(num_kv_heads):
-            packed[layer, head] = torch.tensor(_pack(widths[layer, head].tolist(), bits // WORD_BITS))
+            packed[layer, head] = torch.tensor(place(widths[layer, head].tolist(), words))
     chosen = (packed[..., 2].long() - 1).clamp(min=0).to(steps.device)
     return SketchTables(
         mean.float(),
@@ -254,38 +259,58 @@ def _quantizers(z: torch.Tensor, sigma: torch.Tensor) -> tuple[torch.Tensor, tor
     return torch.stack(steps, -1).clamp(min=1e-12), torch.stack(errors, -1)
 
 
-def _water_fill(errors: torch.Tensor, words: int) -> torch.Tensor:
-    """Give out a byte of each word, bit by bit, to the groups of four dimensions whose error it lowers most.
+def _water_fill(errors: torch.Tensor, bits: int) -> torch.Tensor:
+    """Give out bits one by one where they lower the error most; ``[L, H, R]`` int64."""
+    gains = _gains(errors)
+    widths = torch.zeros(errors.shape[:-1], dtype=torch.int64, device=errors.device)
+    for _ in range(bits):
+        _widen(gains, widths)
+    return widths.clamp(max=MAX_WIDTH)
 
-    Parameters
-    ----------
-    errors : torch.Tensor
-        ``[L, H, R, W + 1]`` mean squared error of every dimension at every width.
-    words : int
-        Words of a code.
 
-    Returns
-    -------
-    torch.Tensor
-        int64 ``[L, H, R]``, equal within a group.
-    """
+def _water_fill_lanes(errors: torch.Tensor, words: int) -> torch.Tensor:
+    """The same for groups of `LANES` dimensions, each in the word that its number gives it; ``[L, H, R]`` int64."""
     groups = min(GROUPS_PER_WORD * words, errors.shape[2] // LANES)
-    error = errors[:, :, : groups * LANES].unflatten(2, (groups, LANES)).sum(3)
-    gains = (error[..., :-1] - error[..., 1:]).clamp(min=0)
-    gains = torch.cat([gains, torch.full_like(gains[..., :1], -1.0)], -1)  # no sixth bit
-    widths = torch.zeros(error.shape[:-1], dtype=torch.int64, device=errors.device)
+    gains = _gains(errors[:, :, : groups * LANES].unflatten(2, (groups, LANES)).sum(3))
+    widths = torch.zeros(gains.shape[:-1], dtype=torch.int64, device=errors.device)
+    # Rare keys far out on the first dimensions cost most, and a sample's mean squared error hardly shows them.
+    widths[..., 0] = MAX_WIDTH
     for word in range(words):
         own = widths[..., word::words]
-        own_gains = gains[..., word::words, :]
-        for _ in range(WORD_BITS // LANES if own.shape[-1] else 0):
-            best = own_gains.gather(-1, own[..., None])[..., 0].argmax(-1, keepdim=True)
-            own.scatter_add_(-1, best, torch.ones_like(best))
+        for _ in range(WORD_BITS // LANES - (MAX_WIDTH if word == 0 else 0) if own.shape[-1] else 0):
+            _widen(gains[..., word::words, :], own)
     widths = widths.clamp(max=MAX_WIDTH).repeat_interleave(LANES, -1)
     return torch.nn.functional.pad(widths, (0, errors.shape[2] - widths.shape[-1]))
 
 
+def _gains(errors: torch.Tensor) -> torch.Tensor:
+    """What one bit more saves, by width; negative past the widest."""
+    gains = (errors[..., :-1] - errors[..., 1:]).clamp(min=0)
+    return torch.cat([gains, torch.full_like(gains[..., :1], -1.0)], -1)
+
+
+def _widen(gains: torch.Tensor, widths: torch.Tensor) -> None:
+    """Give one bit to the best of each row, in place."""
+    best = gains.gather(-1, widths[..., None])[..., 0].argmax(-1, keepdim=True)
+    widths.scatter_add_(-1, best, torch.ones_like(best))
+
+
 def _pack(widths: list[int], words: int) -> list[list[int]]:
-    """Fields of the dimensions: word, shift and width; the layout is `SketchTables`'."""
+    """Place fields into words, widest first, none across a border; a field that does not fit is narrowed."""
+    free = [WORD_BITS] * words
+    placed = [[0, 0, 0] for _ in widths]
+    for index in sorted(range(len(widths)), key=lambda i: -widths[i]):
+        word = max(
+            range(words), key=lambda w: (free[w] >= widths[index], -free[w] if free[w] >= widths[index] else free[w])
+        )
+        width = min(widths[index], free[word])
+        placed[index] = [word, WORD_BITS - free[word], width]
+        free[word] -= width
+    return placed
+
+
+def _pack_lanes(widths: list[int], words: int) -> list[list[int]]:
+    """Place groups: four bytes of one word, one shift within the byte."""
     used = [0] * words
     placed = []
     for index, width in enumerate(widths):

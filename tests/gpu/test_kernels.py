@@ -28,7 +28,7 @@ class GpuCase(DecodeCase):
     """A case whose tensors move to the GPU, with the state that the kernels keep."""
 
     def __post_init__(self):
-        self.settings = {"selector": "sketch", "floor": 0.02} | self.settings
+        self.settings, self.lanes = {"selector": "sketch", "floor": 0.02} | self.settings, True
         wanted, self.dtype = self.dtype, BF16  # The CPU, which makes the side data, knows no float16.
         super().__post_init__()
         self.dtype = wanted

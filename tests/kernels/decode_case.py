@@ -30,6 +30,7 @@ class DecodeCase:
     epsilon: float = 0.1
     delta: float = 0.05
     bits: int = 64
+    lanes: bool = False
     covered: int = UNLIMITED
     value_mean: float = 1.0
     score_scale: float = 2.0
@@ -92,7 +93,7 @@ class DecodeCase:
 
     def calibrate(self) -> sketch.SketchTables:
         """Tables of one layer from the case's own queries and keys."""
-        return sketch.solve(self.moments(), self.k_cache[None, :512], self.bits)
+        return sketch.solve(self.moments(), self.k_cache[None, :512], self.bits, self.lanes)
 
     def calibrate_line(self, features: line.Features) -> line.LineTables:
         """Line of one layer from the case's own queries and keys."""

@@ -54,6 +54,11 @@ class CacheGeometry:
         """Factor of the logits."""
         return self.head_dim**-0.5 if self.sm_scale is None else self.sm_scale
 
+    @property
+    def lanes(self) -> bool:
+        """Whether codes lie as a GPU reads them, see `vattn_kernels.sketch.SketchTables`."""
+        return self.device.type == "cuda"
+
     def kv_bytes_per_token(self) -> int:
         """K and V of one slot over all layers, in bytes."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.dtype.itemsize

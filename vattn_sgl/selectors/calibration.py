@@ -222,7 +222,8 @@ class Calibration:
     ) -> None:
         self.needed = settings.calibration_tokens
         self.keeps_queries = solver is not None
-        self.solver: Solver = solver or (lambda moments, keys, queries: solve(moments, keys, settings.sketch_bits))
+        bits, lanes = settings.sketch_bits, geometry.lanes
+        self.solver: Solver = solver or (lambda moments, keys, queries: solve(moments, keys, bits, lanes))
         self.geometry = geometry
         self.store = store
         self.rope = rope

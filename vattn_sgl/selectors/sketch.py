@@ -29,7 +29,8 @@ class SketchSelector(CalibratedSelector):
     def __init__(self, settings: Settings, geometry: CacheGeometry, layer_ids: Sequence[int], model_key: str) -> None:
         g, bits = geometry, settings.sketch_bits
         tables = SketchTables.zeros(g.num_layers, g.num_kv_heads, g.head_dim, bits, g.device)
-        calibration = Calibration(settings, geometry, CalibrationStore(model_key, geometry, bits), rope=geometry.rope)
+        store = CalibrationStore(model_key + ("-lanes" if g.lanes else ""), geometry, bits)
+        calibration = Calibration(settings, geometry, store, rope=geometry.rope)
         super().__init__(settings, geometry, layer_ids, tables, calibration)
         self.codes = self.side["codes"]
 

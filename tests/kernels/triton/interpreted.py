@@ -32,7 +32,7 @@ class Step(DecodeCase):
     """A case of `decode_case` with the state that the GPU kernels keep, and few programs: each one is interpreted."""
 
     def __post_init__(self):
-        self.settings = {"selector": "sketch", "floor": 0.02} | self.settings
+        self.settings, self.lanes = {"selector": "sketch", "floor": 0.02} | self.settings, True
         super().__post_init__()
         self.side = (by_head(self.side[0]), by_head(self.side[1]), *self.side[2:])
         self.state = torch.zeros(self.batch + 1, self.num_qo_heads, ops.STATE_WIDTH)
