@@ -38,7 +38,9 @@ FLOORS = {"quest": 0.2, "sign": 0.05, "hash": 0.05}
 
 # Strict, because true would count as 1 and "0.05" as a number.
 Epsilon = Annotated[float, Field(strict=True, gt=0, le=1)]
-Delta = Annotated[float, Field(strict=True, gt=0, lt=0.5)]
+# Quantiles of rarer failures pass what float32 variances resolve.
+LEAST_DELTA = 1e-9
+Delta = Annotated[float, Field(strict=True, ge=LEAST_DELTA, lt=0.5)]
 Share = Annotated[float, Field(strict=True, ge=0, le=1)]
 PositiveShare = Annotated[float, Field(strict=True, gt=0, le=1)]
 # Positions are int32 in the kernels.
@@ -257,7 +259,7 @@ class PatchError(ValueError):
 
 ALLOWED = {
     "epsilon": "a number above 0 and at most 1",
-    "delta": "a number above 0 and below 0.5",
+    "delta": f"a number from {LEAST_DELTA} to below 0.5",
     "sampler": "'proportional' or 'uniform'",
     "target": ", ".join(repr(t) for t in BOUNDS_OF_TARGET),
     "bound": ", ".join(repr(b) for b in BOUNDS) + " or null",

@@ -100,7 +100,7 @@ def test_schema_names_the_same_settings_as_the_server(chart):
     ("setting", "value"),
     [
         *[("epsilon", v) for v in (0, 1e-6, 0.05, 1, 1.5, 2)],
-        *[("delta", v) for v in (0, 0.01, 0.49, 0.5)],
+        *[("delta", v) for v in (0, 9e-10, 1e-9, 0.01, 0.49, 0.5)],
         *[("sampler", v) for v in ("uniform", "random")],
         *[("target", v) for v in ("denominator", "none")],
         *[("bound", v) for v in (None, "f8", "f9")],
