@@ -240,9 +240,15 @@ class ConfigError(ValueError):
         super().__init__(f"{len(mistakes)} mistake(s) in {source}:\n{lines}")
 
 
-def _finite(value: Any) -> Any:
-    """The value with NaN and infinities as text, because JSON has none."""
-    return json.loads(json.dumps(value, default=str), parse_constant=str)
+def _shown(value: Any) -> Any:
+    """The value as JSON in UTF-8 carries it: NaN as text, and what is large, deep or no Unicode shortened to text."""
+    try:
+        text = json.dumps(value, default=str, ensure_ascii=False)
+        if len(text.encode()) <= MOST_SHOWN:
+            return json.loads(text, parse_constant=str)
+    except (ValueError, RecursionError):
+        pass
+    return shortened(value)
 
 
 class PatchError(ValueError):
@@ -254,7 +260,7 @@ class PatchError(ValueError):
 
     def detail(self) -> list[dict[str, Any]]:
         """One ``{"field", "value", "allowed"}`` a mistake, for the answer 422."""
-        return [{"field": m.key, "value": _finite(m.value), "allowed": m.allowed} for m in self.mistakes]
+        return [{"field": _shown(m.key), "value": _shown(m.value), "allowed": m.allowed} for m in self.mistakes]
 
 
 ALLOWED = {
