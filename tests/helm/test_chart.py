@@ -141,6 +141,27 @@ def test_schema_and_server_agree(helm, chart, setting, value, tmp_path):
     assert bool(mistakes) == (done.returncode != 0), done.stderr or mistakes
 
 
+@pytest.mark.parametrize(
+    "key",
+    [
+        *("probes", "probes.startup", "probes.readiness", "probes.liveness", "probes.startup.path"),
+        *("cache", "cache.persistence", "cache.persistence.size", "sharedMemory", "sharedMemory.sizeLimit"),
+        *("metrics", "metrics.serviceMonitor", "metrics.serviceMonitor.interval", "otel", "admin"),
+        *("admin.existingSecretKey", "updateStrategy", "serviceAccount", "service", "service.port", "server.port"),
+        *("image", "image.pullPolicy", "model", "settings", "replicaCount", "terminationGracePeriodSeconds"),
+    ],
+)
+def test_what_the_templates_need_cannot_be_taken_away(helm, chart, key):
+    done = helm("template", "test", chart, "--set", f"{key}=null")
+    assert done.returncode != 0
+    assert f"{key.rpartition('.')[2]} is required" in done.stderr or "missing propert" in done.stderr
+
+
+@pytest.mark.parametrize("key", ["resources", "podLabels", "extraEnv", "affinity", "otel.endpoint", "settings.epsilon"])
+def test_the_rest_can(render, key):
+    assert render("--set", f"{key}=null")
+
+
 def test_changed_settings_replace_the_pods(render):
     def checksum(*arguments):
         template = one(render(*arguments), "Deployment")["spec"]["template"]
