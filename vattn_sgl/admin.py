@@ -17,6 +17,8 @@ STATE_PREFIX = "vattention_"
 # Tells our request for the state from SGLang's own.
 STATE_REQUEST = "vattention-state"
 REJECTED = "rejected"
+# Of a change; an answer tells every wrong field.
+MOST_BYTES = 1 << 16
 
 
 def add_routes(app: FastAPI) -> None:
@@ -83,8 +85,11 @@ async def get_status() -> JSONResponse:
 async def patch_config(request: Request) -> JSONResponse:
     """Stage new values for the next step; 422 names each wrong field and changes nothing."""
     try:
-        body = json.loads(await request.body())
-    except ValueError as error:
+        text = await request.body()
+        if len(text) > MOST_BYTES:
+            raise ValueError(f"{len(text)} bytes, more than {MOST_BYTES}")
+        body = json.loads(text)
+    except (ValueError, RecursionError) as error:
         return await _rejected(PatchError([Mistake("body", str(error), "a JSON object")]))
     try:
         values = validate_patch(body)

@@ -38,7 +38,9 @@ FLOORS = {"quest": 0.2, "sign": 0.05, "hash": 0.05}
 
 # Strict, because true would count as 1 and "0.05" as a number.
 Epsilon = Annotated[float, Field(strict=True, gt=0, le=1)]
-Delta = Annotated[float, Field(strict=True, gt=0, lt=0.5)]
+# Quantiles of rarer failures pass what float32 variances resolve.
+LEAST_DELTA = 1e-9
+Delta = Annotated[float, Field(strict=True, ge=LEAST_DELTA, lt=0.5)]
 Share = Annotated[float, Field(strict=True, ge=0, le=1)]
 PositiveShare = Annotated[float, Field(strict=True, gt=0, le=1)]
 # Positions are int32 in the kernels.
@@ -238,9 +240,15 @@ class ConfigError(ValueError):
         super().__init__(f"{len(mistakes)} mistake(s) in {source}:\n{lines}")
 
 
-def _finite(value: Any) -> Any:
-    """The value with NaN and infinities as text, because JSON has none."""
-    return json.loads(json.dumps(value, default=str), parse_constant=str)
+def _shown(value: Any) -> Any:
+    """The value as JSON in UTF-8 carries it: NaN as text, and what is large, deep or no Unicode shortened to text."""
+    try:
+        text = json.dumps(value, default=str, ensure_ascii=False)
+        if len(text.encode()) <= MOST_SHOWN:
+            return json.loads(text, parse_constant=str)
+    except (ValueError, RecursionError):
+        pass
+    return shortened(value)
 
 
 class PatchError(ValueError):
@@ -252,12 +260,12 @@ class PatchError(ValueError):
 
     def detail(self) -> list[dict[str, Any]]:
         """One ``{"field", "value", "allowed"}`` a mistake, for the answer 422."""
-        return [{"field": m.key, "value": _finite(m.value), "allowed": m.allowed} for m in self.mistakes]
+        return [{"field": _shown(m.key), "value": _shown(m.value), "allowed": m.allowed} for m in self.mistakes]
 
 
 ALLOWED = {
     "epsilon": "a number above 0 and at most 1",
-    "delta": "a number above 0 and below 0.5",
+    "delta": f"a number from {LEAST_DELTA} to below 0.5",
     "sampler": "'proportional' or 'uniform'",
     "target": ", ".join(repr(t) for t in BOUNDS_OF_TARGET),
     "bound": ", ".join(repr(b) for b in BOUNDS) + " or null",

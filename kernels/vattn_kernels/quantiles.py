@@ -67,13 +67,13 @@ def quantile(bound: str, delta: float, nu: float) -> float:
         If ``bound`` is unknown.
     """
     if bound == "clt":
-        return float(stats.norm.ppf(1 - delta / 2))
+        return float(stats.norm.isf(delta / 2))
     if bound == "student":
-        return float(stats.t.ppf(1 - delta / 2, nu))
+        return float(stats.t.isf(delta / 2, nu))
     if bound == "f8":
         if math.isinf(nu):
-            return float(np.sqrt(stats.chi2.ppf(1 - delta, 8) / 8))
-        return float(np.sqrt(stats.f.ppf(1 - delta, 8, nu)))
+            return float(np.sqrt(stats.chi2.isf(delta, 8) / 8))
+        return float(np.sqrt(stats.f.isf(delta, 8, nu)))
     if bound == "bernstein":
         return math.sqrt(2 * log_term(bound, delta))
     raise ValueError(f"unknown bound {bound!r}: expected one of {', '.join(BOUNDS)}")

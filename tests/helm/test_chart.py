@@ -100,7 +100,7 @@ def test_schema_names_the_same_settings_as_the_server(chart):
     ("setting", "value"),
     [
         *[("epsilon", v) for v in (0, 1e-6, 0.05, 1, 1.5, 2)],
-        *[("delta", v) for v in (0, 0.01, 0.49, 0.5)],
+        *[("delta", v) for v in (0, 9e-10, 1e-9, 0.01, 0.49, 0.5)],
         *[("sampler", v) for v in ("uniform", "random")],
         *[("target", v) for v in ("denominator", "none")],
         *[("bound", v) for v in (None, "f8", "f9")],
@@ -139,6 +139,27 @@ def test_schema_and_server_agree(helm, chart, setting, value, tmp_path):
     path.write_text(text, encoding="utf-8")
     mistakes = check_file(path)
     assert bool(mistakes) == (done.returncode != 0), done.stderr or mistakes
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        *("probes", "probes.startup", "probes.readiness", "probes.liveness", "probes.startup.path"),
+        *("cache", "cache.persistence", "cache.persistence.size", "sharedMemory", "sharedMemory.sizeLimit"),
+        *("metrics", "metrics.serviceMonitor", "metrics.serviceMonitor.interval", "otel", "admin"),
+        *("admin.existingSecretKey", "updateStrategy", "serviceAccount", "service", "service.port", "server.port"),
+        *("image", "image.pullPolicy", "model", "settings", "replicaCount", "terminationGracePeriodSeconds"),
+    ],
+)
+def test_what_the_templates_need_cannot_be_taken_away(helm, chart, key):
+    done = helm("template", "test", chart, "--set", f"{key}=null")
+    assert done.returncode != 0
+    assert f"{key.rpartition('.')[2]} is required" in done.stderr or "missing propert" in done.stderr
+
+
+@pytest.mark.parametrize("key", ["resources", "podLabels", "extraEnv", "affinity", "otel.endpoint", "settings.epsilon"])
+def test_the_rest_can(render, key):
+    assert render("--set", f"{key}=null")
 
 
 def test_changed_settings_replace_the_pods(render):

@@ -148,6 +148,11 @@ def test_published_quantiles():
         quantiles.quantile("chebyshev", 0.05, 1)
 
 
+@pytest.mark.parametrize("bound", ["student", "clt"])
+def test_quantiles_of_rare_failures_are_not_lost_to_rounding(bound):
+    assert 1.01 < quantiles.quantile(bound, 1e-20, 8) / quantiles.quantile(bound, 1e-18, 8) < 10
+
+
 def test_finite_population_correction():
     assert budget.sample_size(1.0, 1e-12, 2.0, 1000) == pytest.approx(1000)
     assert budget.sample_size(0.0, 1.0, 2.0, 1000) == 0

@@ -90,6 +90,32 @@ def test_a_wrong_body_answers_422_and_changes_nothing(client, sent, body):
     assert client.get("/vattention/config").json()["staged"] == {}
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"[" * 50_000,
+        b"[" * 800 + b"]" * 800,
+        b'{"epsilon": ' + b"[" * 800 + b"]" * 800 + b"}",
+        b'{"\\ud800": 1}',
+        b'{"epsilon": "\\ud800"}',
+        b'{"epsilon": ["\\ud800"]}',
+        b'{"epsilon": "' + b"x" * 60_000 + b'"}',
+        b'{"' + b"x" * 60_000 + b'": 1}',
+        b'{"epsilon": 1' + b"0" * 400 + b"}",
+        b'{"epsilon": 1' + b"0" * 5000 + b"}",
+        b'{"epsilon": "' + b"x" * 5_000_000 + b'"}',
+        b'{"epsilon": {"a": [' + b"1," * 9999 + b"1]}}",
+    ],
+    ids=range(12),
+)
+def test_what_cannot_be_shown_is_shortened(client, sent, body):
+    answer = client.patch("/vattention/config", content=body)
+    assert answer.status_code == 422
+    assert len(answer.content) < 1000
+    assert len(answer.json()["detail"]) == 1
+    assert sent == [{admin.REJECTED: 1}]
+
+
 def test_a_scheduler_that_refuses_is_an_error(client, monkeypatch):
     async def refuse(values):
         return [True, False]

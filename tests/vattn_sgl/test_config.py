@@ -35,7 +35,7 @@ layers:
 """
 VALID = {
     "epsilon": st.floats(1e-6, 1),
-    "delta": st.floats(1e-6, 0.49),
+    "delta": st.floats(1e-9, 0.49),
     "sampler": st.sampled_from(["proportional", "uniform"]),
     "target": st.sampled_from(["output", "denominator", "numerator", "sdpa"]),
     "bound": st.sampled_from(["f8", "student", "clt", "bernstein", None]),
@@ -61,7 +61,7 @@ VALID = {
 }
 WRONG = {
     "epsilon": [0, -0.1, 1.5, "x", None, [0.1], True, "0.1"],
-    "delta": [0, 0.5, 1, "x", "0.05"],
+    "delta": [0, 5e-324, 1e-300, 9e-10, 0.5, 1, "x", "0.05"],
     "sampler": ["random", 1],
     "target": ["sum", None],
     "bound": ["t", 1],
@@ -304,6 +304,7 @@ def test_bernstein_is_refused_where_nothing_bounds_a_logit(tmp_path, selector):
         ({"epsilon": True}, ["epsilon"]),
         ({"epsilon": "0.1"}, ["epsilon"]),
         ({"epsilon": None}, ["epsilon"]),
+        ({"delta": 1e-300}, ["delta"]),
         ({"delta": 0.5, "epsilon": 2}, ["delta", "epsilon"]),
         ({"sink": 3, "nonsense": 1, "epsilon": 0.1}, ["nonsense", "sink"]),
     ],

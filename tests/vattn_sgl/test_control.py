@@ -7,7 +7,7 @@ import torch
 
 from vattn_kernels import params
 from vattn_sgl import control
-from vattn_sgl.config import ConfigError, PatchError, Settings
+from vattn_sgl.config import LEAST_DELTA, ConfigError, PatchError, Settings
 
 NUM_LAYERS = 5
 
@@ -29,6 +29,18 @@ def test_nothing_changes_before_apply_and_the_address_stays():
     assert (c.generation, c.changes) == (1, {"applied": 1, "rejected": 0})
     assert c.config()["in_force"] == {"epsilon": 0.2, "delta": 0.05}
     assert c.config()["settings"]["epsilon"] == 0.2
+
+
+@pytest.mark.parametrize("bound", ["f8", "student", "clt", "bernstein"])
+@pytest.mark.parametrize("delta", [LEAST_DELTA, 0.49])
+def test_every_delta_that_is_accepted_has_finite_quantiles(bound, delta):
+    c = control.RuntimeControl(Settings(bound=bound), NUM_LAYERS, "cpu")
+    c.stage({"delta": delta})
+    c.apply_staged()
+    assert c.params.isfinite().all()
+    table = c.params[0, params.TABLE : params.SPLIT_TABLE]
+    assert (table > 0).all()
+    assert (table.diff() >= 0).all(), "less is known of the variance, so more is allowed for"
 
 
 def test_two_patches_before_a_step_are_one_change():

@@ -6,8 +6,10 @@ import json
 import shutil
 
 import pytest
+from typer.testing import CliRunner
 
 from vattn_sgl import model
+from vattn_sgl.cli import app
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +35,15 @@ def test_the_folder_is_what_transformers_reads(whole):
     text = "In 2024, the\n  café opened <|im_end|>"
     assert tokenizer.decode(tokenizer(text).input_ids) == text
     assert "assistant" in tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False)
+
+
+def test_a_cache_that_is_a_file(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("VATTN_CACHE", str(tmp_path / "file"))
+    result = CliRunner().invoke(app, ["model", "fetch"])
+    assert result.exit_code == 1
+    assert str(tmp_path / "file") in result.stderr
+    assert "VATTN_CACHE may name another folder" in result.stderr
 
 
 def test_a_whole_folder_is_not_made_again(folder, monkeypatch):
