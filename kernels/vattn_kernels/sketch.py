@@ -265,7 +265,7 @@ def _water_fill(errors: torch.Tensor, bits: int) -> torch.Tensor:
     widths = torch.zeros(errors.shape[:-1], dtype=torch.int64, device=errors.device)
     for _ in range(bits):
         _widen(gains, widths)
-    return widths.clamp(max=MAX_WIDTH)
+    return widths
 
 
 def _water_fill_lanes(errors: torch.Tensor, words: int) -> torch.Tensor:
@@ -279,7 +279,7 @@ def _water_fill_lanes(errors: torch.Tensor, words: int) -> torch.Tensor:
         own = widths[..., word::words]
         for _ in range(WORD_BITS // LANES - (MAX_WIDTH if word == 0 else 0) if own.shape[-1] else 0):
             _widen(gains[..., word::words, :], own)
-    widths = widths.clamp(max=MAX_WIDTH).repeat_interleave(LANES, -1)
+    widths = widths.repeat_interleave(LANES, -1)
     return torch.nn.functional.pad(widths, (0, errors.shape[2] - widths.shape[-1]))
 
 
@@ -290,9 +290,9 @@ def _gains(errors: torch.Tensor) -> torch.Tensor:
 
 
 def _widen(gains: torch.Tensor, widths: torch.Tensor) -> None:
-    """Give one bit to the best of each row, in place."""
-    best = gains.gather(-1, widths[..., None])[..., 0].argmax(-1, keepdim=True)
-    widths.scatter_add_(-1, best, torch.ones_like(best))
+    """Give one bit to the best of each row that has room, in place."""
+    best = gains.gather(-1, widths[..., None])[..., 0].max(-1, keepdim=True)
+    widths.scatter_add_(-1, best.indices, (best.values >= 0).long())
 
 
 def _pack(widths: list[int], words: int) -> list[list[int]]:

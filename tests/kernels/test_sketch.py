@@ -32,7 +32,7 @@ def test_fields_fit_their_words_and_do_not_overlap(bits, head_dim, lanes, seed):
             own = {(word, shift + i) for i in range(width)}
             assert not own & taken
             taken |= own
-        assert head_dim < 64 or len(taken) >= bits - 4
+        assert head_dim < 64 or len(taken) >= bits - 8
 
 
 @settings(max_examples=25, deadline=None)

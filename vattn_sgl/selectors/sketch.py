@@ -59,11 +59,13 @@ class SketchSelector(CalibratedSelector):
     def invalidate(self, slots: torch.Tensor) -> None:
         """Clear the valid bits of ``slots`` in every layer, and mark their error bytes for a GPU."""
         super().invalidate(slots)
-        self.norms[:, slots, :, 0] = UNUSABLE
+        if self.geometry.lanes:
+            self.norms[:, slots, :, 0] = UNUSABLE
 
     def _adopt(self) -> None:
         super()._adopt()
-        self.norms[..., 0] = UNUSABLE
+        if self.geometry.lanes:
+            self.norms[..., 0] = UNUSABLE
 
     def upper_bound(self, layer: int, q: torch.Tensor, slots: torch.Tensor) -> torch.Tensor | None:
         """`vattn_kernels.reference.sketch.upper_logits`; see `vattn_sgl.selectors.base.Selector`."""

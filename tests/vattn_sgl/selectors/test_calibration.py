@@ -193,14 +193,6 @@ def rewrite(path, tensors=(), meta=(), sign=True):
     save_file(kept, path, metadata=stored)
 
 
-def old_layout():
-    """Fields one dimension after the other in a word, as a former version packed them."""
-    fields = torch.zeros(2, 2, 16, 3, dtype=torch.int32)
-    for index in range(16):
-        fields[:, :, index] = torch.tensor([index // 8, index % 8 * 4, 4])
-    return fields
-
-
 def changed(fields, index, value):
     fields = fields.clone()
     fields[1, 1, index[0], index[1]] = value
@@ -209,7 +201,6 @@ def changed(fields, index, value):
 
 DAMAGE = {
     "fields out of range": lambda t: ({"tables.fields": torch.full_like(t.fields, 2**30)}, {}),
-    "an older layout": lambda t: ({"tables.fields": old_layout()}, {}),
     "a word that is not there": lambda t: ({"tables.fields": changed(t.fields, (0, 0), 2)}, {}),
     "a shift out of the byte": lambda t: ({"tables.fields": changed(t.fields, (3, 1), 29)}, {}),
     "a negative shift": lambda t: ({"tables.fields": changed(t.fields, (0, 1), -8)}, {}),
