@@ -162,7 +162,7 @@ def max_fields(bits: int, head_dim: int) -> int:
     return min(head_dim, bits)
 
 
-def check_fields(fields: torch.Tensor, bits: int) -> None:
+def check_fields(fields: torch.Tensor, bits: int, lanes: bool = False) -> None:
     """Refuse fields that are not laid out as `SketchTables` says; the kernels index by them unchecked.
 
     Parameters
@@ -171,6 +171,8 @@ def check_fields(fields: torch.Tensor, bits: int) -> None:
         int32 ``[num_layers, num_kv_heads, max_fields, 3]``.
     bits : int
         Of one code.
+    lanes : bool
+        As in `solve`.
 
     Raises
     ------
@@ -178,14 +180,16 @@ def check_fields(fields: torch.Tensor, bits: int) -> None:
         If a width is not one of this layout, or a field lies elsewhere.
     """
     words = bits // WORD_BITS
-    shift, width = fields[..., 1], fields[..., 2]
-    if ((width < 0) | (width > MAX_WIDTH)).any() or (shift % 8 + width > 8).any():
-        raise ValueError(f"fields wider than {MAX_WIDTH} bits or than the rest of their byte")
-    if width[..., GROUPS_PER_WORD * words * LANES :].any():
+    width = fields[..., 2]
+    if ((width < 0) | (width > MAX_WIDTH)).any():
+        raise ValueError(f"fields wider than {MAX_WIDTH} bits")
+    if lanes and width[..., GROUPS_PER_WORD * words * LANES :].any():
         raise ValueError(f"more than {GROUPS_PER_WORD} groups in a word")
     for row in fields.flatten(0, 1).tolist():
         widths = [entry[2] for entry in row]
-        if widths != [w for w in widths[::LANES] for _ in range(LANES)] or row != _pack(widths, words):
+        if lanes and widths != [w for w in widths[::LANES] for _ in range(LANES)]:
+            raise ValueError("groups of unequal widths")
+        if row != (_pack_lanes if lanes else _pack)(widths, words):
             raise ValueError("fields of another layout")
 
 

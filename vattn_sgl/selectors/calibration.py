@@ -119,7 +119,7 @@ class CalibrationStore:
         self.path = cache_dir() / "calibration" / name
         self.tables = tables
         self.names = [field.name for field in fields(tables)]
-        self.bits = bits
+        self.bits, self.lanes = bits, geometry.lanes
         shape = (geometry.num_layers, geometry.num_kv_heads, geometry.head_dim)
         blank = SketchTables.zeros(*shape, bits, "meta") if tables is SketchTables else tables.zeros(*shape, "meta")
         self._like = _named(blank, Moments.zeros(*shape, "meta"))
@@ -169,7 +169,7 @@ class CalibrationStore:
             if not 0 < meta[name] <= MOST_POSITIONS:
                 raise ValueError(f"{name} is {meta[name]}, expected 1 to {MOST_POSITIONS}")
         if self.tables is SketchTables:
-            check_fields(tensors["tables.fields"], self.bits)
+            check_fields(tensors["tables.fields"], self.bits, self.lanes)
 
 
 def _named(tables: Any, moments: Moments) -> dict[str, torch.Tensor]:
