@@ -170,3 +170,18 @@ def test_admin_routes_need_the_key(server, method, route, headers):
         method, f"{server.url}/vattention/{route}", headers=headers, json={"epsilon": 0.5}, timeout=30
     )
     assert answer.status_code == 401
+
+
+def test_sglangs_own_routes_show_and_change_nothing_of_ours(server):
+    before = server.admin("GET", "config")
+    states = requests.get(f"{server.url}/server_info", timeout=60).json()["internal_states"]
+    assert states
+    assert not any("vattention" in state for state in states)
+    change = {"server_args": {"vattention_epsilon": 0.9}}
+    assert requests.post(f"{server.url}/set_internal_state", json=change, timeout=60).status_code == 401
+    headers = {"Authorization": f"Bearer {server.admin_key}"}
+    for values in ({"vattention_rejected": -1}, {"vattention_delta": 1e-300}):
+        body = {"server_args": values}
+        answer = requests.post(f"{server.url}/set_internal_state", json=body, headers=headers, timeout=60)
+        assert answer.json() == [False]
+    assert server.admin("GET", "config") == before

@@ -25,6 +25,13 @@ def test_unsupported_arguments_are_refused_with_every_reason(model_path):
     assert "--kv-cache-dtype fp8_e4m3" in log and "leave it at auto" in log
 
 
+def test_a_dtype_that_the_kernels_do_not_read_is_refused_at_start(model_path):
+    server = Server(model_path, "vattention", ("--dtype", "float16"))
+    with pytest.raises(ServerError), server:
+        pass
+    assert "KV cache of torch.float16: the CPU kernels read float32 and bfloat16" in server.log.read_text("utf-8")
+
+
 def test_wrong_settings_stop_the_server(model_path):
     server = Server(model_path, "vattention", ("--dtype", "float32"), {"VATTN_EPSILON": "7", "VATTN_WINDOWS": "3"})
     with pytest.raises(ServerError), server:
