@@ -109,6 +109,7 @@ class VAttentionBackend(AttentionBackend):
         self.rows: Rows | None = None
         self.graph_rows: Rows | None = None
         if self.on_gpu:
+            logger.warning("vattention: on a GPU only the kernels were tested yet, not a server to its end")
             graph = compat.largest_decode_graph(model_runner.server_args)
             self.max_batch = min(self.max_batch, EAGER_BATCH if graph is None else graph)
             heads = model_runner.model_config.num_attention_heads if query_heads is None else query_heads

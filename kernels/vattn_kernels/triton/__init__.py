@@ -8,8 +8,6 @@ once where nothing is left to do.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
@@ -36,13 +34,6 @@ LEAST_ROWS = 1024
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(f"vattn on the GPU: {message}")
-
-
-@functools.cache
-def _dependent_launch(device: torch.device) -> dict[str, bool]:
-    """Launch options: on Hopper and later a launch may begin while the one before it ends."""
-    pdl = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
-    return {"PDL": True, "launch_pdl": True} if pdl else {"PDL": False}
 
 
 def _power_of_two(x: int) -> int:
@@ -129,7 +120,6 @@ def decode(
     kv_stride, k_stride = kv_indices.stride(0), k_cache.stride(0)
     launch = layout.LAUNCH
     is_split = target == "sdpa"
-    pdl = _dependent_launch(q.device)
     model = {"HKV": num_kv_heads, "G": group, "D": head_dim, "DP": padded_dim}
     # One compiled kernel serves every usual batch.
     rows_p = max(LEAST_ROWS, _power_of_two(rows))
@@ -138,7 +128,7 @@ def decode(
         work.mode, work.codes, work.bias, work.log_scale, work.fixed, work.scale,
         sm_scale, floor, sink, window, dense_below, pilot_min, kv_stride, k_stride,
         **model, GP=max(16, padded_group), R=steps.shape[-1], C=coded, CODES=4 * groups, F=128, WIDTH=STATE_WIDTH,
-        MOST_AGE=MOST_AGE, num_warps=launch.prepare_warps, **pdl,
+        MOST_AGE=MOST_AGE, num_warps=launch.prepare_warps,
     )  # fmt: skip
 
     target_id = TARGETS.index(target)
@@ -161,33 +151,33 @@ def decode(
         codes, norms, kv_indices, seq_lens, fields, work.mode, work.codes, work.bias, work.log_scale, work.scale,
         work.slots, work.pi, work.counts, work.reads, sink, window, *key, kv_stride, codes.stride(1), norms.stride(1),
         capacity, HKV=num_kv_heads, G=group, WITH_VALUES=target != "denominator", SEGMENTS=segments, **sketch,
-        num_warps=launch.select_warps, maxnreg=launch.select_registers, **pdl,
+        num_warps=launch.select_warps, maxnreg=launch.select_registers,
     )  # fmt: skip
 
     def combine(exact: bool, last: int) -> None:
         combine_fwd_kernel[(rows * group,)](
             work.outs, work.scalars, work.heads, seq_lens, work.mode, work.counts, work.log_scale, work.fixed,
             work.reads, work.arrivals, params, state, state_rows, budget_edges, error_edges, out, stats, counters,
-            sink, window, cap, last, *counter_offsets[:5], **merge, EXACT=exact, num_warps=launch.combine_warps, **pdl,
+            sink, window, cap, last, *counter_offsets[:5], **merge, EXACT=exact, num_warps=launch.combine_warps,
         )  # fmt: skip
 
     attend_fwd_kernel[(rows * (splits + 1),)](
         q, k_cache, v_cache, kv_indices, seq_lens, *lists, sm_scale, sink, window, kv_stride, k_stride, capacity,
         **model, WIDTH=width, SPLITS=splits, MOST=layout.MOST_SEGMENTS, TARGET=target_id, **attend,
-        maxnreg=launch.attend_registers, **pdl,
+        maxnreg=launch.attend_registers,
     )  # fmt: skip
     combine(exact=False, last=0)
     retry_fwd_kernel[(min(launch.retry_programs, rows * splits),)](
         q, k_cache, v_cache, kv_indices, seq_lens, *lists, codes, norms, fields, work.codes, work.bias, work.scale,
         sm_scale, sink, window, *key, rows, kv_stride, k_stride, codes.stride(1), norms.stride(1), capacity,
         work.log_scale, work.reads, **model, WIDTH=width, SPLITS=splits, TARGET=target_id, **sketch, ROWS_P=rows_p,
-        **attend, **pdl,
+        **attend,
     )  # fmt: skip
     combine(exact=False, last=2 if cap < 1 else 1)
     attend_exact_fwd_kernel[(min(launch.exact_programs, rows * splits),)](
         q, k_cache, v_cache, kv_indices, seq_lens, work.mode, work.outs, work.scalars, sm_scale, rows, kv_stride,
         k_stride, **model, WIDTH=width, SPLITS=splits, BN=launch.exact_block, STAGES=launch.exact_stages,
-        ROWS_P=rows_p, num_warps=launch.exact_warps, **pdl,
+        ROWS_P=rows_p, num_warps=launch.exact_warps,
     )  # fmt: skip
     combine(exact=True, last=2)
 
@@ -206,5 +196,5 @@ def encode(
         k_cache, v_cache, slots, mean, key_basis, steps, fields, codes, norms, valid,
         slots.numel(), k_cache.stride(0), codes.stride(1), norms.stride(1),
         D=head_dim, DP=_power_of_two(head_dim), R=steps.shape[-1], C=_power_of_two(4 * GROUPS_PER_WORD * words),
-        WORDS=words, BT=16, num_warps=4, **_dependent_launch(k_cache.device),
+        WORDS=words, BT=16, num_warps=4,
     )  # fmt: skip

@@ -18,7 +18,6 @@ from vattn_kernels.triton.layout import (
     SPREAD,
     SPREAD_MASS,
     SQUARE,
-    follow,
     nothing_to_do,
 )
 from vattn_kernels.triton.select import select_segment
@@ -39,10 +38,9 @@ def attend_fwd_kernel(
     p_q, p_k, p_v, p_kv_indices, p_seq_lens, p_mode, p_slots, p_pi, p_counts, p_outs, p_scalars,
     sm_scale, sink, window, kv_stride, k_stride, capacity,
     HKV: tl.constexpr, G: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr,
-    SPLITS: tl.constexpr, MOST: tl.constexpr, TARGET: tl.constexpr, WIDE: tl.constexpr, PDL: tl.constexpr,
+    SPLITS: tl.constexpr, MOST: tl.constexpr, TARGET: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """First round: one split a program, sink and window last."""
-    follow(PDL)
     i_row, i_split = tl.program_id(0) // (SPLITS + 1), tl.program_id(0) % (SPLITS + 1)
     if tl.load(p_mode + i_row) == SAMPLED:
         attend_list(
@@ -62,10 +60,8 @@ def retry_fwd_kernel(
     SPLITS: tl.constexpr, MOST: tl.constexpr, TARGET: tl.constexpr, WIDE: tl.constexpr,
     R: tl.constexpr, GROUPS: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr, DP4A: tl.constexpr,
     ROWS_P: tl.constexpr,
-    PDL: tl.constexpr,
 ):  # fmt: skip
     """Second round, for rows that the first left open: select and attend at the larger scale."""
-    follow(PDL)
     if nothing_to_do(p_mode, rows, SAMPLED, ROWS_P):
         return
     item = tl.program_id(0)
@@ -185,10 +181,9 @@ def attend_list(
 def attend_exact_fwd_kernel(
     p_q, p_k, p_v, p_kv_indices, p_seq_lens, p_mode, p_outs, p_scalars, sm_scale, rows, kv_stride, k_stride,
     HKV: tl.constexpr, G: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr,
-    SPLITS: tl.constexpr, STAGES: tl.constexpr, ROWS_P: tl.constexpr, PDL: tl.constexpr,
+    SPLITS: tl.constexpr, STAGES: tl.constexpr, ROWS_P: tl.constexpr,
 ):  # fmt: skip
     """Last round, for rows that are served densely or that sampling could not certify."""
-    follow(PDL)
     if nothing_to_do(p_mode, rows, DENSE, ROWS_P):
         if nothing_to_do(p_mode, rows, EXHAUSTED, ROWS_P):
             return

@@ -26,7 +26,6 @@ from vattn_kernels.triton.layout import (
     STATE_CONTEXT,
     STATE_READS,
     STATE_SCALE,
-    follow,
 )
 
 LN2 = tl.constexpr(0.6931471805599453)
@@ -78,10 +77,9 @@ def combine_fwd_kernel(
     SPLITS: tl.constexpr, SPLITS_P: tl.constexpr, MOST: tl.constexpr, STATE: tl.constexpr, TARGET: tl.constexpr,
     EXACT: tl.constexpr, TABLE: tl.constexpr, POINTS: tl.constexpr,
     PER_UNIT: tl.constexpr, BUDGET_EDGES: tl.constexpr, BUDGET_EDGES_P: tl.constexpr, ERROR_EDGES: tl.constexpr,
-    ERROR_EDGES_P: tl.constexpr, PDL: tl.constexpr,
+    ERROR_EDGES_P: tl.constexpr,
 ):  # fmt: skip
     """One head a program; the last of a group's heads to arrive decides for the group."""
-    follow(PDL)
     i_head, i_row = tl.program_id(0) % G, tl.program_id(0) // G
     mode = tl.load(p_mode + i_row)
     wanted = mode == SAMPLED

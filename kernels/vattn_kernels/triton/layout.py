@@ -14,7 +14,6 @@ from typing import Final
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from vattn_kernels.sketch import GROUPS_PER_WORD
 
@@ -207,14 +206,6 @@ def workspace(
     )
     _workspaces[device] = ((rows, heads, entries, splits, width, dim), made)
     return made
-
-
-@triton.jit
-def follow(PDL: tl.constexpr):
-    """Wait for the launch before this one, and let the next one start: with PDL both overlap with its last wave."""
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
 
 
 @triton.jit

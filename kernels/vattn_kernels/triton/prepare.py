@@ -15,7 +15,6 @@ from vattn_kernels.triton.layout import (
     STATE_READS,
     STATE_SCALE,
     UNIT,
-    follow,
 )
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -29,9 +28,7 @@ def prepare_fwd_kernel(
     sm_scale, floor, sink, window, dense_below, pilot_min, kv_stride, k_stride,
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr,
     C: tl.constexpr, CODES: tl.constexpr, F: tl.constexpr, WIDTH: tl.constexpr, MOST_AGE: tl.constexpr,
-    PDL: tl.constexpr,
 ):  # fmt: skip
-    follow(PDL)
     i_row = tl.program_id(0)
     b, h = i_row // HKV, i_row % HKV
     n = tl.load(p_seq_lens + b).to(tl.int32)

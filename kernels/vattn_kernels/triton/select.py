@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vattn_kernels.triton.layout import CODING, FLOOR, NUM_SCALES, SAMPLED, UNIT, follow
+from vattn_kernels.triton.layout import CODING, FLOOR, NUM_SCALES, SAMPLED, UNIT
 
 LOG2E = tl.constexpr(1.4426950408889634)
 GOLDEN = tl.constexpr(0x9E3779B1)
@@ -50,10 +50,8 @@ def select_fwd_kernel(
     sink, window, seed, layer, kv_stride, code_head, norm_head, capacity,
     HKV: tl.constexpr, G: tl.constexpr, R: tl.constexpr, GROUPS: tl.constexpr, WORDS: tl.constexpr,
     WITH_VALUES: tl.constexpr, SEGMENTS: tl.constexpr, BLOCK: tl.constexpr, MOST: tl.constexpr, DP4A: tl.constexpr,
-    PDL: tl.constexpr,
 ):  # fmt: skip
     """First round: one segment a program."""
-    follow(PDL)
     i_row, i_segment = tl.program_id(0) // SEGMENTS, tl.program_id(0) % SEGMENTS
     if tl.load(p_mode + i_row) == SAMPLED:
         select_segment(

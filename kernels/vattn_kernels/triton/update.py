@@ -5,8 +5,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vattn_kernels.triton.layout import follow
-
 
 @triton.jit
 def level_of(square):
@@ -20,9 +18,7 @@ def update_fwd_kernel(
     p_k, p_v, p_new, p_mean, p_key_basis, p_steps, p_fields, p_codes, p_norms, p_valid,
     num_new, k_stride, code_head, norm_head,
     D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, C: tl.constexpr, WORDS: tl.constexpr, BT: tl.constexpr,
-    PDL: tl.constexpr,
 ):  # fmt: skip
-    follow(PDL)
     i_block, h = tl.program_id(0), tl.program_id(1)
     o_t, o_d, o_r = i_block * BT + tl.arange(0, BT), tl.arange(0, DP), tl.arange(0, C)
     m_t, m_d, m_r = o_t < num_new, o_d < D, o_r < R

@@ -81,9 +81,7 @@ def main() -> None:
     for arch in (80, 90):
         for dtype, head_dim, group, words in models[: int(sys.argv[1])] if sys.argv[1:] else models:
             for kernel, warps, given in shapes(dtype, head_dim, group, words):
-                constants = {
-                    name: value for name, value in (given | {"PDL": arch >= 90}).items() if name in kernel.arg_names
-                }
+                constants = {name: value for name, value in given.items() if name in kernel.arg_names}
                 signature = {}
                 for name in kernel.arg_names:
                     if name in constants:
