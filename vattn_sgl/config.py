@@ -320,7 +320,7 @@ class _Loader(yaml.SafeLoader):
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
             return super().construct_object(node, deep)
-        except Exception:
+        except (ValueError, LookupError, ArithmeticError):
             if not isinstance(node, yaml.ScalarNode):
                 raise
             self.recursive_objects.pop(node, None)

@@ -6,16 +6,13 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-import torch
-
 from vattn_kernels.cpu import DTYPES, MAX_GROUP, MAX_HEAD_DIM
+from vattn_kernels.ops import GPU_DTYPES, GPU_HEAD_DIMS
 from vattn_sgl.config import Settings
 
 DENSE_ADVICE = "serve this model with another --attention-backend"
 DEVICES = ("cpu", "cuda")
 GPU_SELECTORS = ("sketch",)
-GPU_HEAD_DIMS = (64, 96, 128, 256)
-GPU_DTYPES = (torch.bfloat16, torch.float16)
 
 
 class Unsupported(ValueError):

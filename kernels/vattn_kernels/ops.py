@@ -25,6 +25,9 @@ READ_KINDS = ("sink", "window", "top_k", "sample", "dense")
 STATS = ("density", "budget", "half_width", "outcome", "read", "residual_mass")
 # Columns of ``state``.
 STATE_WIDTH = 4
+# What the GPU kernels serve; a server asks before it imports Triton.
+GPU_HEAD_DIMS = (64, 96, 128, 256)
+GPU_DTYPES = (torch.bfloat16, torch.float16)
 
 _LIBRARY = torch.library.Library("vattn", "DEF")
 _LIBRARY.define(

@@ -54,7 +54,7 @@ def test_lanes_are_what_one_shift_and_mask_read(bits, head_dim, seed):
 
 
 @pytest.mark.parametrize("bits", [64, 128])
-def test_lanes_lose_little(bits):
+def test_lanes_code_nearly_as_many_dimensions(bits):
     def kept(lanes):
         return int((solved(bits, 128, lanes, 0)[..., 2] > 0).sum())
 

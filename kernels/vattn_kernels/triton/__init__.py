@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from vattn_kernels import params as parameters
-from vattn_kernels.ops import STATE_WIDTH
+from vattn_kernels.cpu import MAX_GROUP
+from vattn_kernels.ops import GPU_DTYPES, GPU_HEAD_DIMS, STATE_WIDTH
 from vattn_kernels.quantiles import TARGETS
 from vattn_kernels.sketch import GROUPS_PER_WORD
 from vattn_kernels.triton import layout
@@ -22,9 +23,6 @@ from vattn_kernels.triton.prepare import prepare_fwd_kernel
 from vattn_kernels.triton.select import select_fwd_kernel
 from vattn_kernels.triton.update import update_fwd_kernel
 
-DTYPES = (torch.bfloat16, torch.float16)
-HEAD_DIMS = (64, 96, 128, 256)
-MAX_GROUP = 16
 WORDS = (1, 2, 4)
 # Steps after which what was learnt of a request row is no longer trusted.
 MOST_AGE = 64
@@ -41,12 +39,12 @@ def _power_of_two(x: int) -> int:
 
 
 def _check_cache(k_cache: Tensor, v_cache: Tensor) -> None:
-    allowed = DTYPES if k_cache.is_cuda else (*DTYPES, torch.float32)
+    allowed = GPU_DTYPES if k_cache.is_cuda else (*GPU_DTYPES, torch.float32)
     _require(k_cache.dtype in allowed, f"dtype {k_cache.dtype} of the KV cache, expected bfloat16 or float16")
     _require(k_cache.dtype == v_cache.dtype, f"k_cache is {k_cache.dtype} but v_cache is {v_cache.dtype}")
     _require(k_cache.shape == v_cache.shape, f"k_cache {tuple(k_cache.shape)}, v_cache {tuple(v_cache.shape)} differ")
     _require(k_cache.is_contiguous() and v_cache.is_contiguous(), "k_cache and v_cache must be contiguous")
-    _require(k_cache.shape[-1] in HEAD_DIMS, f"head_dim {k_cache.shape[-1]}, expected one of {HEAD_DIMS}")
+    _require(k_cache.shape[-1] in GPU_HEAD_DIMS, f"head_dim {k_cache.shape[-1]}, expected one of {GPU_HEAD_DIMS}")
 
 
 def _check_codes(codes: Tensor, norms: Tensor, steps: Tensor) -> None:

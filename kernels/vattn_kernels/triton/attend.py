@@ -10,6 +10,7 @@ from vattn_kernels.triton.layout import (
     DENSE,
     EXHAUSTED,
     LISTS,
+    LOG2E,
     MASS,
     MAXIMUM,
     NUM_SCALARS,
@@ -21,8 +22,6 @@ from vattn_kernels.triton.layout import (
     nothing_to_do,
 )
 from vattn_kernels.triton.select import select_segment
-
-LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit

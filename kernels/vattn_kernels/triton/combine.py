@@ -8,6 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from vattn_kernels.reference.budget import GUARD_SHARE
 from vattn_kernels.triton.layout import (
     DENOMINATOR,
     DENSE,
@@ -33,7 +34,7 @@ LEAST_UNIT = tl.constexpr(1e-15)
 MOST_HALF_WIDTH = tl.constexpr(1e3)
 # A token whose estimated share of the output exceeds epsilon / GUARD is read for certain; SLACK is how far a predicted
 # scale may stay below that, in nats.
-GUARD = tl.constexpr(12.0)
+GUARD = tl.constexpr(GUARD_SHARE)
 SLACK = tl.constexpr(0.35)
 # The next step aims AIM nats above what this one needed and comes down by at most DECAY: a study of real attention,
 # kernels/benchmarks/RESULTS.md. A retry adds RETRY_AIM to what the variance asks for.
@@ -296,7 +297,7 @@ def close_group(
     row = tl.where((o_c == 5)[None, :], residuals[:, None], row)
     tl.store(p_stats + head[:, None] * 6 + o_c[None, :], row, mask=m_g[:, None] & (o_c < 6)[None, :])
 
-    # A captured graph pads its batch with rows of one token; a request that decodes has two at least.
+    # A padded row has no token, or the one that a graph runner fills in; a request that decodes has two at least.
     if n > 1:
         tl.atomic_add(p_counters + at_outcome + outcome, widths.to(tl.float64) * 0.0 + 1.0, mask=m_g, sem="relaxed")
         if is_dense == 0:

@@ -7,6 +7,7 @@ tokens into a list; a ``split`` attends to two lists, and one more to sink and w
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Final
@@ -16,6 +17,8 @@ import triton
 import triton.language as tl
 
 from vattn_kernels.sketch import GROUPS_PER_WORD
+
+LOG2E: Final = tl.constexpr(1.4426950408889634)
 
 # What a row does in a round.
 DONE: Final = tl.constexpr(0)
@@ -151,6 +154,16 @@ def capacity(rows: int, max_len: int) -> int:
     return -(-max_len // span) * span
 
 
+@functools.lru_cache(maxsize=4096)
+def _size(batch: int, max_len: int, num_qo_heads: int, num_kv_heads: int, head_dim: int) -> tuple[int, ...]:
+    """Rows, heads, list entries, splits, tile rows and head_dim that serve every batch up to this one."""
+    rows, group = batch * num_kv_heads, num_qo_heads // num_kv_heads
+    batches = range(num_kv_heads, rows + 1, num_kv_heads)
+    entries = max(r * capacity(r, max_len) for r in batches)
+    splits = max(r * (splits_of(r) + 1) for r in batches)
+    return rows, rows * group, entries, splits, width_of(group), head_dim
+
+
 def workspace(
     device: torch.device, batch: int, max_len: int, num_qo_heads: int, num_kv_heads: int, head_dim: int
 ) -> Workspace:
@@ -170,11 +183,7 @@ def workspace(
     RuntimeError
         If it would have to grow while a CUDA graph is captured: reserve it before.
     """
-    rows, group = batch * num_kv_heads, num_qo_heads // num_kv_heads
-    batches = range(num_kv_heads, rows + 1, num_kv_heads)
-    entries = max(r * capacity(r, max_len) for r in batches)
-    splits = max(r * (splits_of(r) + 1) for r in batches)
-    size = (rows, rows * group, entries, splits, width_of(group), head_dim)
+    size = _size(batch, max_len, num_qo_heads, num_kv_heads, head_dim)
     have, found = _workspaces.get(device, ((0,) * 6, None))
     if found is not None and all(w <= h for w, h in zip(size, have, strict=True)):
         return found

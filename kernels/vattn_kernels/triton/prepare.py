@@ -9,6 +9,7 @@ from vattn_kernels.triton.layout import (
     CODING,
     DENSE,
     FLOOR,
+    LOG2E,
     NUM_SCALES,
     SAMPLED,
     STATE_CONTEXT,
@@ -17,7 +18,6 @@ from vattn_kernels.triton.layout import (
     UNIT,
 )
 
-LOG2E = tl.constexpr(1.4426950408889634)
 LEAST_CODING = tl.constexpr(1e-6)
 
 

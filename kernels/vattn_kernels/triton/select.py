@@ -5,9 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vattn_kernels.triton.layout import CODING, FLOOR, NUM_SCALES, SAMPLED, UNIT
+from vattn_kernels.triton.layout import CODING, FLOOR, LOG2E, NUM_SCALES, SAMPLED, UNIT
 
-LOG2E = tl.constexpr(1.4426950408889634)
 GOLDEN = tl.constexpr(0x9E3779B1)
 INCREMENT = tl.constexpr(0x7F4A7C15)
 LANES = tl.constexpr(0x01010101)
