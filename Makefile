@@ -10,11 +10,14 @@ FIDELITY_ARGS ?=
 PROVE_ARGS ?=
 PYTEST_ARGS ?=
 SGLANG_VERSIONS ?= 0.5.17 0.5.23
+GPU_PYTHON ?= $(BIN)/python
+SANITIZER_TOOLS ?= memcheck racecheck
+SANITIZED ?= not 128k and not chance
 LOAD_HOST ?= http://127.0.0.1:30000
 APT = DEBIAN_FRONTEND=noninteractive apt-get -q -y
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-sglang-versions prove bench fidelity loadtest lint format env model tools clean
+.PHONY: help demo test test-fast test-sglang-versions test-gpu sanitize prove bench fidelity loadtest lint format env model tools clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-22s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,6 +36,15 @@ test-sglang-versions: $(SGLANG_VERSIONS:%=test-sglang-%) ## the end-to-end tests
 test-sglang-%: requirements/sglang-%.txt
 	@$(MAKE) --no-print-directory env VENV=.venv-sglang-$* OVERLAY=$<
 	@echo "== SGLang $*" && .venv-sglang-$*/bin/python -m pytest -m e2e tests/e2e $(PYTEST_ARGS)
+
+test-gpu: ## kernels and servers on a GPU (GPU_PYTHON=python3, TEST_GPU_MODEL=folder of a converted model)
+	@$(GPU_PYTHON) -m pytest -m gpu tests/gpu $(PYTEST_ARGS)
+
+sanitize: $(SANITIZER_TOOLS:%=sanitize-%) ## the GPU kernels under compute-sanitizer, memcheck and racecheck
+
+sanitize-%:
+	@PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $* --target-processes all --error-exitcode 9 \
+	    $(GPU_PYTHON) -m pytest -m gpu -q -k "$(SANITIZED)" tests/gpu/test_kernels.py
 
 prove: env ## violations of delta by sampler, target, bound and population; writes docs/proof.md
 	@$(BIN)/python -m vattn_sgl.eval.prove $(PROVE_ARGS)

@@ -41,6 +41,12 @@ class GpuCase(DecodeCase):
         self.state = torch.zeros(self.batch, self.num_qo_heads, ops.STATE_WIDTH, device="cuda")
         self.state_rows = torch.arange(self.batch, device="cuda")
 
+    def encode(self):
+        """Code every slot again, after keys have changed."""
+        slots = torch.arange(self.k_cache.shape[0], device="cuda")
+        tables = (t.cuda() for t in self.encode_arguments[3:7])
+        ops.encode(self.k_cache, self.v_cache, slots, *tables, *self.side[:3])
+
     def arguments(self):
         # Outputs are poisoned with NaN by the parent.
         return tuple(a.cuda() if torch.is_tensor(a) else a for a in super().arguments())
@@ -93,6 +99,7 @@ def test_extreme_scores(kind):
         c.k_cache.copy_(c.k_cache[:1].expand_as(c.k_cache))
     if kind == "one heavy token":
         c.k_cache[c.kv_indices[0, 500].long()] = 4 * c.q[0, ::4]
+    c.encode()
     for _ in range(5):
         out, stats, _ = c.run()
     assert torch.isfinite(out).all() and torch.isfinite(stats).all()

@@ -1,7 +1,7 @@
 """A real model on a GPU through SGLang with CUDA graphs: ``TEST_GPU_MODEL`` names its folder.
 
-Each next token is forced on dense's text (`vattn_sgl.eval.served.forced_steps`). Both servers keep
-the logits in float32, since bfloat16 rounds many of them to ties.
+Next tokens are compared in short runs that start from dense's text (`vattn_sgl.eval.served.forced_runs`). In float16,
+with the logits in float32: bfloat16 alone moves 1.3 % of this small model's next tokens between two exact kernels.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import pytest
 
 from vattn_sgl import texts
 from vattn_sgl.eval.capture import token_ids
-from vattn_sgl.eval.served import forced_steps, totals
+from vattn_sgl.eval.served import forced_runs, totals
 from vattn_sgl.server import Server
 
 # Not VATTN_..: a server refuses what is no setting.
@@ -27,7 +27,7 @@ pytestmark = [
 CONTEXT = 8192
 BUCKET = 32
 COMMON = (
-    *("--dtype", "bfloat16", "--enable-fp32-lm-head", "--context-length", str(CONTEXT)),
+    *("--dtype", "float16", "--enable-fp32-lm-head", "--context-length", str(CONTEXT)),
     *("--max-total-tokens", "400000", "--max-running-requests", "64", "--cuda-graph-max-bs-decode", str(BUCKET)),
     *("--sampling-backend", "pytorch", "--grammar-backend", "none"),
 )
@@ -35,6 +35,8 @@ NO_PREFILL_GRAPHS = ("--disable-prefill-cuda-graph",)
 PROMPTS = int(os.environ.get("TEST_GPU_PROMPTS", "24"))
 POSITIONS = int(os.environ.get("TEST_GPU_POSITIONS", "100"))
 SHORTEST, LONGEST = 4000, 8000
+# A run's first decode step is exact, and the last ones have met more of what a scale needs.
+RUN, SKIPPED = 12, 1
 LEAST_AGREEMENT = 0.99
 ADMIN_KEY = "an-admin-key"
 EPSILON = 0.05
@@ -44,7 +46,7 @@ EPSILON = 0.05
 def prompts() -> list[list[int]]:
     """Stretches of two texts, 4K to 8K tokens long."""
     ids = [token for name in (texts.EVALUATION, texts.DEMONSTRATION) for token in token_ids(MODEL, name)]
-    longest = LONGEST - POSITIONS
+    longest = LONGEST - POSITIONS - RUN
     lengths = [SHORTEST + (longest - SHORTEST) * i // max(1, PROMPTS - 1) for i in range(PROMPTS)]
     starts = [(len(ids) - longest) * i // max(1, PROMPTS - 1) for i in range(PROMPTS)]
     return [ids[start : start + length] for start, length in zip(starts, lengths, strict=True)]
@@ -54,7 +56,7 @@ def prompts() -> list[list[int]]:
 def dense(prompts: list[list[int]]) -> list[list[int]]:
     """Greedy continuations by SGLang's triton backend."""
     with Server(MODEL, "triton", COMMON + NO_PREFILL_GRAPHS) as server, ThreadPoolExecutor(len(prompts)) as pool:
-        return list(pool.map(lambda prompt: server.generate(prompt, POSITIONS + 2)["output_ids"], prompts))
+        return list(pool.map(lambda prompt: server.generate(prompt, POSITIONS + RUN + SKIPPED)["output_ids"], prompts))
 
 
 @pytest.fixture(scope="module")
@@ -88,14 +90,12 @@ def density(server: Server, run) -> float:
 
 
 def agreement(server: Server, prompts: list[list[int]], dense: list[list[int]]) -> tuple[float, int]:
-    """Share of dense's next tokens that the backend's decode steps give, and their number."""
-    agreed = compared = 0
+    """Share of dense's next tokens that the backend's sampled decode steps give, and their number."""
+    same: list[bool] = []
     for prompt, tokens in zip(prompts, dense, strict=True):
         server.generate(prompt, 1)
-        steps = forced_steps(server, prompt, tokens, POSITIONS, workers=BUCKET)
-        agreed += sum(step.token == tokens[step.index + 1] for step in steps)
-        compared += len(steps)
-    return agreed / compared, compared
+        same += forced_runs(server, prompt, tokens, POSITIONS, RUN, SKIPPED, workers=BUCKET)
+    return sum(same) / len(same), len(same)
 
 
 def outcomes(server: Server) -> dict[str, float]:
@@ -140,8 +140,8 @@ def test_counters_move_and_padded_rows_are_not_counted(server, prompts):
     layers, heads = len(status(server)["layers"]), 9
     moved = {name: after[name] - before[name] for name in after}
     assert sum(moved.values()) >= 3 * 31 * layers * heads
-    # A padded row would be a dense one, and these contexts are all long enough to be sampled.
-    assert moved["dense"] == 0
+    # The first step of a request is a dense one; a padded row would be one too.
+    assert moved["dense"] == 3 * layers * heads
 
 
 def test_equal_requests_give_equal_tokens(server, prompts):

@@ -96,6 +96,46 @@ def forced_steps(
     return [found for found in steps if found is not None]
 
 
+def forced_runs(
+    server: Server, prompt: list[int], dense: list[int], positions: int, length: int, skip: int, workers: int = WORKERS
+) -> list[bool]:
+    """Whether the backend's next tokens are dense's, in runs of several decode steps.
+
+    A run starts from dense's text and is compared until its first token that is not dense's. On a GPU a request's first
+    decode step is exact, so that `forced_steps` would see nothing else.
+
+    Parameters
+    ----------
+    server : Server
+        Running with this backend.
+    prompt, dense : list of int
+        Prompt and dense's greedy continuation, longer than ``positions + length``.
+    positions : int
+        Number of positions.
+    length : int
+        Compared decode steps of a run; a run starts every ``length`` positions.
+    skip : int
+        Decode steps of a run that are not compared.
+    workers : int
+        Requests at a time.
+
+    Returns
+    -------
+    list of bool
+        One for each compared position.
+    """
+
+    def run_from(start: int) -> list[bool]:
+        count = 1 + skip + length
+        tokens = server.generate(prompt + dense[:start], count)["output_ids"]
+        same = [token == wanted for token, wanted in zip(tokens, dense[start : start + count], strict=True)]
+        until = same.index(False) + 1 if False in same else count
+        return same[1 + skip : until]
+
+    with ThreadPoolExecutor(workers) as pool:
+        return [agrees for run in pool.map(run_from, range(0, positions, length)) for agrees in run]
+
+
 def run(path: Path, quick: bool) -> list[dict[str, Any]]:
     """Compare a server with this backend to one with a dense backend, at several epsilons.
 

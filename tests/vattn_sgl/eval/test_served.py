@@ -50,6 +50,21 @@ def test_log_probabilities_of_denses_tokens_are_asked_for():
     assert figures["kl"] == pytest.approx(0.5 * math.log(2) + 0.25 * math.log(0.25 / 0.5))
 
 
+def test_runs_end_at_the_first_other_token_and_start_again_from_denses():
+    dense = list(range(100, 120))
+
+    class Other:
+        """Answers with dense's tokens but for the sixth."""
+
+        def generate(self, input_ids, max_new_tokens):
+            start = len(input_ids) - len(PROMPT)
+            assert input_ids == PROMPT + dense[:start]
+            return {"output_ids": [0 if i == 6 else dense[i] for i in range(start, start + max_new_tokens)]}
+
+    # The runs compare tokens 2-5, 6-9 and 10-13; the second ends at token 6, and the third starts from dense's 8.
+    assert served.forced_runs(Other(), PROMPT, dense, 12, length=4, skip=1) == [True] * 4 + [False] + [True] * 4
+
+
 def test_divergence_is_zero_for_dense_and_above_it_otherwise():
     assert served.divergence(TOP[0], TOP[0]) == pytest.approx(0, abs=1e-12)
     assert served.divergence(TOP[0], {10: math.log(0.4), 99: math.log(0.35)}) > 0
