@@ -110,8 +110,8 @@ def decode(
 
     rows, max_len = batch * num_kv_heads, kv_indices.shape[1]
     work = layout.workspace(q.device, batch, max_len, num_qo_heads, num_kv_heads, _power_of_two(head_dim))
-    splits, capacity = layout.splits_of(rows), layout.capacity(rows, max_len)
-    segments = layout.LISTS.value * splits
+    splits, tail = layout.splits_of(rows), layout.tail_splits_of(rows, max_len)
+    capacity = layout.capacity(rows, max_len)
     words, width = codes.shape[-1], layout.width_of(group)
     groups, coded = GROUPS_PER_WORD * words, _power_of_two(4 * GROUPS_PER_WORD * words)
     padded_group, padded_dim = _power_of_two(group), _power_of_two(head_dim)
@@ -121,7 +121,7 @@ def decode(
     model = {"HKV": num_kv_heads, "G": group, "D": head_dim, "DP": padded_dim}
     # One compiled kernel serves every usual batch.
     rows_p = max(LEAST_ROWS, _power_of_two(rows))
-    prepare_fwd_kernel[(rows,)](
+    prepare_fwd_kernel[(2 * rows,)](
         q, k_cache, kv_indices, seq_lens, mean, query_basis, steps, fields, covered, state, state_rows,
         work.mode, work.codes, work.bias, work.log_scale, work.fixed, work.scale,
         sm_scale, floor, sink, window, dense_below, pilot_min, kv_stride, k_stride,
@@ -132,52 +132,54 @@ def decode(
     target_id = TARGETS.index(target)
     lists = (work.mode, work.slots, work.pi, work.counts, work.outs, work.scalars)
     sketch = {
-        "R": steps.shape[-1], "GROUPS": groups, "WORDS": words, "BLOCK": layout.BLOCK, "DP4A": q.is_cuda,
-        "MOST": layout.MOST_SEGMENTS,
+        "R": steps.shape[-1], "GROUPS": groups, "WORDS": words, "DP4A": q.is_cuda, "TARGET": target_id,
+        "MOST": layout.MOST_LISTS,
     }  # fmt: skip
     merge = model | {
-        "GP": padded_group, "WIDTH": width, "SPLITS": splits, "SPLITS_P": _power_of_two(splits + 1),
-        "MOST": layout.MOST_SEGMENTS, "STATE": STATE_WIDTH, "TARGET": target_id,
+        "GP": padded_group, "WIDTH": width, "MOST": layout.MOST_LISTS, "STATE": STATE_WIDTH, "TARGET": target_id,
         "TABLE": parameters.SPLIT_TABLE if is_split else parameters.TABLE, "POINTS": parameters.TABLE_POINTS,
         "PER_UNIT": parameters.TABLE_STEPS_PER_UNIT, "BUDGET_EDGES": budget_edges.numel(),
         "BUDGET_EDGES_P": _power_of_two(budget_edges.numel()), "ERROR_EDGES": error_edges.numel(),
         "ERROR_EDGES_P": _power_of_two(error_edges.numel()),
     }  # fmt: skip
-    attend = {"BN": launch.attend_block, "WIDE": q.dtype != torch.bfloat16, "num_warps": launch.attend_warps}
+    warps = layout.LISTS.value
+    attend = model | {
+        "WIDTH": width, "BN": launch.attend_block, "WIDE": q.dtype != torch.bfloat16, "num_warps": warps,
+    }  # fmt: skip
+    few = {"SPLITS": tail, "LEAST": layout.LEAST_SPLITS, "ROWS_P": rows_p}
     key = (seed & 0x7FFFFFFF, layer_id)
-    select_fwd_kernel[(rows * segments,)](
-        codes, norms, kv_indices, seq_lens, fields, work.mode, work.codes, work.bias, work.log_scale, work.scale,
-        work.slots, work.pi, work.counts, work.reads, sink, window, *key, kv_stride, codes.stride(1), norms.stride(1),
-        capacity, HKV=num_kv_heads, G=group, WITH_VALUES=target != "denominator", SEGMENTS=segments, **sketch,
-        num_warps=launch.select_warps, maxnreg=launch.select_registers,
-    )  # fmt: skip
 
-    def combine(exact: bool, last: int) -> None:
+    def combine(last: int, exact: bool = False, first: bool = False) -> None:
+        parts = splits if first else tail
         combine_fwd_kernel[(rows * group,)](
             work.outs, work.scalars, work.heads, seq_lens, work.mode, work.counts, work.log_scale, work.fixed,
-            work.reads, work.arrivals, params, state, state_rows, budget_edges, error_edges, out, stats, counters,
-            sink, window, cap, last, *counter_offsets[:5], **merge, EXACT=exact, num_warps=launch.combine_warps,
+            work.reads, work.arrivals, work.used, params, state, state_rows, budget_edges, error_edges, out, stats,
+            counters, sink, window, cap, last, *counter_offsets[:5], **merge, EXACT=exact, FIRST=first, SPLITS=parts,
+            SPLITS_P=_power_of_two(parts + 1), num_warps=launch.combine_warps if first else launch.tail_combine_warps,
         )  # fmt: skip
 
+    select_fwd_kernel[(rows * splits,)](
+        codes, norms, kv_indices, seq_lens, fields, work.mode, work.codes, work.bias, work.log_scale, work.scale,
+        work.slots, work.pi, work.counts, work.reads, sink, window, *key, kv_stride, codes.stride(1), norms.stride(1),
+        capacity, HKV=num_kv_heads, G=group, SPLITS=splits, **sketch, num_warps=warps, maxnreg=launch.select_registers,
+    )  # fmt: skip
     attend_fwd_kernel[(rows * (splits + 1),)](
         q, k_cache, v_cache, kv_indices, seq_lens, *lists, sm_scale, sink, window, kv_stride, k_stride, capacity,
-        **model, WIDTH=width, SPLITS=splits, MOST=layout.MOST_SEGMENTS, TARGET=target_id, **attend,
-        maxnreg=launch.attend_registers,
+        **attend, SPLITS=splits, MOST=layout.MOST_LISTS, TARGET=target_id, maxnreg=launch.attend_registers,
     )  # fmt: skip
-    combine(exact=False, last=0)
-    retry_fwd_kernel[(min(launch.retry_programs, rows * splits),)](
+    combine(last=0, first=True)
+    retry_fwd_kernel[(min(launch.tail_programs, rows * (tail + 1)),)](
         q, k_cache, v_cache, kv_indices, seq_lens, *lists, codes, norms, fields, work.codes, work.bias, work.scale,
-        sm_scale, sink, window, *key, rows, kv_stride, k_stride, codes.stride(1), norms.stride(1), capacity,
-        work.log_scale, work.reads, **model, WIDTH=width, SPLITS=splits, TARGET=target_id, **sketch, ROWS_P=rows_p,
-        **attend,
+        work.log_scale, work.reads, work.used, sm_scale, sink, window, *key, rows, launch.tail_items, kv_stride,
+        k_stride, codes.stride(1), norms.stride(1), capacity, **attend, **sketch, **few, maxnreg=launch.retry_registers,
     )  # fmt: skip
-    combine(exact=False, last=2 if cap < 1 else 1)
-    attend_exact_fwd_kernel[(min(launch.exact_programs, rows * splits),)](
-        q, k_cache, v_cache, kv_indices, seq_lens, work.mode, work.outs, work.scalars, sm_scale, rows, kv_stride,
-        k_stride, **model, WIDTH=width, SPLITS=splits, BN=launch.exact_block, STAGES=launch.exact_stages,
-        ROWS_P=rows_p, num_warps=launch.exact_warps,
+    combine(last=2 if cap < 1 else 1)
+    attend_exact_fwd_kernel[(min(launch.tail_programs, rows * tail),)](
+        q, k_cache, v_cache, kv_indices, seq_lens, work.mode, work.outs, work.scalars, work.used, sm_scale, rows,
+        launch.tail_items, kv_stride, k_stride, **model, WIDTH=width, **few, BN=launch.exact_block,
+        STAGES=launch.exact_stages, num_warps=launch.exact_warps,
     )  # fmt: skip
-    combine(exact=True, last=2)
+    combine(last=2, exact=True)
 
 
 def encode(

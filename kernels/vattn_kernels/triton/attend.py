@@ -19,9 +19,10 @@ from vattn_kernels.triton.layout import (
     SPREAD,
     SPREAD_MASS,
     SQUARE,
-    nothing_to_do,
+    rows_in_mode,
+    splits_for,
 )
-from vattn_kernels.triton.select import select_segment
+from vattn_kernels.triton.select import select_split
 
 
 @triton.jit
@@ -43,7 +44,7 @@ def attend_fwd_kernel(
     i_row, i_split = tl.program_id(0) // (SPLITS + 1), tl.program_id(0) % (SPLITS + 1)
     if tl.load(p_mode + i_row) == SAMPLED:
         attend_list(
-            i_row, i_split, p_q, p_k, p_v, p_kv_indices, p_seq_lens, p_slots, p_pi, p_counts, p_outs, p_scalars,
+            i_row, i_split, SPLITS, p_q, p_k, p_v, p_kv_indices, p_seq_lens, p_slots, p_pi, p_counts, p_outs, p_scalars,
             sm_scale, sink, window, kv_stride, k_stride, capacity,
             HKV, G, WIDTH, D, DP, BN, SPLITS, MOST, TARGET, WIDE,
         )  # fmt: skip
@@ -52,31 +53,32 @@ def attend_fwd_kernel(
 @triton.jit(do_not_specialize=["seed", "layer", "sink"])
 def retry_fwd_kernel(
     p_q, p_k, p_v, p_kv_indices, p_seq_lens, p_mode, p_slots, p_pi, p_counts, p_outs, p_scalars,
-    p_codes, p_norms, p_fields, p_query, p_bias, p_scale,
-    sm_scale, sink, window, seed, layer, rows, kv_stride, k_stride, code_head, norm_head, capacity,
-    p_log_scale, p_reads,
+    p_codes, p_norms, p_fields, p_query, p_bias, p_scale, p_log_scale, p_reads, p_used,
+    sm_scale, sink, window, seed, layer, rows, items, kv_stride, k_stride, code_head, norm_head, capacity,
     HKV: tl.constexpr, G: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr,
-    SPLITS: tl.constexpr, MOST: tl.constexpr, TARGET: tl.constexpr, WIDE: tl.constexpr,
-    R: tl.constexpr, GROUPS: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr, DP4A: tl.constexpr,
-    ROWS_P: tl.constexpr,
+    SPLITS: tl.constexpr, LEAST: tl.constexpr, MOST: tl.constexpr, TARGET: tl.constexpr, WIDE: tl.constexpr,
+    R: tl.constexpr, GROUPS: tl.constexpr, WORDS: tl.constexpr, DP4A: tl.constexpr, ROWS_P: tl.constexpr,
 ):  # fmt: skip
     """Second round, for rows that the first left open: select and attend at the larger scale."""
-    if nothing_to_do(p_mode, rows, SAMPLED, ROWS_P):
+    open_rows = rows_in_mode(p_mode, rows, SAMPLED, SAMPLED, ROWS_P)
+    if open_rows == 0:
         return
+    splits = splits_for(open_rows, items, SPLITS, LEAST)
+    tl.store(p_used, splits)
     item = tl.program_id(0)
-    while item < rows * SPLITS:
-        i_row, i_split = item // SPLITS, item % SPLITS
+    while item < rows * (splits + 1):
+        i_row, i_split = item // (splits + 1), item % (splits + 1)
         if tl.load(p_mode + i_row) == SAMPLED:
-            for part in tl.static_range(LISTS):
-                select_segment(
-                i_row, LISTS * i_split + part, p_codes, p_norms, p_kv_indices, p_seq_lens, p_fields,
-                p_query, p_bias, p_log_scale, p_scale, p_slots, p_pi, p_counts, p_reads,
-                sink, window, seed, layer, kv_stride, code_head, norm_head, capacity,
-                HKV, G, R, GROUPS, WORDS, TARGET != DENOMINATOR, LISTS * SPLITS, BLOCK, MOST, DP4A,
-            )  # fmt: skip
+            if i_split < splits:
+                select_split(
+                    i_row, i_split, splits, p_codes, p_norms, p_kv_indices, p_seq_lens, p_fields,
+                    p_query, p_bias, p_log_scale, p_scale, p_slots, p_pi, p_counts, p_reads,
+                    sink, window, seed, layer, kv_stride, code_head, norm_head, capacity,
+                    HKV, G, R, GROUPS, WORDS, TARGET != DENOMINATOR, MOST, DP4A,
+                )  # fmt: skip
             tl.debug_barrier()
             attend_list(
-                i_row, i_split, p_q, p_k, p_v, p_kv_indices, p_seq_lens, p_slots, p_pi, p_counts, p_outs,
+                i_row, i_split, splits, p_q, p_k, p_v, p_kv_indices, p_seq_lens, p_slots, p_pi, p_counts, p_outs,
                 p_scalars, sm_scale, sink, window, kv_stride, k_stride, capacity,
                 HKV, G, WIDTH, D, DP, BN, SPLITS, MOST, TARGET, WIDE,
             )  # fmt: skip
@@ -84,28 +86,44 @@ def retry_fwd_kernel(
 
 
 @triton.jit
+def behind(index, borders, jumps):
+    """How much further than ``index`` an entry lies."""
+    total = index * 0
+    for j in tl.static_range(LISTS - 1):
+        total += tl.where(index < borders[j], 0, jumps[j])
+    return total
+
+
+@triton.jit
 def attend_list(
-    i_row, i_split, p_q, p_k, p_v, p_kv_indices, p_seq_lens, p_slots, p_pi, p_counts, p_outs, p_scalars,
+    i_row, i_split, splits, p_q, p_k, p_v, p_kv_indices, p_seq_lens, p_slots, p_pi, p_counts, p_outs, p_scalars,
     sm_scale, sink, window, kv_stride, k_stride, capacity,
     HKV: tl.constexpr, G: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr,
     SPLITS: tl.constexpr, MOST: tl.constexpr, TARGET: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """One split: the lists of two segments, or, behind the last, sink and window."""
+    """One split: its lists, or, behind the last, sink and window."""
     b, h = i_row // HKV, i_row % HKV
-    listed = i_split < SPLITS
+    listed = i_split < splits
     n = tl.load(p_seq_lens + b).to(tl.int32)
     p_count = p_counts + i_row * MOST + LISTS * i_split
-    first = tl.load(p_count, mask=listed, other=0)
-    count = first + tl.load(p_count + 1, mask=listed, other=0)
-    span = capacity // (LISTS * SPLITS)
+    span = capacity // (splits * LISTS)
     base = i_row.to(tl.int64) * capacity + tl.where(listed, i_split, 0) * (LISTS * span)
-    # From entry `border` on the source is `jump` further: the second list, or the window behind the sink.
+    # From entry borders[j] on the source is jumps[j] further: the next list, or the window behind the sink.
     p_list = p_slots + base
-    border, jump = first, span - first
+    borders = ()
+    jumps = ()
+    count = 0
+    for j in tl.static_range(LISTS):
+        own = tl.load(p_count + j, mask=listed, other=0)
+        count += own
+        if j < LISTS - 1:
+            borders = borders + (count,)
+            jumps = jumps + (span - own,)
     if not listed:
         count = sink + window
         p_list = p_kv_indices + b.to(tl.int64) * kv_stride
-        border, jump = sink, n - window - sink
+        borders = (sink, count, count)
+        jumps = (n - window - sink, 0, 0)
 
     # Rows [0, G) hold the estimate's weights w y, rows [G, 2G) its variance's w (w - 1) y^2.
     o_w = tl.arange(0, WIDTH)
@@ -125,10 +143,10 @@ def attend_list(
     p_kh, p_vh = p_k + h * D, p_v + h * D
     # K and V of the next block are under way while this one is computed, and the slots of the one after it.
     ok = o_n < count
-    slot = tl.load(p_list + o_n + tl.where(o_n < border, 0, jump), mask=ok, other=0)
+    slot = tl.load(p_list + o_n + behind(o_n, borders, jumps), mask=ok, other=0)
     ahead = o_n + BN
-    upcoming = tl.load(p_list + ahead + tl.where(ahead < border, 0, jump), mask=ahead < count, other=0)
-    weight = 1.0 / tl.load(p_pi + base + o_n + tl.where(o_n < border, 0, jump), mask=ok & listed, other=1.0)
+    upcoming = tl.load(p_list + ahead + behind(ahead, borders, jumps), mask=ahead < count, other=0)
+    weight = 1.0 / tl.load(p_pi + base + o_n + behind(o_n, borders, jumps), mask=ok & listed, other=1.0)
     at = slot.to(tl.int64)[:, None] * k_stride + o_d[None, :]
     k = tl.load(p_kh + at, mask=ok[:, None] & m_d[None, :], other=0.0)  # [BN, DP]
     v = tl.load(p_vh + at, mask=ok[:, None] & m_d[None, :], other=0.0)
@@ -139,10 +157,10 @@ def attend_list(
         next_k = tl.load(p_kh + at, mask=next_ok[:, None] & m_d[None, :], other=0.0)
         next_v = tl.load(p_vh + at, mask=next_ok[:, None] & m_d[None, :], other=0.0)
         next_weight = 1.0 / tl.load(
-            p_pi + base + index + tl.where(index < border, 0, jump), mask=next_ok & listed, other=1.0
+            p_pi + base + index + behind(index, borders, jumps), mask=next_ok & listed, other=1.0
         )
         ahead = index + BN
-        upcoming = tl.load(p_list + ahead + tl.where(ahead < border, 0, jump), mask=ahead < count, other=0)
+        upcoming = tl.load(p_list + ahead + behind(ahead, borders, jumps), mask=ahead < count, other=0)
         logits = tl.dot(q, tl.trans(k), input_precision="ieee") * (sm_scale * LOG2E)
         logits = tl.where(ok[None, :], logits, float("-inf"))
         larger = tl.maximum(maximum, tl.max(logits, 1))
@@ -178,36 +196,38 @@ def attend_list(
 
 @triton.jit
 def attend_exact_fwd_kernel(
-    p_q, p_k, p_v, p_kv_indices, p_seq_lens, p_mode, p_outs, p_scalars, sm_scale, rows, kv_stride, k_stride,
+    p_q, p_k, p_v, p_kv_indices, p_seq_lens, p_mode, p_outs, p_scalars, p_used,
+    sm_scale, rows, items, kv_stride, k_stride,
     HKV: tl.constexpr, G: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr,
-    SPLITS: tl.constexpr, STAGES: tl.constexpr, ROWS_P: tl.constexpr,
+    SPLITS: tl.constexpr, LEAST: tl.constexpr, STAGES: tl.constexpr, ROWS_P: tl.constexpr,
 ):  # fmt: skip
     """Last round, for rows that are served densely or that sampling could not certify."""
-    if nothing_to_do(p_mode, rows, DENSE, ROWS_P):
-        if nothing_to_do(p_mode, rows, EXHAUSTED, ROWS_P):
-            return
+    open_rows = rows_in_mode(p_mode, rows, DENSE, EXHAUSTED, ROWS_P)
+    if open_rows == 0:
+        return
+    splits = splits_for(open_rows, items, SPLITS, LEAST)
+    tl.store(p_used, splits)
     item = tl.program_id(0)
-    while item < rows * SPLITS:
-        i_row, i_split = item // SPLITS, item % SPLITS
-        mode = tl.load(p_mode + i_row)
-        if mode >= DENSE:
+    while item < rows * splits:
+        i_row, i_split = item // splits, item % splits
+        if tl.load(p_mode + i_row) >= DENSE:
             attend_everything(
-                i_row, i_split, p_q, p_k, p_v, p_kv_indices, p_seq_lens, p_outs, p_scalars, sm_scale, kv_stride,
-                k_stride, HKV, G, WIDTH, D, DP, BN, SPLITS, STAGES,
+                i_row, i_split, splits, p_q, p_k, p_v, p_kv_indices, p_seq_lens, p_outs, p_scalars, sm_scale,
+                kv_stride, k_stride, HKV, G, WIDTH, D, DP, BN, SPLITS, STAGES,
             )  # fmt: skip
         item += tl.num_programs(0)
 
 
 @triton.jit
 def attend_everything(
-    i_row, i_split, p_q, p_k, p_v, p_kv_indices, p_seq_lens, p_outs, p_scalars, sm_scale, kv_stride, k_stride,
+    i_row, i_split, splits, p_q, p_k, p_v, p_kv_indices, p_seq_lens, p_outs, p_scalars, sm_scale, kv_stride, k_stride,
     HKV: tl.constexpr, G: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr,
     SPLITS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One split of plain attention; what it stores of the values' norms starts the next step's scale."""
     b, h = i_row // HKV, i_row % HKV
     n = tl.load(p_seq_lens + b).to(tl.int32)
-    span = ((n + SPLITS - 1) // SPLITS + BN - 1) // BN * BN
+    span = ((n + splits - 1) // splits + BN - 1) // BN * BN
     first = i_split * span
     last = tl.minimum(first + span, n)
     o_w = tl.arange(0, WIDTH)

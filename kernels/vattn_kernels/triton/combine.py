@@ -72,11 +72,11 @@ def observe(p_block, p_edges, values, mask, EDGES: tl.constexpr, EDGES_P: tl.con
 @triton.jit
 def combine_fwd_kernel(
     p_outs, p_scalars, p_heads, p_seq_lens, p_mode, p_counts,
-    p_log_scale, p_fixed, p_reads, p_arrivals, p_params, p_state, p_state_rows, p_budget_edges, p_error_edges, p_out,
-    p_stats, p_counters, sink, window, cap, last, at_context, at_read, at_outcome, at_budget, at_error,
+    p_log_scale, p_fixed, p_reads, p_arrivals, p_used, p_params, p_state, p_state_rows, p_budget_edges, p_error_edges,
+    p_out, p_stats, p_counters, sink, window, cap, last, at_context, at_read, at_outcome, at_budget, at_error,
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     SPLITS: tl.constexpr, SPLITS_P: tl.constexpr, MOST: tl.constexpr, STATE: tl.constexpr, TARGET: tl.constexpr,
-    EXACT: tl.constexpr, TABLE: tl.constexpr, POINTS: tl.constexpr,
+    EXACT: tl.constexpr, FIRST: tl.constexpr, TABLE: tl.constexpr, POINTS: tl.constexpr,
     PER_UNIT: tl.constexpr, BUDGET_EDGES: tl.constexpr, BUDGET_EDGES_P: tl.constexpr, ERROR_EDGES: tl.constexpr,
     ERROR_EDGES_P: tl.constexpr,
 ):  # fmt: skip
@@ -87,8 +87,11 @@ def combine_fwd_kernel(
     if EXACT:
         wanted = mode >= DENSE
     if wanted:
+        splits = SPLITS
+        if not FIRST:
+            splits = tl.load(p_used)
         width, guard, start, residual = merge_head(
-            i_row, i_head, p_outs, p_scalars, p_params, p_out,
+            i_row, i_head, splits, p_outs, p_scalars, p_params, p_out,
             G, WIDTH, D, DP, SPLITS, SPLITS_P, TARGET, EXACT, TABLE, POINTS, PER_UNIT,
         )  # fmt: skip
         p_result = p_heads + (i_row * G + i_head) * 4
@@ -103,7 +106,7 @@ def combine_fwd_kernel(
             m_g = o_g < G
             p_results = p_heads + (i_row * G + o_g) * 4
             settle_group(
-                i_row, mode,
+                i_row, mode, splits,
                 tl.load(p_results, mask=m_g, other=0.0, cache_modifier=".cg"),
                 tl.load(p_results + 1, mask=m_g, other=-1e9, cache_modifier=".cg"),
                 tl.load(p_results + 2, mask=m_g, other=0.0, cache_modifier=".cg"),
@@ -111,14 +114,13 @@ def combine_fwd_kernel(
                 p_seq_lens, p_mode, p_log_scale, p_fixed, p_counts,
                 p_reads, p_params, p_state, p_state_rows, p_budget_edges, p_error_edges, p_stats, p_counters,
                 sink, window, cap, last, at_context, at_read, at_outcome, at_budget, at_error,
-                HKV, G, GP, SPLITS, MOST, STATE, EXACT, TABLE, BUDGET_EDGES, BUDGET_EDGES_P,
-                ERROR_EDGES, ERROR_EDGES_P,
+                HKV, G, GP, MOST, STATE, EXACT, TABLE, BUDGET_EDGES, BUDGET_EDGES_P, ERROR_EDGES, ERROR_EDGES_P,
             )  # fmt: skip
 
 
 @triton.jit
 def merge_head(
-    i_row, g, p_outs, p_scalars, p_params, p_out,
+    i_row, g, splits, p_outs, p_scalars, p_params, p_out,
     G: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SPLITS: tl.constexpr,
     SPLITS_P: tl.constexpr, TARGET: tl.constexpr, EXACT: tl.constexpr, TABLE: tl.constexpr, POINTS: tl.constexpr,
     PER_UNIT: tl.constexpr,
@@ -126,7 +128,7 @@ def merge_head(
     """Store the output of one head; half-width, guard, first scale and residual mass for its group's decision."""
     o_d = tl.arange(0, DP)
     o_s = tl.arange(0, SPLITS_P)
-    m_s = o_s < SPLITS + 1 - EXACT
+    m_s = o_s < splits + 1 - EXACT
     first = i_row * (SPLITS + 1)
     p_own = p_scalars + (first + o_s) * NUM_SCALARS * WIDTH + g
     tile = p_outs + ((first + o_s).to(tl.int64)[:, None] * WIDTH + g) * DP + o_d[None, :]
@@ -172,7 +174,7 @@ def merge_head(
             if TARGET > NUMERATOR:
                 width = 2 * (width_mass + width)
         width = tl.where(width < MOST_HALF_WIDTH, width, MOST_HALF_WIDTH)
-        residual = 1.0 - tl.sum(tl.where(o_s == SPLITS, masses, 0.0), 0) / mass
+        residual = 1.0 - tl.sum(tl.where(o_s == splits, masses, 0.0), 0) / mass
     size = tl.maximum(norm, 1e-20)
     if TARGET == DENOMINATOR:
         size = size * 0.0 + 1.0
@@ -189,12 +191,12 @@ def merge_head(
 
 @triton.jit
 def settle_group(
-    i_row, mode, widths, guards, starts, residuals, p_seq_lens, p_mode, p_log_scale, p_fixed, p_counts,
+    i_row, mode, splits, widths, guards, starts, residuals, p_seq_lens, p_mode, p_log_scale, p_fixed, p_counts,
     p_reads, p_params, p_state, p_state_rows, p_budget_edges, p_error_edges, p_stats, p_counters,
     sink, window, cap, last, at_context, at_read, at_outcome, at_budget, at_error,
-    HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, SPLITS: tl.constexpr, MOST: tl.constexpr,
-    STATE: tl.constexpr, EXACT: tl.constexpr, TABLE: tl.constexpr,
-    BUDGET_EDGES: tl.constexpr, BUDGET_EDGES_P: tl.constexpr, ERROR_EDGES: tl.constexpr, ERROR_EDGES_P: tl.constexpr,
+    HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, MOST: tl.constexpr, STATE: tl.constexpr,
+    EXACT: tl.constexpr, TABLE: tl.constexpr, BUDGET_EDGES: tl.constexpr, BUDGET_EDGES_P: tl.constexpr,
+    ERROR_EDGES: tl.constexpr, ERROR_EDGES_P: tl.constexpr,
 ):  # fmt: skip
     """Send a group into another round, or close its step.
 
@@ -217,11 +219,11 @@ def settle_group(
     if not EXACT:
         o_m = tl.arange(0, MOST)
         budget = tl.sum(
-            tl.load(p_counts + i_row * MOST + o_m, mask=o_m < LISTS * SPLITS, other=0, cache_modifier=".cg"), 0
+            tl.load(p_counts + i_row * MOST + o_m, mask=o_m < splits * LISTS, other=0, cache_modifier=".cg"), 0
         )
         expected = tl.maximum(
             tl.sum(
-                tl.load(p_reads + i_row * MOST + o_m, mask=o_m < LISTS * SPLITS, other=0.0, cache_modifier=".cg"), 0
+                tl.load(p_reads + i_row * MOST + o_m, mask=o_m < splits * LISTS, other=0.0, cache_modifier=".cg"), 0
             ),
             1.0,
         )

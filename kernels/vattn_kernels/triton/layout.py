@@ -1,8 +1,8 @@
 """Constants that the GPU kernels share, and the workspace they hand results through.
 
 Every kernel's grid and every buffer's size follow from the batch and the widest page table, so a step can be captured
-in a CUDA graph. ``row`` is one (request, KV head); a ``segment`` of a row takes every n-th block of its
-tokens into a list; a ``split`` attends to two lists, and one more to sink and window.
+in a CUDA graph. ``row`` is one (request, KV head); a ``split`` of a row takes every n-th block of its tokens, each warp
+into a list of its own, and attends to these lists; one more split attends to sink and window.
 """
 
 from __future__ import annotations
@@ -52,13 +52,16 @@ CODING: Final = tl.constexpr(1)
 FLOOR: Final = tl.constexpr(2)
 NUM_SCALES: Final = tl.constexpr(4)
 
-# Tokens of a segment that lie side by side.
-BLOCK: Final = 128
+# A block of tokens by warp: each of the LISTS warps takes REPEATS runs of RUN tokens, one a lane, into its own list.
+REPEATS: Final = tl.constexpr(4)
+LISTS: Final = tl.constexpr(4)
+RUN: Final = tl.constexpr(32)
+BLOCK: Final = REPEATS.value * LISTS.value * RUN.value
 MOST_SPLITS: Final = 64
 LEAST_SPLITS: Final = 4
-# Segments, each with a list of its own, that one split attends to.
-LISTS: Final = tl.constexpr(2)
-MOST_SEGMENTS: Final = LISTS.value * MOST_SPLITS
+# Splits of all rows, at most, of the rounds that few rows take part in.
+MOST_TAIL: Final = 8192
+MOST_LISTS: Final = LISTS.value * MOST_SPLITS
 
 
 @dataclass
@@ -66,15 +69,15 @@ class Launch:
     """How kernels are launched; the figures behind the choices are in ``kernels/benchmarks/RESULTS.md``."""
 
     programs: int = 1024
-    retry_programs: int = 264
-    exact_programs: int = 264
+    tail_programs: int = 264
+    tail_items: int = 1024
     prepare_warps: int = 4
-    select_warps: int = 1
     select_registers: int | None = 80
     attend_block: int = 32
-    attend_warps: int = 4
-    attend_registers: int | None = None
+    attend_registers: int | None = 168
+    retry_registers: int | None = 168
     combine_warps: int = 1
+    tail_combine_warps: int = 4
     exact_block: int = 128
     exact_warps: int = 8
     exact_stages: int = 3
@@ -97,6 +100,20 @@ def splits_of(rows: int) -> int:
     return min(max(wanted, LEAST_SPLITS), MOST_SPLITS)
 
 
+def tail_splits_of(rows: int, max_len: int) -> int:
+    """Splits a row, at most, after the first round: few rows are left then, and more programs shorten each.
+
+    Parameters
+    ----------
+    rows : int
+        Requests times KV heads.
+    max_len : int
+        Width of the page table.
+    """
+    wanted = min(max_len // BLOCK, MOST_TAIL // max(rows, 1), MOST_SPLITS)
+    return max(1 << max(0, wanted.bit_length() - 1), LEAST_SPLITS)
+
+
 @dataclass
 class Workspace:
     """Buffers of one device, reused by every layer.
@@ -117,9 +134,11 @@ class Workspace:
     heads : torch.Tensor
         float32 ``[rows * group, 4]``, half-width, guard, first scale and residual mass of a head.
     arrivals : torch.Tensor
-        int32 ``[rows]``, heads or splits of a row that are done; 0 between launches.
+        int32 ``[rows]``, heads of a row that are done; 0 between launches.
+    used : torch.Tensor
+        int32 ``[1]``, splits a row in the round that is under way, after the first.
     counts, reads : torch.Tensor
-        int32 and float32 ``[rows, MOST_SEGMENTS]``, tokens selected and their expected number, by segment.
+        int32 and float32 ``[rows, MOST_LISTS]``, tokens selected and their expected number, by list.
     outs, scalars : torch.Tensor
         float32 ``[rows * (splits + 1), width, head_dim]`` and ``[.., NUM_SCALARS, width]``, partial results.
     """
@@ -134,6 +153,7 @@ class Workspace:
     pi: torch.Tensor
     heads: torch.Tensor
     arrivals: torch.Tensor
+    used: torch.Tensor
     counts: torch.Tensor
     reads: torch.Tensor
     outs: torch.Tensor
@@ -149,8 +169,8 @@ def width_of(group: int) -> int:
 
 
 def capacity(rows: int, max_len: int) -> int:
-    """Entries of a row's list, whole blocks for every segment."""
-    span = BLOCK * LISTS.value * splits_of(rows)
+    """Entries of a row's lists, whole blocks for every split."""
+    span = BLOCK * max(splits_of(rows), tail_splits_of(rows, max_len))
     return -(-max_len // span) * span
 
 
@@ -160,7 +180,7 @@ def _size(batch: int, max_len: int, num_qo_heads: int, num_kv_heads: int, head_d
     rows, group = batch * num_kv_heads, num_qo_heads // num_kv_heads
     batches = range(num_kv_heads, rows + 1, num_kv_heads)
     entries = max(r * capacity(r, max_len) for r in batches)
-    splits = max(r * (splits_of(r) + 1) for r in batches)
+    splits = max(r * (max(splits_of(r), tail_splits_of(r, max_len)) + 1) for r in batches)
     return rows, rows * group, entries, splits, width_of(group), head_dim
 
 
@@ -208,8 +228,9 @@ def workspace(
         empty(entries),
         empty(heads, 4),
         torch.zeros(rows, dtype=torch.int32, device=device),
-        empty(rows, MOST_SEGMENTS, dtype=torch.int32),
-        empty(rows, MOST_SEGMENTS),
+        empty(1, dtype=torch.int32),
+        empty(rows, MOST_LISTS, dtype=torch.int32),
+        empty(rows, MOST_LISTS),
         empty(splits, width, dim),
         empty(splits, NUM_SCALARS.value, width),
     )
@@ -218,8 +239,17 @@ def workspace(
 
 
 @triton.jit
-def nothing_to_do(p_mode, rows, wanted: tl.constexpr, ROWS_P: tl.constexpr):
-    """Whether no row is in a mode: lets a retry's launch end after one load."""
+def rows_in_mode(p_mode, rows, least: tl.constexpr, most: tl.constexpr, ROWS_P: tl.constexpr):
+    """Number of rows whose mode lies in ``[least, most]``: a launch that finds none ends after one load."""
     o_r = tl.arange(0, ROWS_P)
     modes = tl.load(p_mode + o_r, mask=o_r < rows, other=0)
-    return tl.max((modes == wanted).to(tl.int32), 0) == 0
+    return tl.sum(((modes >= least) & (modes <= most)).to(tl.int32), 0)
+
+
+@triton.jit
+def splits_for(open_rows, items, SPLITS: tl.constexpr, LEAST: tl.constexpr):
+    """Splits of each open row: a power of two up to ``SPLITS`` that makes about ``items`` of them."""
+    used = open_rows * 0 + SPLITS
+    for _ in tl.static_range(6):
+        used = tl.where((used > LEAST) & (used * open_rows > items), used // 2, used)
+    return used

@@ -19,6 +19,8 @@ from vattn_kernels.triton.layout import (
 )
 
 LEAST_CODING = tl.constexpr(1e-6)
+# Nats; a log-scale of a thousand of them must fit 32 bits.
+LEAST_STEP = tl.constexpr(1e-6)
 
 
 @triton.jit
@@ -29,7 +31,8 @@ def prepare_fwd_kernel(
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr,
     C: tl.constexpr, CODES: tl.constexpr, F: tl.constexpr, WIDTH: tl.constexpr, MOST_AGE: tl.constexpr,
 ):  # fmt: skip
-    i_row = tl.program_id(0)
+    """Two programs a row, because neither half waits for the other: the fixed set with the mode, and the query."""
+    i_row = tl.program_id(0) // 2
     b, h = i_row // HKV, i_row % HKV
     n = tl.load(p_seq_lens + b).to(tl.int32)
     low = tl.minimum(sink, n)
@@ -38,61 +41,59 @@ def prepare_fwd_kernel(
     m_g = o_g < G
     head = i_row * G + o_g
     state = p_state + (tl.load(p_state_rows + b) * HKV * G + h * G + o_g) * WIDTH
-    learnt = tl.load(state + STATE_CONTEXT, mask=m_g, other=1.0)
-    age = n - learnt.to(tl.int32)
-    known = tl.min(((learnt > 0) & (age >= 0) & (age <= MOST_AGE) | (o_g >= G)).to(tl.int32), 0)
-    sampled = (n >= dense_below) & (n <= tl.load(p_covered)) & (total > 2 * pilot_min) & (known > 0)
-    mode = tl.where(sampled, SAMPLED, DENSE)
-    tl.store(p_mode + i_row, mode)
-
     o_d = tl.arange(0, DP)
     m_d = o_d < D
     q = tl.load(p_q + head[:, None] * D + o_d[None, :], mask=m_g[:, None] & m_d[None, :], other=0.0)  # [GP, DP]
-    top = tl.full([GP], float("-inf"), tl.float32)
-    mass = tl.zeros([GP], tl.float32)
-    fixed_tokens = n - total
-    for start in range(0, fixed_tokens, F):
-        index = start + tl.arange(0, F)
-        m_f = index < fixed_tokens
-        position = tl.where(index < low, index, index + total)
-        slot = tl.load(p_kv_indices + b.to(tl.int64) * kv_stride + position, mask=m_f, other=0).to(tl.int64)
-        k = tl.load(
-            p_k + slot[:, None] * k_stride + h * D + o_d[None, :], mask=m_f[:, None] & m_d[None, :], other=0.0
-        )  # [F, DP]
-        logits = tl.dot(q, tl.trans(k), input_precision="ieee") * sm_scale
-        logits = tl.where(m_f[None, :], logits, float("-inf"))
-        larger = tl.maximum(top, tl.max(logits, 1))
-        mass = mass * tl.exp(top - larger) + tl.sum(tl.exp(logits - larger[:, None]), 1)
-        top = larger
-    fixed = top + tl.log(tl.maximum(mass, 1e-30))
-    tl.store(p_fixed + head, fixed, mask=m_g)
-
-    qf = q.to(tl.float32)
-    o_r = tl.arange(0, C)
-    m_r = o_r < R
-    basis = p_query_basis + h * D * D
-    first = tl.load(basis + o_d[:, None] * D + o_r[None, :], mask=m_d[:, None] & m_r[None, :], other=0.0)
-    t = tl.dot(qf, first, input_precision="tf32x3")  # [GP, C]
-    step = tl.load(p_steps + h * R + o_r, mask=m_r, other=0.0)
-    field_width = tl.load(p_fields + (h * R + o_r) * 3 + 2, mask=m_r, other=0)
-    weight = tl.where((field_width > 0)[None, :], sm_scale * t * step[None, :], 0.0)
-    unit = tl.maximum(tl.max(tl.max(tl.abs(weight), 1), 0) / 127.0, 1e-9)
-    code = tl.floor(weight / unit + 0.5)
-    centre = 0.5 - (1 << tl.maximum(field_width - 1, 0)).to(tl.float32)
-    centre = tl.where(field_width > 0, centre, 0.0)
-    mean = tl.load(p_mean + h * D + o_d, mask=m_d, other=0.0)
-    bias = sm_scale * tl.sum(qf * mean[None, :], 1) + unit * tl.sum(code * centre[None, :], 1)
-    tl.store(
-        p_codes + head[:, None] * CODES + o_r[None, :], code.to(tl.int8), mask=m_g[:, None] & (o_r < CODES)[None, :]
-    )
-    tl.store(p_bias + head, bias, mask=m_g)
-    scale = tl.load(state + STATE_SCALE, mask=m_g, other=0.0)
-    tl.store(p_log_scale + head, scale - fixed, mask=m_g)
-
-    # Queries are white in these coordinates, so the coded ones tell the energy of the rest.
-    kappa = 0.5 * sm_scale * sm_scale * tl.sum(tl.sum(t * t, 1), 0) / (G * C)
-    reads = tl.max(tl.load(state + STATE_READS, mask=m_g, other=0.0), 0)
-    p_own = p_scale + i_row * NUM_SCALES
-    tl.store(p_own + UNIT, unit)
-    tl.store(p_own + CODING, tl.maximum(kappa * LOG2E, LEAST_CODING))
-    tl.store(p_own + FLOOR, floor * tl.maximum(reads, 1.0) / tl.maximum(total, 1).to(tl.float32))
+    if tl.program_id(0) % 2 == 0:
+        learnt = tl.load(state + STATE_CONTEXT, mask=m_g, other=1.0)
+        age = n - learnt.to(tl.int32)
+        known = tl.min(((learnt > 0) & (age >= 0) & (age <= MOST_AGE) | (o_g >= G)).to(tl.int32), 0)
+        sampled = (n >= dense_below) & (n <= tl.load(p_covered)) & (total > 2 * pilot_min) & (known > 0)
+        tl.store(p_mode + i_row, tl.where(sampled, SAMPLED, DENSE))
+        scale = tl.load(state + STATE_SCALE, mask=m_g, other=0.0)
+        top = tl.full([GP], float("-inf"), tl.float32)
+        mass = tl.zeros([GP], tl.float32)
+        fixed_tokens = n - total
+        for start in range(0, fixed_tokens, F):
+            index = start + tl.arange(0, F)
+            m_f = index < fixed_tokens
+            position = tl.where(index < low, index, index + total)
+            slot = tl.load(p_kv_indices + b.to(tl.int64) * kv_stride + position, mask=m_f, other=0).to(tl.int64)
+            k = tl.load(
+                p_k + slot[:, None] * k_stride + h * D + o_d[None, :], mask=m_f[:, None] & m_d[None, :], other=0.0
+            )  # [F, DP]
+            logits = tl.dot(q, tl.trans(k), input_precision="ieee") * sm_scale
+            logits = tl.where(m_f[None, :], logits, float("-inf"))
+            larger = tl.maximum(top, tl.max(logits, 1))
+            mass = mass * tl.exp(top - larger) + tl.sum(tl.exp(logits - larger[:, None]), 1)
+            top = larger
+        fixed = top + tl.log(tl.maximum(mass, 1e-30))
+        tl.store(p_fixed + head, fixed, mask=m_g)
+        tl.store(p_log_scale + head, scale - fixed, mask=m_g)
+    else:
+        reads = tl.max(tl.load(state + STATE_READS, mask=m_g, other=0.0), 0)
+        qf = q.to(tl.float32)
+        o_r = tl.arange(0, C)
+        m_r = o_r < R
+        basis = p_query_basis + h * D * D
+        first = tl.load(basis + o_d[:, None] * D + o_r[None, :], mask=m_d[:, None] & m_r[None, :], other=0.0)
+        t = tl.dot(qf, first, input_precision="tf32x3")  # [GP, C]
+        step = tl.load(p_steps + h * R + o_r, mask=m_r, other=0.0)
+        field_width = tl.load(p_fields + (h * R + o_r) * 3 + 2, mask=m_r, other=0)
+        weight = tl.where((field_width > 0)[None, :], sm_scale * t * step[None, :], 0.0)
+        unit = tl.maximum(tl.max(tl.max(tl.abs(weight), 1), 0) / 127.0, LEAST_STEP)
+        code = tl.floor(weight / unit + 0.5)
+        centre = 0.5 - (1 << tl.maximum(field_width - 1, 0)).to(tl.float32)
+        centre = tl.where(field_width > 0, centre, 0.0)
+        mean = tl.load(p_mean + h * D + o_d, mask=m_d, other=0.0)
+        bias = sm_scale * tl.sum(qf * mean[None, :], 1) + unit * tl.sum(code * centre[None, :], 1)
+        tl.store(
+            p_codes + head[:, None] * CODES + o_r[None, :], code.to(tl.int8), mask=m_g[:, None] & (o_r < CODES)[None, :]
+        )
+        tl.store(p_bias + head, bias, mask=m_g)
+        # Queries are white in these coordinates, so the coded ones tell the energy of the rest.
+        kappa = 0.5 * sm_scale * sm_scale * tl.sum(tl.sum(t * t, 1), 0) / (G * C)
+        p_own = p_scale + i_row * NUM_SCALES
+        tl.store(p_own + UNIT, unit)
+        tl.store(p_own + CODING, tl.maximum(kappa * LOG2E, LEAST_CODING))
+        tl.store(p_own + FLOOR, floor * tl.maximum(reads, 1.0) / tl.maximum(total, 1).to(tl.float32))

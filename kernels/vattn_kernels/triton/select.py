@@ -5,7 +5,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vattn_kernels.triton.layout import CODING, FLOOR, LOG2E, NUM_SCALES, SAMPLED, UNIT
+from vattn_kernels.triton.layout import (
+    CODING,
+    DENOMINATOR,
+    FLOOR,
+    LISTS,
+    LOG2E,
+    NUM_SCALES,
+    REPEATS,
+    RUN,
+    SAMPLED,
+    UNIT,
+)
 
 GOLDEN = tl.constexpr(0x9E3779B1)
 INCREMENT = tl.constexpr(0x7F4A7C15)
@@ -48,16 +59,16 @@ def select_fwd_kernel(
     p_mode, p_query, p_bias, p_log_scale, p_scale, p_slots, p_pi, p_counts, p_reads,
     sink, window, seed, layer, kv_stride, code_head, norm_head, capacity,
     HKV: tl.constexpr, G: tl.constexpr, R: tl.constexpr, GROUPS: tl.constexpr, WORDS: tl.constexpr,
-    WITH_VALUES: tl.constexpr, SEGMENTS: tl.constexpr, BLOCK: tl.constexpr, MOST: tl.constexpr, DP4A: tl.constexpr,
+    TARGET: tl.constexpr, SPLITS: tl.constexpr, MOST: tl.constexpr, DP4A: tl.constexpr,
 ):  # fmt: skip
-    """First round: one segment a program."""
-    i_row, i_segment = tl.program_id(0) // SEGMENTS, tl.program_id(0) % SEGMENTS
+    """First round: one split a program."""
+    i_row, i_split = tl.program_id(0) // SPLITS, tl.program_id(0) % SPLITS
     if tl.load(p_mode + i_row) == SAMPLED:
-        select_segment(
-            i_row, i_segment, p_codes, p_norms, p_kv_indices, p_seq_lens, p_fields,
+        select_split(
+            i_row, i_split, SPLITS, p_codes, p_norms, p_kv_indices, p_seq_lens, p_fields,
             p_query, p_bias, p_log_scale, p_scale, p_slots, p_pi, p_counts, p_reads,
             sink, window, seed, layer, kv_stride, code_head, norm_head, capacity,
-            HKV, G, R, GROUPS, WORDS, WITH_VALUES, SEGMENTS, BLOCK, MOST, DP4A,
+            HKV, G, R, GROUPS, WORDS, TARGET != DENOMINATOR, MOST, DP4A,
         )  # fmt: skip
 
 
@@ -86,33 +97,38 @@ def load_side(p_codes, p_norms, slot, WORDS: tl.constexpr):
 
 
 @triton.jit
-def places(chosen, BLOCK: tl.constexpr):
-    """Rank of each chosen token among the chosen, and their number.
+def places(chosen):
+    """Rank of each chosen token among those of its list, and the number of each list.
 
-    Four quarters are ranked by one scan, a byte each.
+    The lanes of a warp hold a list's tokens, `REPEATS` runs of `RUN`: one scan ranks all of them, a byte each. Loads
+    that gather put their first axis on the lanes, scans their last: hence the transpositions, which move nothing.
+
+    Parameters
+    ----------
+    chosen : tensor
+        bool ``[RUN, LISTS, REPEATS]``.
     """
-    tl.static_assert(BLOCK <= 128, "a byte counts up to 255")
-    quarter: tl.constexpr = BLOCK // 4
-    hit = tl.reshape(chosen.to(tl.int32), [4, quarter])
-    shift = 8 * tl.arange(0, 4)[:, None]
-    packed = tl.sum(hit << shift, 0)  # [quarter]
-    before = tl.cumsum(packed, 0) - packed
-    totals = tl.sum(packed, 0)
+    tl.static_assert((REPEATS == 4) & (RUN <= 32), "four bytes, each of which counts up to 255")
+    shift = 8 * tl.arange(0, REPEATS)[None, None, :]
+    packed = tl.sum(chosen.to(tl.int32) << shift, 2)  # [RUN, LISTS]
+    before = tl.trans(tl.cumsum(tl.trans(packed), 1)) - packed
+    totals = tl.sum(packed, 0)  # [LISTS]
     # Byte j of the product is the sum of the bytes below j.
-    earlier = totals * 0x01010100
-    ranks = ((before[None, :] >> shift) & 0xFF) + ((earlier >> shift) & 0xFF)
-    return tl.reshape(ranks, [BLOCK]), ((totals * LANES) >> 24) & 0xFF
+    earlier = (totals * 0x01010100)[None, :, None]
+    ranks = ((before[:, :, None] >> shift) & 0xFF) + ((earlier >> shift) & 0xFF)
+    return ranks, ((totals * LANES) >> 24) & 0xFF
 
 
 @triton.jit
-def select_segment(
-    i_row, i_segment, p_codes, p_norms, p_kv_indices, p_seq_lens, p_fields,
+def select_split(
+    i_row, i_split, splits, p_codes, p_norms, p_kv_indices, p_seq_lens, p_fields,
     p_query, p_bias, p_log_scale, p_scale, p_slots, p_pi, p_counts, p_reads,
     sink, window, seed, layer, kv_stride, code_head, norm_head, capacity,
     HKV: tl.constexpr, G: tl.constexpr, R: tl.constexpr, GROUPS: tl.constexpr, WORDS: tl.constexpr,
-    WITH_VALUES: tl.constexpr, SEGMENTS: tl.constexpr, BLOCK: tl.constexpr, MOST: tl.constexpr, DP4A: tl.constexpr,
+    WITH_VALUES: tl.constexpr, MOST: tl.constexpr, DP4A: tl.constexpr,
 ):  # fmt: skip
-    """List one segment of one row."""
+    """List one split of one row: every ``splits``-th block of its tokens, a list for each warp."""
+    block: tl.constexpr = REPEATS * LISTS * RUN
     b, h = i_row // HKV, i_row % HKV
     n = tl.load(p_seq_lens + b).to(tl.int32)
     high = n - window
@@ -138,18 +154,23 @@ def select_segment(
 
     p_code_head, p_norm_head = p_codes + h.to(tl.int64) * code_head, p_norms + h.to(tl.int64) * norm_head
     p_indices = p_kv_indices + b.to(tl.int64) * kv_stride
-    base = i_row.to(tl.int64) * capacity + i_segment * (capacity // SEGMENTS)
-    p_own_slots, p_own_pi = p_slots + base, p_pi + base
-    o_b = tl.arange(0, BLOCK)
-    count = 0
-    reads = tl.zeros([BLOCK], tl.float32)
-    begin = sink + i_segment * BLOCK
-    stride = SEGMENTS * BLOCK
+    span = capacity // (splits * LISTS)
+    o_list = tl.arange(0, LISTS)
+    at = i_row.to(tl.int64) * capacity + (i_split * LISTS + o_list) * span  # [LISTS]
+    o_b = (
+        tl.arange(0, RUN)[:, None, None]
+        + (o_list * RUN)[None, :, None]
+        + (tl.arange(0, REPEATS) * (LISTS * RUN))[None, None, :]
+    )  # [RUN, LISTS, REPEATS]
+    reads = tl.zeros([RUN, LISTS, REPEATS], tl.float32)
+    begin = sink + i_split * block
+    stride = splits * block
     # The next block's codes are under way while this one is scored, and the slots of the one after it.
     position = begin + o_b
     slot = tl.load(p_indices + position, mask=position < high, other=0)
     upcoming = tl.load(p_indices + position + stride, mask=position + stride < high, other=0)
     low_pair, high_pair, norm = load_side(p_code_head, p_norm_head, slot, WORDS)
+    first = at
     for start in range(begin, high, stride):
         position = start + o_b
         # Behind the end slot 0 is read and not chosen.
@@ -183,10 +204,12 @@ def select_segment(
         m_b = position < high
         chosen = m_b & (u < pi)
         reads += tl.where(m_b, pi, 0.0)
-        place, hits = places(chosen, BLOCK)
-        tl.store(p_own_slots + count + place, slot, mask=chosen)
-        tl.store(p_own_pi + count + place, pi, mask=chosen)
-        count += hits
+        ranks, hits = places(chosen)
+        place = at[None, :, None] + ranks
+        tl.store(p_slots + place, slot, mask=chosen)
+        tl.store(p_pi + place, pi, mask=chosen)
+        at += hits
         slot, low_pair, high_pair, norm = next_slot, next_low, next_high, next_norm
-    tl.store(p_counts + i_row * MOST + i_segment, count)
-    tl.store(p_reads + i_row * MOST + i_segment, tl.sum(reads, 0))
+    o_own = i_row * MOST + i_split * LISTS + o_list
+    tl.store(p_counts + o_own, (at - first).to(tl.int32))
+    tl.store(p_reads + o_own, tl.sum(tl.sum(reads, 2), 0))

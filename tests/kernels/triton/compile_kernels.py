@@ -29,7 +29,7 @@ CACHE = {"p_q", "p_k", "p_v", "p_out"}
 TYPES = {
     "p_kv_indices": "i32", "p_seq_lens": "i64", "p_fields": "i32", "p_covered": "i32", "p_state_rows": "i64",
     "p_mode": "i32", "p_valid": "u8", "p_norms": "u8", "p_slots": "i32", "p_counts": "i32", "p_counters": "fp64",
-    "p_new": "i64", "p_arrivals": "i32",
+    "p_new": "i64", "p_arrivals": "i32", "p_used": "i32",
 }  # fmt: skip
 
 
@@ -41,23 +41,24 @@ def shapes(dtype: str, head_dim: int, group: int, words: int):
     padded = 1 << (group - 1).bit_length()
     common = {"HKV": kv, "G": group, "D": head_dim, "DP": power}
     launch = layout.LAUNCH
-    sketch = {"R": head_dim, "GROUPS": groups, "WORDS": words, "BLOCK": 128, "DP4A": True, "MOST": 128}
+    sketch = {"R": head_dim, "GROUPS": groups, "WORDS": words, "DP4A": True}
     merge = common | {
-        "GP": padded, "WIDTH": width, "SPLITS": 8, "SPLITS_P": 16, "MOST": 128, "STATE": 4, "TARGET": 0, "TABLE": 4,
-        "POINTS": 33, "PER_UNIT": 64, "BUDGET_EDGES": 12, "BUDGET_EDGES_P": 16, "ERROR_EDGES": 10, "ERROR_EDGES_P": 16,
+        "GP": padded, "WIDTH": width, "SPLITS": 8, "SPLITS_P": 16, "MOST": layout.MOST_LISTS, "STATE": 4,
+        "TARGET": 0, "TABLE": 4, "POINTS": 33, "PER_UNIT": 64, "BUDGET_EDGES": 12, "BUDGET_EDGES_P": 16,
+        "ERROR_EDGES": 10, "ERROR_EDGES_P": 16,
     }  # fmt: skip
     attend = {"BN": launch.attend_block, "WIDE": dtype == "fp16"}
     yield prepare_fwd_kernel, launch.prepare_warps, common | {
         "GP": max(16, padded), "R": head_dim, "C": coded, "CODES": 4 * groups, "F": 128, "WIDTH": 4, "MOST_AGE": 64
     }  # fmt: skip
-    yield select_fwd_kernel, launch.select_warps, sketch | {
-        "HKV": kv, "G": group, "WITH_VALUES": True, "SEGMENTS": 16
-    }  # fmt: skip
-    yield attend_fwd_kernel, launch.attend_warps, merge | attend
-    yield combine_fwd_kernel, launch.combine_warps, merge | {"EXACT": False}
-    yield retry_fwd_kernel, launch.attend_warps, merge | sketch | attend | {"ROWS_P": 128}
-    yield attend_exact_fwd_kernel, launch.exact_warps, merge | {
-        "BN": launch.exact_block, "STAGES": launch.exact_stages, "ROWS_P": 128
+    warps = layout.LISTS.value
+    few = {"LEAST": layout.LEAST_SPLITS, "ROWS_P": 128}
+    yield select_fwd_kernel, warps, merge | sketch
+    yield attend_fwd_kernel, warps, merge | attend
+    yield combine_fwd_kernel, launch.combine_warps, merge | {"EXACT": False, "FIRST": True}
+    yield retry_fwd_kernel, warps, merge | sketch | attend | few
+    yield attend_exact_fwd_kernel, launch.exact_warps, merge | few | {
+        "BN": launch.exact_block, "STAGES": launch.exact_stages
     }  # fmt: skip
     yield update_fwd_kernel, 4, {
         "D": head_dim, "DP": power, "R": head_dim, "C": coded, "WORDS": words, "BT": 16

@@ -65,9 +65,9 @@ class Step(DecodeCase):
         """Slots and inclusion probabilities that the last call selected for a row."""
         work, rows = self.workspace(), self.batch * self.num_kv_heads
         row, capacity = request * self.num_kv_heads + head, layout.capacity(rows, self.context)
-        segments = layout.LISTS.value * layout.splits_of(rows)
-        span, slots, pi = capacity // segments, [], []
-        for s in range(segments):
+        lists = layout.LISTS.value * layout.splits_of(rows)
+        span, slots, pi = capacity // lists, [], []
+        for s in range(lists):
             at = row * capacity + s * span
             count = int(work.counts[row, s])
             slots.append(work.slots[at : at + count])
@@ -78,8 +78,8 @@ class Step(DecodeCase):
 @pytest.fixture(autouse=True)
 def few_programs(monkeypatch):
     monkeypatch.setattr(layout.LAUNCH, "programs", 8)
-    monkeypatch.setattr(layout.LAUNCH, "retry_programs", 3)
-    monkeypatch.setattr(layout.LAUNCH, "exact_programs", 5)
+    monkeypatch.setattr(layout.LAUNCH, "tail_programs", 3)
+    monkeypatch.setattr(layout.LAUNCH, "tail_items", 6)
 
 
 @pytest.mark.parametrize("bits", [32, 64, 128])
