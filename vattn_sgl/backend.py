@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,8 +20,6 @@ if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
     from sglang.srt.model_executor.model_runner import ModelRunner
-
-logger = logging.getLogger(__name__)
 
 PADDING = 64
 # Eager batches are cut to this where no graph says how large a batch will be.
@@ -109,7 +106,6 @@ class VAttentionBackend(AttentionBackend):
         self.rows: Rows | None = None
         self.graph_rows: Rows | None = None
         if self.on_gpu:
-            logger.warning("vattention: on a GPU only the kernels were tested yet, not a server to its end")
             graph = compat.largest_decode_graph(model_runner.server_args)
             self.max_batch = min(self.max_batch, EAGER_BATCH if graph is None else graph)
             heads = model_runner.model_config.num_attention_heads if query_heads is None else query_heads

@@ -233,6 +233,15 @@ def test_unusable_slots_are_read_for_certain():
             assert found.sum() == chosen.shape[1] and (pi[found] == 1).all() and slots.numel() < 400
 
 
+def test_the_scale_counts_where_all_scores_are_equal():
+    """As with dummy weights: the unit of a score is then tiny, and the scale is given in that unit."""
+    case = Step(context=1000, epsilon=1e-4, settings={"cap": 0.2})
+    case.q *= 1e-9
+    for _ in range(4):
+        _, stats, _ = case.run()
+    assert 0.15 < float(stats[..., 1].mean()) / (case.context - SINK - WINDOW) < 0.25
+
+
 def test_two_runs_give_equal_bits():
     case = Step(context=600)
     case.learnt(2.0)
