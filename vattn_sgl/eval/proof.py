@@ -243,8 +243,8 @@ class Population:
                 top_k = uniform.top_k_size(
                     DEFAULTS.top_k_arguments["top_k_count"], DEFAULTS.top_k_arguments["top_k_share"], total
                 )
-                x[share.sort(descending=True, stable=True).indices[:top_k]] = 0
-                square = (x - x.mean(0)).square().sum(-1)
+                rest = share.sort(descending=True, stable=True).indices[top_k:]
+                square = (x[rest] - x[rest].mean(0)).square().sum(-1)
                 second, fourth = float(square.mean()), float(square.square().mean())
                 spreads.append(math.sqrt(max(0.0, fourth / second**2 - 1) / first) / normal if second > 1e-30 else 0.0)
                 continue
