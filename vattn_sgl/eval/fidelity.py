@@ -24,7 +24,7 @@ from vattn_sgl.eval.selectors import Adapter
 TAIL = 8
 LEAST_EPSILON, MOST_EPSILON = 1e-3, 64.0
 BISECTIONS = 10
-SEARCH_POSITIONS = 4
+SEARCH_POSITIONS = 8
 # First position of the next tokens, and how many are decoded at once.
 LEAST_AGREEMENT = 1536
 BATCH = 128

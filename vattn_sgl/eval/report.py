@@ -186,8 +186,9 @@ def _sweep_table(pairs: list[tuple[Row, Row]], result: dict[str, Any]) -> list[s
 def _published_table(pairs: list[tuple[Row, Row]]) -> list[str]:
     text = (
         "Sampler `uniform`, oracle top-k, target `denominator`, bound `clt`, delta .05, sink and window 128, "
-        "top-k 2.5 %. Published: Llama-3.1-8B on RULER qa_1 at 32K. Another model and a shorter context, so only the "
-        "shape compares; ours counts what the KV group reads, the pilot included."
+        f"top-k 2.5 %; {pairs[0][0]['head_steps']:,} head-steps a row at {pairs[0][0]['context']:,} tokens. Published: "
+        "Llama-3.1-8B on RULER qa_1 at 32K. Another model and a shorter context, so only the shape compares; ours "
+        "counts what the KV group reads, the pilot included."
     )
     rows = []
     for r, _ in pairs:
