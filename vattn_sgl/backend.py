@@ -111,7 +111,6 @@ class VAttentionBackend(AttentionBackend):
             heads = model_runner.model_config.num_attention_heads if query_heads is None else query_heads
             ops.reserve(self.device, self.max_batch, self.max_len, heads, kv_heads, head_dim)
             self.state = torch.zeros(geometry.num_layers, num_rows, heads, ops.STATE_WIDTH, device=self.device)
-        top_k = settings.top_k
         self.step_settings: dict[str, Any] = {
             "seed": settings.seed,
             "sampler": settings.sampler,
@@ -120,8 +119,7 @@ class VAttentionBackend(AttentionBackend):
             "sink": settings.sink,
             "window": settings.window,
             "dense_below": settings.dense_below,
-            "top_k_count": top_k if isinstance(top_k, int) else -1,
-            "top_k_share": 0.0 if isinstance(top_k, int) else top_k,
+            **settings.top_k_arguments,
             "pilot": settings.pilot,
             "pilot_min": settings.pilot_min,
             "cap": settings.cap,

@@ -161,6 +161,11 @@ class Settings(BaseModel):
             return {**values, "floor": FLOORS[str(values["selector"])]}
         return values
 
+    @classmethod
+    def default_floor(cls, selector: str) -> float:
+        """Floor of a selector unless the settings name one."""
+        return FLOORS.get(selector, float(cls.model_fields["floor"].default))
+
     @field_validator("bound")
     @classmethod
     def _bound_suits_target(cls, value: str | None, info: ValidationInfo) -> str | None:
@@ -189,6 +194,12 @@ class Settings(BaseModel):
     def effective_bound(self) -> str:
         """The bound in force."""
         return self.bound or default_bound(self.sampler, self.target)
+
+    @property
+    def top_k_arguments(self) -> dict[str, Any]:
+        """``top_k`` as the op takes it: a count, or -1 and a share of the range."""
+        is_count = isinstance(self.top_k, int)
+        return {"top_k_count": self.top_k if is_count else -1, "top_k_share": 0.0 if is_count else self.top_k}
 
     def layer_ranges(self) -> dict[str, range]:
         """Layer numbers that each key of ``layers`` names."""

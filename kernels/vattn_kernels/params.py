@@ -9,6 +9,7 @@ numerator and denominator with half of delta each.
 
 from __future__ import annotations
 
+import functools
 import math
 
 from vattn_kernels.quantiles import log_term, quantile
@@ -42,7 +43,12 @@ def pack(epsilon: float, delta: float, bound: str) -> list[float]:
     list of float
         ``PARAMS_WIDTH`` values.
     """
+    return [epsilon, delta, *_quantiles(delta, bound)]
+
+
+@functools.lru_cache(maxsize=64)
+def _quantiles(delta: float, bound: str) -> tuple[float, ...]:
     levels = (delta, SPLIT * delta)
     degrees = [math.inf if j == 0 else TABLE_STEPS_PER_UNIT / j for j in range(TABLE_POINTS)]
-    tables = [quantile(bound, level, nu) for level in levels for nu in degrees]
-    return [epsilon, delta, *(log_term(bound, level) for level in levels), *tables]
+    tables = (quantile(bound, level, nu) for level in levels for nu in degrees)
+    return (*(log_term(bound, level) for level in levels), *tables)

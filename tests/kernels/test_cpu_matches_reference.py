@@ -7,6 +7,7 @@ import torch
 from decode_case import DecodeCase
 
 from vattn_kernels import ops, pages, quantiles, reference, signature
+from vattn_kernels.reference import rng
 
 SHAPES = [
     pytest.param({"batch": 1, "context": 1000, "num_qo_heads": 3, "num_kv_heads": 1}, id="B1-N1000-H3-1"),
@@ -64,6 +65,41 @@ def assert_matches(case: DecodeCase) -> None:
     assert close.all()
     assert relative_rms(out[same_sample], expected[same_sample]) < 1e-4
     assert torch.allclose(stats[same_sample].double(), expected_stats[same_sample], rtol=2e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize("top_k", [0, 20, 300])
+@pytest.mark.parametrize("bound", ["student", "bernstein"])
+def test_the_uniform_sample_is_the_permutation_without_the_top_k(bound, top_k):
+    """The op reads exactly the tokens that the reference's permutation names: the values of all others are NaN."""
+    # The norms of all values are part of what bernstein knows about the other targets.
+    settings = {"sampler": "uniform", "target": "denominator", "top_k_count": top_k, "pilot": 0.1, "cap": 0.4}
+    case = DecodeCase(context=900, epsilon=0.5, chosen_bound=bound, settings=settings)
+    total, group = case.context - 80, case.num_qo_heads // case.num_kv_heads
+    for b in range(case.batch):
+        for h in range(case.num_kv_heads):
+            # Scores far apart, so that rounding cannot change their order; the same for every query head.
+            slots, heavy = case.kv_indices[b].long(), 16 + 7 * torch.arange(top_k) % total
+            case.k_cache[slots, h] *= 0.01
+            case.k_cache[slots[heavy], h] += torch.linspace(3, 2, top_k)[:, None]
+            case.q[b, h * group : (h + 1) * group] = 0.1
+    _, stats, _ = case.run()
+    values = case.v_cache.clone()
+    for b in range(case.batch):
+        for h in range(case.num_kv_heads):
+            order = rng.permutation(total, rng.stream_key(case.seed, case.step["layer_id"], h, case.context))
+            members = 7 * torch.arange(top_k) % total
+            order = order[~torch.isin(order, members)]
+            budget = int(stats[b, h * group, ops.STATS.index("budget")])
+            assert int(stats[b, h * group, READ]) == 80 + top_k + budget
+            unread = case.kv_indices[b, 16 + order[budget:]].long()
+            assert budget > 0 and unread.numel() > 0
+            case.v_cache[unread, h] = float("nan")
+    out, again, _ = case.run()
+    assert torch.equal(stats, again)
+    case.v_cache = values
+    expected, expected_stats = reference.decode(*case.arguments()[:14], **case.step)
+    assert torch.equal(stats[..., READ].double(), expected_stats[..., READ])
+    assert relative_rms(out, expected) < 1e-5
 
 
 @pytest.mark.parametrize("group_score", ops.GROUP_SCORES)

@@ -8,7 +8,7 @@ from decode_case import OFFSETS, DecodeCase
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vattn_kernels import ops, quantiles
+from vattn_kernels import ops, quantiles, reference
 
 SAMPLERS = pytest.mark.parametrize("sampler", ops.SAMPLERS)
 SELECTORS = pytest.mark.parametrize("selector", ops.SELECTORS)
@@ -67,11 +67,20 @@ def test_epsilon_to_zero_is_dense(sampler, selector, target):
     assert stats[..., 0].min() > 0.99
 
 
-def test_all_top_k_is_dense():
-    case = DecodeCase(settings={"sampler": "uniform", "top_k_share": 1.0})
-    out, _, counters = case.run()
+@pytest.mark.parametrize("bound", ["student", "bernstein"])
+@pytest.mark.parametrize("left", [0, 1, 2])
+def test_all_top_k_is_dense_and_certified(left, bound):
+    """So is a range of which the top-k leaves less than a pilot."""
+    case = DecodeCase(chosen_bound=bound)
+    top_k = case.context - 80 - left
+    case.step |= {"sampler": "uniform", "top_k_count": top_k}
+    out, stats, counters = case.run()
     assert case.errors(out).max() < 2e-5
-    assert counters[OFFSETS[1] + 2] == (case.context - 80) * case.batch * case.num_qo_heads
+    assert (stats[..., :5] == torch.tensor([1.0, left, 0, 0, case.context])).all()
+    assert (counters[OFFSETS[1] + 2 : OFFSETS[1] + 4] == torch.tensor([top_k, left]) * stats[..., 0].numel()).all()
+    expected, expected_stats = reference.decode(*case.arguments()[:14], **case.step)
+    assert torch.allclose(out.double(), expected, rtol=1e-3, atol=1e-5)
+    assert torch.allclose(stats.double(), expected_stats, atol=1e-5)
 
 
 @settings(max_examples=40, deadline=None)

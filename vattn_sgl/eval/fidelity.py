@@ -24,9 +24,12 @@ from vattn_sgl.eval.selectors import Adapter
 TAIL = 8
 LEAST_EPSILON, MOST_EPSILON = 1e-3, 64.0
 BISECTIONS = 10
+SEARCH_POSITIONS = 8
 # First position of the next tokens, and how many are decoded at once.
 LEAST_AGREEMENT = 1536
 BATCH = 128
+# The product's own selector and its ideal; the others are for comparison and measured at fewer positions.
+MAIN_SELECTORS = (methods.DEFAULTS.selector, "oracle")
 DEFAULT_SELECTOR = (methods.DEFAULTS.selector, methods.DEFAULTS.sketch_bits)
 PUBLISHED_EPSILONS = (0.05, 0.1, 0.2)
 PUBLISHED_SETTINGS = {"sink": 128, "window": 128, "top_k": 0.025}
@@ -46,6 +49,8 @@ class Plan:
         Disjoint pieces of the evaluation text, each as long as the longest context.
     positions : int
         Queries per piece and context.
+    other_positions : int
+        Likewise, of selectors that are not in `MAIN_SELECTORS`.
     epsilons : tuple of float
         Bounds of the main rows.
     delta : float
@@ -56,8 +61,8 @@ class Plan:
         Its context.
     sweep_pieces, sweep_positions : int
         Its pieces, and queries per piece.
-    forced_share : int
-        Every so many positions are decoded through the whole model.
+    forced_positions : int
+        Of the queries per piece and context, how many are decoded through the whole model by every row.
     agreement_positions : int
         Further positions per piece, all over it, decoded through the whole model at the product's default.
     prompts, prompt_tokens, continuation : int
@@ -76,17 +81,18 @@ class Plan:
     contexts: tuple[int, ...] = (2048, 4096, 8192)
     pieces: int = 2
     positions: int = 128
+    other_positions: int = 32
     epsilons: tuple[float, ...] = (0.02, 0.05, 0.1, 0.2)
     delta: float = 0.05
-    densities: tuple[float, ...] = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2)
+    densities: tuple[float, ...] = (0.1, 0.15)
     sweep_context: int = 4096
     sweep_pieces: int = 2
     sweep_positions: int = 24
-    forced_share: int = 8
+    forced_positions: int = 16
     agreement_positions: int = 1024
     prompts: int = 4
     prompt_tokens: int = 4096
-    continuation: int = 512
+    continuation: int = 256
     inefficiency_positions: int = 4
     seed: int = 0
     text: str = texts.EVALUATION
@@ -98,8 +104,8 @@ class Plan:
         return max(self.contexts)
 
 
-QUICK = Plan((2048,), 1, 12, (0.05, 0.2), densities=(0.1,), sweep_context=2048, sweep_pieces=1, sweep_positions=4,
-             forced_share=2, agreement_positions=8, prompts=1, prompt_tokens=2048,
+QUICK = Plan((2048,), 1, 12, 6, (0.05, 0.2), densities=(0.1,), sweep_context=2048, sweep_pieces=1, sweep_positions=4,
+             forced_positions=6, agreement_positions=8, prompts=1, prompt_tokens=2048,
              continuation=8, inefficiency_positions=1)  # fmt: skip
 
 
@@ -274,18 +280,19 @@ class Fidelity:
             chosen = torch.arange(index * plan.positions, (index + 1) * plan.positions)
             self.step(f"text {piece + 1}, {context} tokens: captured queries")
             cells = [c for c in (*self.cells, *self.published) if c.context == context]
-            self._measure(attention, cells, chosen)
+            for is_main, some in ((True, chosen), (False, every(chosen, plan.other_positions))):
+                self._measure(attention, [c for c in cells if is_main == (c.adapter.name in MAIN_SELECTORS)], some)
             self.step(f"text {piece + 1}, {context} tokens: whole model")
             for cell in cells:
-                cell.forced.append(self._forced(attention, cell, chosen[:: plan.forced_share]))
+                cell.forced.append(self._forced(attention, cell, every(chosen, plan.forced_positions)))
             self.step(f"text {piece + 1}, {context} tokens: inefficiency")
-            few = chosen[:: max(1, plan.positions // plan.inefficiency_positions)]
+            few = every(chosen, plan.inefficiency_positions)
             for adapter in self.adapters:
                 if adapter.name != "oracle":
                     found = inefficiency(captured, self.geometry, adapter, few)
                     self.inefficiencies.setdefault((self.adapters.index(adapter), context), []).append(found)
             if context == plan.sweep_context and piece < plan.sweep_pieces:
-                self._sweep(attention, chosen[:: max(1, plan.positions // plan.sweep_positions)], piece)
+                self._sweep(attention, every(chosen, plan.sweep_positions), piece)
 
         self.step(f"text {piece + 1}: next tokens")
         for cell in self.agreement:
@@ -337,7 +344,7 @@ class Fidelity:
         self, attention: Attention, method: Method, adapter: Adapter, density: float, chosen: torch.Tensor
     ) -> Method:
         """The method with the epsilon at which it reads ``density``; density falls in epsilon."""
-        few = chosen[:: max(1, chosen.numel() // 8)]
+        few = every(chosen, SEARCH_POSITIONS)
         rows = [methods.causal_rows(attention.captured, layer, few) for layer in range(self.geometry.num_layers)]
         low, high = LEAST_EPSILON, MOST_EPSILON
         for _ in range(BISECTIONS):
@@ -383,6 +390,13 @@ class Fidelity:
 def spread(context: int, count: int) -> list[int]:
     """Positions of an even spread over the last eighth of a context; the last one sees all of it."""
     return [int(p) for p in torch.linspace(context - context // TAIL, context - 1, count)]
+
+
+def every(chosen: torch.Tensor, count: int) -> torch.Tensor:
+    """An even choice of ``count`` of some positions, the last one among them; all of them if they are fewer."""
+    if count >= chosen.numel():
+        return chosen
+    return chosen[torch.linspace(0, chosen.numel() - 1, count + 1).round().long()[1:]]
 
 
 def small_settings(density: float, context: int) -> tuple[dict[str, int], dict[str, Any]]:

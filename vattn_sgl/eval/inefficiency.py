@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from vattn_sgl.config import Settings
 from vattn_sgl.eval.capture import Captured, Geometry
-from vattn_sgl.eval.methods import DEFAULTS, floor_of
+from vattn_sgl.eval.methods import DEFAULTS
 from vattn_sgl.eval.selectors import Adapter
 
 
@@ -48,7 +49,7 @@ def inefficiency(captured: Captured, geometry: Geometry, adapter: Adapter, chose
                 a = (weight * deviation)[:, inner]
                 norm = values[inner].norm(dim=-1)
                 estimated = adapter.logits(layer, h, q, slots)[:, inner]
-                ours = spread(torch.softmax(estimated, -1) * norm, a, floor_of(adapter))
+                ours = spread(torch.softmax(estimated, -1) * norm, a, Settings.default_floor(adapter.name))
                 exact = spread(torch.softmax(logits[:, inner], -1) * norm, a)
                 result[layer, heads, index] = ours / exact
     return result

@@ -10,7 +10,7 @@ import torch
 
 from vattn_kernels import ops, params, quantiles
 from vattn_kernels.reference import rng
-from vattn_sgl.config import FLOORS, Settings
+from vattn_sgl.config import Settings
 from vattn_sgl.eval.capture import Captured, Geometry
 from vattn_sgl.eval.selectors import Adapter
 from vattn_sgl.selectors.base import UNLIMITED
@@ -63,11 +63,6 @@ def certified(sampler: str, target: str, epsilon: float, delta: float = 0.05, **
 def baseline(kind: str, density: float, **settings: Any) -> Method:
     """A baseline of fixed density."""
     return Method(kind, "", "", 0.0, 0.0, density, tuple(settings.items()))
-
-
-def floor_of(adapter: Adapter) -> float:
-    """The product's floor of a selector."""
-    return FLOORS.get(adapter.name, DEFAULTS.floor)
 
 
 @dataclass
@@ -132,8 +127,8 @@ class Attention:
         """
         if method.is_baseline:
             return self._baseline(method, adapter, rows)
-        settings = Settings(**({"floor": floor_of(adapter)} | dict(method.settings)))
-        top_k, layer = settings.top_k, rows.layer
+        settings = Settings(**({"floor": Settings.default_floor(adapter.name)} | dict(method.settings)))
+        layer = rows.layer
         out = torch.empty_like(rows.q)
         stats = torch.empty(*rows.q.shape[:2], len(ops.STATS))
         ops.decode(
@@ -159,8 +154,7 @@ class Attention:
             sink=settings.sink,
             window=settings.window,
             dense_below=0,
-            top_k_count=top_k if isinstance(top_k, int) else -1,
-            top_k_share=0.0 if isinstance(top_k, int) else top_k,
+            **settings.top_k_arguments,
             pilot=settings.pilot,
             pilot_min=settings.pilot_min,
             cap=settings.cap,

@@ -17,12 +17,13 @@ from scipy.stats import binom
 
 from vattn_kernels import line, ops, pages, params, signature
 from vattn_kernels.quantiles import BOUNDS_OF_TARGET
-from vattn_kernels.reference import quest, scores, sketch
+from vattn_kernels.reference import quest, scores, sketch, uniform
 from vattn_kernels.reference import signature as signatures
 from vattn_kernels.sketch import GAUSSIAN_STEPS, Moments
-from vattn_sgl.config import FLOORS
+from vattn_sgl.config import Settings
 
-DELTA = 0.05
+DEFAULTS = Settings()
+DELTA = DEFAULTS.delta
 LEVEL = 1e-4
 POWER = 0.95
 EPSILONS = (0.02, 0.05, 0.1, 0.2)
@@ -32,7 +33,6 @@ SELECTORS = ("sketch", "oracle")
 HEADS, CONTEXT, HEAD_DIM = 100, 2048, 32
 CODED, WIDTH, WORDS = 12, 5, 2
 SIGNATURE_BITS, CALIBRATION_KEYS = 64, 512
-SINK, WINDOW, TOP_K, PILOT, PILOT_MIN, FLOOR = 16, 64, 0.025, 0.02, 32, 0.05
 # Log-error of the estimated weights, and reach of the query into what the codes leave out, both in nats.
 BLUR, HIDDEN, NEEDLE_HIDDEN = 0.4, 1.8, 6.8
 # Beyond so many times the spread of normal summands, bounds that rest on the pilot's variance lose their ground.
@@ -180,7 +180,7 @@ class Population:
         self.logits[position >= length] = -math.inf
         self.weights = torch.softmax(self.logits, -1)
         self.out = torch.einsum("hn,hnd->hd", self.weights, values)
-        self.inner = (position >= SINK) & (position < length - WINDOW)
+        self.inner = (position >= DEFAULTS.sink) & (position < length - DEFAULTS.window)
         self.fixed_share = (self.weights * ~self.inner).sum(-1)
 
     @property
@@ -201,9 +201,9 @@ class Population:
             codes, norms, valid, mean, basis, steps, fields, row,
             torch.tensor([2**31 - 1], dtype=torch.int32), edges, edges, edges, out, stats,
             torch.zeros(21, dtype=torch.float64), offsets, sm_scale=1.0, layer_id=0, seed=seed, sampler=sampler,
-            target=target, selector=selector, sink=SINK, window=WINDOW, dense_below=0, top_k_count=-1,
-            top_k_share=TOP_K, pilot=pilot, pilot_min=PILOT_MIN, cap=cap, floor=FLOORS.get(selector, FLOOR),
-            audit_rate=0.0,
+            target=target, selector=selector, sink=DEFAULTS.sink, window=DEFAULTS.window, dense_below=0,
+            **DEFAULTS.top_k_arguments, pilot=pilot, pilot_min=DEFAULTS.pilot_min, cap=cap,
+            floor=Settings.default_floor(selector), audit_rate=0.0,
         )  # fmt: skip
         return out[:, 0].double(), stats[:, 0].double()
 
@@ -237,16 +237,19 @@ class Population:
             share = self._shares(head, slots, selector, with_norm=target != "denominator" and sampler == "proportional")
             gap = {"denominator": torch.ones(total, 1).double(), "numerator": values, "output": values - self.out[head]}
             x = self.weights[head][inner][:, None] * gap[target]
-            first = max(PILOT_MIN, math.ceil(PILOT * total))
+            first = max(DEFAULTS.pilot_min, math.ceil(DEFAULTS.pilot * total))
             normal = math.sqrt(2 / (first - 1))
             if sampler == "uniform":
-                x[share.sort(descending=True, stable=True).indices[: math.ceil(TOP_K * total)]] = 0
-                square = (x - x.mean(0)).square().sum(-1)
+                top_k = uniform.top_k_size(
+                    DEFAULTS.top_k_arguments["top_k_count"], DEFAULTS.top_k_arguments["top_k_share"], total
+                )
+                rest = share.sort(descending=True, stable=True).indices[top_k:]
+                square = (x[rest] - x[rest].mean(0)).square().sum(-1)
                 second, fourth = float(square.mean()), float(square.square().mean())
                 spreads.append(math.sqrt(max(0.0, fourth / second**2 - 1) / first) / normal if second > 1e-30 else 0.0)
                 continue
             usable = torch.ones(total, dtype=torch.bool)
-            score = scores.floored(share[None], usable, FLOORS.get(selector, FLOOR))[0]
+            score = scores.floored(share[None], usable, Settings.default_floor(selector))[0]
             pi = (first / float(score.sum()) * score).clamp(max=1)
             terms = (1 - pi) / pi * x.square().sum(-1)
             spreads.append(float((terms.square() * (1 - pi) / pi).sum().sqrt() / terms.sum()) / normal)
@@ -385,7 +388,7 @@ def measure(cell: Cell, calls: int, seed: int = 0) -> Result:
     above = silent = 0
     density = mean_error = 0.0
     for call in range(calls):
-        out, stats = data.run(cell.sampler, cell.selector, cell.target, row, seed * 100_000 + call, PILOT, 1.0)
+        out, stats = data.run(cell.sampler, cell.selector, cell.target, row, seed * 100_000 + call, DEFAULTS.pilot, 1.0)
         errors = data.errors(cell.target, out, stats)
         violated = errors > cell.epsilon
         above += int(violated.sum())

@@ -25,8 +25,8 @@ NOTES = """What to know about these rows:
 - *needle*, `sketch`: selector and pilot both miss the token, and a sample's variance knows nothing of what was not
   read. `bernstein` need not see it, because the norm byte says how heavy a token may be; it then reads nearly all.
 - *heavy-tailed*, `uniform`: the same on a smaller scale. `proportional` reads such tokens for certain.
-- *equal*, `uniform`, `denominator`: top-k members count as 0 in the population, so its values are 1 and a few 0. A
-  pilot that draws none of the zeros sees no variance at all, stops, and is off by their share.
+- *equal*, `uniform`, `denominator`: the sample is drawn from the range without the top-k, whose weights are all equal,
+  so a pilot of any size is exact.
 - `f8` with sampler `uniform`: its quantile was measured for `proportional`, whose weights keep the residuals even.
 - `sdpa` asks `2 (eps1 + eps2) <= eps` of two sums that each get half of delta: it reads most and is violated least.
 - `bernstein` trusts the codes. A code that is older than its key voids it (`tests/kernels/test_violations.py`); the

@@ -70,6 +70,7 @@ def markdown(result: dict[str, Any], name: str) -> str:
     plan, parts = result["plan"], groups(result)
     steps = plan["pieces"] * plan["positions"]
     heads = result["rows"][0]["head_steps"] // steps
+    few = plan["pieces"] * min(plan["positions"], plan["other_positions"])
     detected = detectable_rate(steps, heads, plan["delta"])
     lines = [
         "# Fidelity on real attention",
@@ -79,15 +80,19 @@ def markdown(result: dict[str, Any], name: str) -> str:
         "",
         f"Model: {result['model']}, float32, {heads} (layer, query head) pairs. Codes are calibrated on "
         f"{' and '.join(plan['calibration'])}; measured on {plan['pieces']} disjoint piece(s) of `{plan['text']}`, "
-        f"{plan['positions']} positions each from the last eighth of every context. Every figure is the real op "
-        "against float64 dense attention over the same cache; contexts below `dense_below` are sampled here too.",
+        f"{plan['positions']} positions each from the last eighth of every context ({plan['other_positions']} with "
+        "selectors other than `oracle` and `sketch`). Every figure is the real op against float64 dense attention over "
+        "the same cache; contexts below `dense_below` are sampled here too.",
+        "",
+        _head_steps(parts["main"]),
         "",
         "- *density*: distinct tokens read / tokens of the context.",
         "- *violations*: head-steps whose relative output error exceeds epsilon. "
         "*Binding*: the same among the heads whose final half-width is the largest of their KV group or within 10 % of "
         "epsilon, for which the sample grew; groups that read everything have none.",
         f"- *heads over*: heads whose violations exceed delta by a one-sided binomial test at {FAMILY_ALPHA:g} over "
-        f"all heads together (Bonferroni). {steps} steps a head: a true rate of {detected:.3f} is found with power .9.",
+        f"all heads together (Bonferroni). {steps} steps a head: a true rate of {detected:.3f} is found with power .9 "
+        f"({few} and {detectable_rate(few, heads, plan['delta']):.3f} with the other selectors).",
         "- *KL*, *agreement*, *perplexity*: every layer attends by the method, one token at each position, forced on "
         "the text before it, whose K and V are dense; KL(dense, method) in nats over the whole vocabulary.",
     ]
@@ -95,7 +100,7 @@ def markdown(result: dict[str, Any], name: str) -> str:
         lines += ["", f"Not measured: {', '.join(result['left_out'])}."]
     lines += ["", "## The bound", "", f"![violations]({name}-violations.png)", ""]
     lines += _main_table(parts["main"])
-    lines += ["", "## Scores", "", *_inefficiency_table(result["inefficiency"])]
+    lines += ["", "## Scores", "", *_inefficiency_table(result["inefficiency"], plan)]
     if parts["sweep"]:
         lines += ["", f"## Error at equal density, {plan['sweep_context']} tokens", ""]
         lines += [f"![error against density]({name}-density.png)", "", *_sweep_table(parts["sweep"], result)]
@@ -115,24 +120,41 @@ def _table(head: list[str], rows: list[list[str]]) -> list[str]:
 
 
 def _main_table(pairs: list[tuple[Row, Row]]) -> list[str]:
-    head = ["context", "selector", "sampler", "target", "bound", "epsilon", "density", "violations", "binding",
-            "heads over", "mean error", "p95", "KL", "agreement", "positions", "perplexity / dense"]  # fmt: skip
+    head = ["context", "selector", "sampler", "target", "bound", "epsilon", "head-steps", "density", "violations",
+            "binding", "heads over", "mean error", "p95", "KL", "agreement", "positions",
+            "perplexity / dense"]  # fmt: skip
     return _table(
         head,
         [
             [
                 str(r["context"]), label(r), r["sampler"], r["target"], r["bound"], f"{r['epsilon']:g}",
-                f"{r['density']:.3f}", f"{r['violation_rate']:.2%}", f"{r['binding_violation_rate']:.2%}",
-                str(r["heads_over_delta"]), f"{r['mean_error']:.4f}", f"{r['p95_error']:.4f}", f"{r['kl']:.5f}",
-                f"{r['agreement']:.2%}", str(d["positions"]), f"{d['perplexity']:.3f} / {d['dense_perplexity']:.3f}",
+                f"{r['head_steps']:,}", f"{r['density']:.3f}", f"{r['violation_rate']:.2%}",
+                f"{r['binding_violation_rate']:.2%}", str(r["heads_over_delta"]), f"{r['mean_error']:.4f}",
+                f"{r['p95_error']:.4f}", f"{r['kl']:.5f}", f"{r['agreement']:.2%}", str(d["positions"]),
+                f"{d['perplexity']:.3f} / {d['dense_perplexity']:.3f}",
             ]
             for r, d in pairs
         ],
     )  # fmt: skip
 
 
-def _inefficiency_table(entries: list[Row]) -> list[str]:
-    text = "Inefficiency: variance of `proportional` over that with exact scores, at equal expected sample."
+def _head_steps(pairs: list[tuple[Row, Row]]) -> str:
+    """How many head-steps the product's rows have, all together and for each selector and epsilon."""
+    counts: dict[tuple[str, float], int] = {}
+    for r, _ in pairs:
+        if (r["sampler"], r["target"]) == ("proportional", "output") and r["selector"] in ("oracle", "sketch"):
+            counts[label(r), r["epsilon"]] = counts.get((label(r), r["epsilon"]), 0) + r["head_steps"]
+    return (
+        f"Head-steps of `proportional` with target `output` and its default bound: {sum(counts.values()):,} with "
+        f"selectors `oracle` and `sketch`, {min(counts.values()):,} for each selector and epsilon over the contexts."
+    )
+
+
+def _inefficiency_table(entries: list[Row], plan: Row) -> list[str]:
+    text = (
+        "Inefficiency: variance of `proportional` over that with exact scores, at equal expected sample; "
+        f"{plan['pieces'] * plan['inefficiency_positions']} positions a context, every layer and head."
+    )
     rows = [
         [label(e), str(e["context"]), f"{e['median']:.2f}", f"{e['mean']:.1f}"]
         for e in sorted(entries, key=lambda e: (e["bits"], e["context"]))
@@ -141,9 +163,13 @@ def _inefficiency_table(entries: list[Row]) -> list[str]:
 
 
 def _sweep_table(pairs: list[tuple[Row, Row]], result: dict[str, Any]) -> list[str]:
+    text = (
+        f"{pairs[0][0]['head_steps']:,} head-steps a row; KL, agreement and perplexity over {pairs[0][1]['positions']} "
+        "positions. The epsilon of a row is searched for on the first piece."
+    )
     head = ["asked", "sampler", "selector", "target", "epsilon", "density", "mean error", "p95", "KL", "agreement",
             "perplexity"]  # fmt: skip
-    return _table(
+    return [text, "", *_table(
         head,
         [
             [
@@ -154,14 +180,15 @@ def _sweep_table(pairs: list[tuple[Row, Row]], result: dict[str, Any]) -> list[s
             ]
             for asked, (r, d) in zip(result["sweep_density"], pairs, strict=True)
         ],
-    )  # fmt: skip
+    )]  # fmt: skip
 
 
 def _published_table(pairs: list[tuple[Row, Row]]) -> list[str]:
     text = (
         "Sampler `uniform`, oracle top-k, target `denominator`, bound `clt`, delta .05, sink and window 128, "
-        "top-k 2.5 %. Published: Llama-3.1-8B on RULER qa_1 at 32K. Another model and a shorter context, so only the "
-        "shape compares; ours counts what the KV group reads, the pilot included."
+        f"top-k 2.5 %; {pairs[0][0]['head_steps']:,} head-steps a row at {pairs[0][0]['context']:,} tokens. Published: "
+        "Llama-3.1-8B on RULER qa_1 at 32K. Another model and a shorter context, so only the shape compares; ours "
+        "counts what the KV group reads, the pilot included."
     )
     rows = []
     for r, _ in pairs:

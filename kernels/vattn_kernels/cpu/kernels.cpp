@@ -1126,32 +1126,39 @@ template <typename T> struct Decode {
     }
     read(item, s, 0, top_k);
     const Permutation permute(uint32_t(n), stream_key(uint32_t(a.seed), uint32_t(a.layer_id), uint32_t(item.head), uint32_t(item.n)));
-    const int64_t pilot = std::min(n, std::max<int64_t>(a.pilot_min, int64_t(std::ceil(a.pilot * double(n)))));
-    const int64_t most = std::max(pilot, int64_t(std::floor(a.cap * double(n))));
+    // What is sampled: the range without the top-k, whose members are skipped where the permutation names them.
+    const int64_t population = n - top_k;
+    const int64_t pilot = std::min(population, std::max<int64_t>(a.pilot_min, int64_t(std::ceil(a.pilot * double(n)))));
+    const int64_t most = std::min(population, std::max(pilot, int64_t(std::floor(a.cap * double(n)))));
     std::vector<int64_t> looks;
     Reach reach[kMaxGroup];
-    if (log_term > 0) {
-      const double ratio = double(n) / double(pilot);
+    if (log_term > 0 && population > 0) {
+      const double ratio = double(population) / double(pilot);
       for (int step = 1; step < kGridSteps; ++step)
-        looks.push_back(std::min(n, int64_t(std::ceil(double(pilot) * std::pow(ratio, double(step) / kGridSteps)))));
-      looks.push_back(n);
+        looks.push_back(std::min(population, int64_t(std::ceil(double(pilot) * std::pow(ratio, double(step) / kGridSteps)))));
+      looks.push_back(population);
       looks.push_back(most);
       std::sort(looks.begin(), looks.end());
       reaches(item, [&](int64_t i) { return s.member[i - item.lo] ? -1 : kGridSteps; }, [](int64_t) { return 0.0; }, reach);
     }
-    int64_t budget = pilot, drawn = 0, count = top_k;
+    int64_t budget = pilot, count = top_k;
+    uint32_t walked = 0;
     bool cut[kMaxGroup] = {false};
     const int rounds = log_term > 0 ? kRounds : 2;
     for (int round = 0; round < rounds; ++round) {
       const int64_t old = count;
-      for (; drawn < budget; ++drawn) {
-        const uint32_t image = permute(uint32_t(drawn));
+      while (count < top_k + budget) {
+        const uint32_t image = permute(walked++);
         if (!s.member[image]) s.list[count++] = int32_t(item.lo + image);
       }
       read(item, s, old, count);
-      const float expand = float(double(n) / double(budget));
+      const float expand = float(double(population) / double(std::max<int64_t>(1, budget)));
       for (int64_t j = 0; j < count; ++j) s.weight[j] = j < top_k ? 1.0f : expand;
       estimate(item, s, count, heads);
+      if (budget == population) {
+        for (int g = 0; g < group; ++g) heads[g].half_width = 0;
+        break;
+      }
       int64_t next = budget;
       for (int g = 0; g < group; ++g) {
         HeadState &h = heads[g];
@@ -1182,13 +1189,13 @@ template <typename T> struct Decode {
             double widths[kMaxParts];
             for (int p = 0; p < num_parts; ++p) {
               const double diameter = reach[g].of(parts[p], 0, h) * (parts[p] == kDenominator && a.target != kOutput ? 1 : 2);
-              widths[p] = uniform_width(sigmas[p], diameter / units[p], double(size), double(n));
+              widths[p] = uniform_width(sigmas[p], diameter / units[p], double(size), double(population));
             }
             return combine(widths);
           };
           h.half_width = bounded(width(budget));
           if (h.half_width <= epsilon || round == rounds - 1) continue;
-          b = n;
+          b = population;
           for (const int64_t look : looks)
             if (look > budget && width(look) <= epsilon) {
               b = look;
@@ -1196,16 +1203,16 @@ template <typename T> struct Decode {
             }
         } else {
           const double z = quantile(1.0 / double(budget - 1));
-          h.half_width = bounded(z * double(n) * sigma * std::sqrt(std::max(0.0, 1.0 / double(budget) - 1.0 / double(n))));
+          const double total = double(population), root = z * total * sigma / epsilon, infinite = root * root;
+          h.half_width = bounded(z * total * sigma * std::sqrt(1.0 / double(budget) - 1.0 / total));
           if (round > 0) continue;
-          const double root = z * double(n) * sigma / epsilon, infinite = root * root;
-          b = std::max(pilot, int64_t(std::ceil(std::isfinite(infinite) ? n * infinite / (n + infinite) : double(n))));
+          b = std::max(pilot, int64_t(std::ceil(std::isfinite(infinite) ? total * infinite / (total + infinite) : total)));
         }
         cut[g] = b > most;
         next = std::max(next, std::min(b, most));
       }
+      if (next == budget) break;
       budget = next;
-      if (budget == drawn) break;
     }
     for (int g = 0; g < group; ++g) {
       const HeadState &h = heads[g];

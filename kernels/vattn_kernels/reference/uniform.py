@@ -29,10 +29,17 @@ def sample(
     pilot_min: int,
     cap: float,
 ) -> Sample:
-    """Pilot of the first ``b0`` images of a keyed permutation, then the first ``b`` (nested).
+    """Pilot of the first ``b0`` images of a keyed permutation that are no top-k members, then the first ``b`` (nested).
 
-    The population value of a top-k member is 0 (ours), so that the pilot's moments are those of the rest. Bound
-    ``bernstein`` looks at sizes of a fixed grid until it holds (`vattn_kernels.reference.bernstein`).
+    The population are the ``M = N - top_k`` tokens of the range outside the top-k (ours): members are skipped while the
+    permutation of the range is walked, which leaves a uniform sample without replacement of the rest. Its weights are
+    ``M / b``, its moments those of the rest, and the finite-population correction has M, so a sample of everything is
+    exact and so is one of equal weights. Pilot and cap are shares of the range, as with ``proportional``:
+    ``b0 = max(pilot_min, ceil(pilot N))`` and at most ``max(b0, floor(cap N))`` tokens, none of them beyond M. A top-k
+    that covers the range leaves nothing to sample: everything is read, half-width 0.
+
+    Bound ``bernstein`` looks at sizes of a fixed grid from ``b0`` to M until it holds
+    (`vattn_kernels.reference.bernstein`).
 
     Parameters
     ----------
@@ -46,41 +53,47 @@ def sample(
         As in `vattn_kernels.reference.proportional.sample`.
     """
     epsilon, total = float(row[0]), shares.numel()
-    members = torch.sort(shares, descending=True, stable=True).indices[:top_k]
-    is_member = torch.zeros(total, dtype=torch.bool)
-    is_member[members] = True
+    # Tokens with equal codes tie, and the first of them wins; float64 would tell them apart by rounding.
+    members = torch.sort(shares.float(), descending=True, stable=True).indices[:top_k]
+    open_ = torch.ones(total, dtype=torch.bool)
+    open_[members] = False
     order = rng.permutation(total, key)
-    first = min(total, max(pilot_min, math.ceil(pilot * total)))
-    most = max(first, math.floor(cap * total))
+    order = order[open_[order]]
+    population = order.numel()
+    first = min(population, max(pilot_min, math.ceil(pilot * total)))
+    most = min(population, max(first, math.floor(cap * total)))
     split = target == "sdpa"
     log = float(row[layout.SPLIT_LOG if split else layout.LOG])
-    looks = sorted({*(min(total, math.ceil(b)) for b in bernstein.grid(first, total)), most})
+    grid = bernstein.grid(first, population) if population else []
+    looks = sorted({*(min(population, math.ceil(b)) for b in grid), most})
     size, cut = first, [False] * len(heads)
     rounds = ROUNDS if log else 2
     for round_ in range(rounds):
-        drawn = order[:size]
-        drawn = drawn[~is_member[drawn]]
-        read = torch.cat([members, drawn])
-        weight = torch.cat([torch.ones(top_k), torch.full((drawn.numel(),), total / size)]).double()
+        read = torch.cat([members, order[:size]])
+        weight = torch.cat([torch.ones(top_k), torch.full((size,), population / max(1, size))]).double()
         estimates = [estimate(head, read + low, weight, target, log > 0) for head in heads]
+        if size == population:
+            half_widths = [0.0] * len(heads)
+            break
         half_widths, wanted = [], size
         z = budget.quantile(row, size - 1, split)
         for index, (head, e) in enumerate(zip(heads, estimates, strict=True)):
             sigmas = {name: _deviation(part, top_k, size) for name, part in e.parts.items()}
             if log:
-                open_ = ~is_member
-                half_widths.append(_provable(head, e, target, sigmas, open_, log, size, total))
+                half_widths.append(_provable(head, e, target, sigmas, open_, log, size, population))
                 if half_widths[-1] > epsilon and round_ < rounds - 1:
-                    later = [b for b in looks if b > size] or [total]
-                    enough = [b for b in later if _provable(head, e, target, sigmas, open_, log, b, total) <= epsilon]
-                    needed = (enough or [total])[0]
+                    later = [b for b in looks if b > size]
+                    enough = (
+                        b for b in later if _provable(head, e, target, sigmas, open_, log, b, population) <= epsilon
+                    )
+                    needed = next(enough, population)
                     cut[index] = needed > most
                     wanted = max(wanted, min(needed, most))
                 continue
             sigma = FACTOR[target] * sum(sigmas.values())
-            half_widths.append(z * total * sigma * math.sqrt(max(0.0, 1 / size - 1 / total)))
+            half_widths.append(z * population * sigma * math.sqrt(1 / size - 1 / population))
             if round_ == 0:
-                needed = max(first, math.ceil(budget.sample_size(sigma, epsilon, z, total)))
+                needed = max(first, math.ceil(budget.sample_size(sigma, epsilon, z, population)))
                 cut[index] = needed > most
                 wanted = max(wanted, min(needed, most))
         if wanted == size:
@@ -90,7 +103,7 @@ def sample(
 
 
 def _deviation(part: Part, top_k: int, size: int) -> float:
-    """Sample deviation ``sqrt(Tr Cov(x))`` over the unit; a top-k member that was drawn counts as 0."""
+    """Sample deviation ``sqrt(Tr Cov(x))`` over the unit, of the ``size`` tokens behind the top-k."""
     vectors = part.vectors[top_k:] / part.unit
     squares = float(vectors.square().sum())
     return math.sqrt(max(0.0, (squares - float(vectors.sum(0).square().sum()) / size) / (size - 1)))
@@ -104,13 +117,13 @@ def _provable(
     open_: torch.Tensor,
     log: float,
     size: int,
-    total: int,
+    population: int,
 ) -> float:
     """Half-width of bound ``bernstein`` of a sample of ``size``, from the deviations of the sample at hand."""
-    reach = bernstein.reaches(head, open_, torch.zeros(total).double(), e.maximum, float(e.out.norm()))
+    reach = bernstein.reaches(head, open_, torch.zeros(open_.numel()).double(), e.maximum, float(e.out.norm()))
     widths = {}
     for name, part in e.parts.items():
         # A weight and its mean lie in [0, reach]; a vector and its mean are up to two reaches apart.
         diameter = reach[name] * (1 if name == "denominator" and target != "output" else 2)
-        widths[name] = bernstein.uniform(sigmas[name], diameter / part.unit, log, size, total)
+        widths[name] = bernstein.uniform(sigmas[name], diameter / part.unit, log, size, population)
     return bernstein.combine(target, widths)

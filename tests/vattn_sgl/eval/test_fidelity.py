@@ -9,6 +9,7 @@ from pathlib import Path
 
 import jsonschema
 import pytest
+import torch
 
 from vattn_kernels import ops, quantiles
 from vattn_sgl.eval import capture, fidelity, report
@@ -49,8 +50,8 @@ SCHEMA = {
         }
     },
 }
-PLAN = Plan((256, 384), 1, 6, (0.05, 0.2), densities=(0.2, 0.4), sweep_context=384, sweep_pieces=1, sweep_positions=3,
-            forced_share=2, agreement_positions=4, prompts=2, prompt_tokens=200, continuation=6,
+PLAN = Plan((256, 384), 1, 6, 4, (0.05, 0.2), densities=(0.2, 0.4), sweep_context=384, sweep_pieces=1,
+            sweep_positions=3, forced_positions=3, agreement_positions=4, prompts=2, prompt_tokens=200, continuation=6,
             inefficiency_positions=1)  # fmt: skip
 
 
@@ -74,7 +75,10 @@ def test_rows_are_complete_and_follow_the_schema(result, tmp_path):
     for selector, bits in (("oracle", 0), ("sketch", 64), ("sketch", 128), ("quest", 128), ("sign", 64)):
         for context in PLAN.contexts:
             assert {(selector, bits, context, e) for e in PLAN.epsilons} <= main
-    assert read["rows"][0]["head_steps"] == 2 * 6 * PLAN.positions
+    for row, _ in report.groups(result)["main"]:
+        few = row["selector"] in ("quest", "sign")
+        assert row["head_steps"] == 2 * 6 * (PLAN.other_positions if few else PLAN.positions)
+    assert {d["positions"] for _, d in report.groups(result)["main"]} == {PLAN.forced_positions}
     assert all(math.isfinite(r["kl"]) and r["kl"] > -1e-12 for r in read["rows"])
 
 
@@ -111,7 +115,8 @@ def test_page_and_plots_are_written(result, tmp_path):
     files = report.write(result | {"server": server}, tmp_path)
     assert [f.name for f in files] == ["fidelity.md", "fidelity-violations.png", "fidelity-density.png"]
     text = files[0].read_text()
-    for what in ("vattn eval fidelity", "2026-01-01", "seed 0", "0.054", "Through the server", "Binomial".lower()):
+    for what in ("vattn eval fidelity", "2026-01-01", "seed 0", "0.054", "Through the server", "Binomial".lower(),
+                 f"{2 * 6 * PLAN.positions * 2 * 2 * 3:,} with selectors"):  # fmt: skip
         assert what in text
     assert "Not measured: `hash` (no weights of this model were given)." in text
     for file in files[1:]:
@@ -124,6 +129,14 @@ def test_positions_end_at_the_context():
     assert len(set(positions)) == 128
     assert positions[-1] == 4095
     assert positions[0] >= 4096 - 4096 // fidelity.TAIL
+
+
+@pytest.mark.parametrize(("total", "count"), [(128, 32), (128, 24), (6, 4), (6, 5), (6, 6), (6, 9), (6, 1)])
+def test_an_even_choice_has_its_count_and_the_last_position(total, count):
+    chosen = fidelity.every(torch.arange(total), count)
+    assert chosen.numel() == chosen.unique().numel() == min(count, total)
+    assert chosen[-1] == total - 1
+    assert chosen.diff().numel() == 0 or chosen.diff().max() - chosen.diff().min() <= 1
 
 
 @pytest.mark.parametrize("density", [0.01, 0.02, 0.05, 0.2])
