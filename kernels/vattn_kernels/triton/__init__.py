@@ -155,7 +155,7 @@ def decode(
             work.outs, work.scalars, work.heads, seq_lens, work.mode, work.counts, work.log_scale, work.fixed,
             work.reads, work.arrivals, work.used, params, state, state_rows, budget_edges, error_edges, out, stats,
             counters, sink, window, cap, last, *counter_offsets[:5], **merge, EXACT=exact, FIRST=first, SPLITS=parts,
-            SPLITS_P=_power_of_two(parts + 1), num_warps=launch.combine_warps if first else launch.tail_combine_warps,
+            SPLITS_P=_power_of_two(parts + 1), num_warps=max(1, _power_of_two(parts + 1) // launch.splits_a_warp),
         )  # fmt: skip
 
     select_fwd_kernel[(rows * splits,)](
@@ -171,7 +171,7 @@ def decode(
     retry_fwd_kernel[(min(launch.tail_programs, rows * (tail + 1)),)](
         q, k_cache, v_cache, kv_indices, seq_lens, *lists, codes, norms, fields, work.codes, work.bias, work.scale,
         work.log_scale, work.reads, work.used, sm_scale, sink, window, *key, rows, launch.tail_items, kv_stride,
-        k_stride, codes.stride(1), norms.stride(1), capacity, **attend, **sketch, **few, maxnreg=launch.retry_registers,
+        k_stride, codes.stride(1), norms.stride(1), capacity, **attend, **sketch, **few,
     )  # fmt: skip
     combine(last=2 if cap < 1 else 1)
     attend_exact_fwd_kernel[(min(launch.tail_programs, rows * tail),)](

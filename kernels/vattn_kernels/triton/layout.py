@@ -75,9 +75,7 @@ class Launch:
     select_registers: int | None = 80
     attend_block: int = 32
     attend_registers: int | None = 168
-    retry_registers: int | None = 168
-    combine_warps: int = 1
-    tail_combine_warps: int = 4
+    splits_a_warp: int = 16
     exact_block: int = 128
     exact_warps: int = 8
     exact_stages: int = 3

@@ -55,7 +55,7 @@ def shapes(dtype: str, head_dim: int, group: int, words: int):
     few = {"LEAST": layout.LEAST_SPLITS, "ROWS_P": 128}
     yield select_fwd_kernel, warps, merge | sketch
     yield attend_fwd_kernel, warps, merge | attend
-    yield combine_fwd_kernel, launch.combine_warps, merge | {"EXACT": False, "FIRST": True}
+    yield combine_fwd_kernel, 1, merge | {"EXACT": False, "FIRST": True}
     yield retry_fwd_kernel, warps, merge | sketch | attend | few
     yield attend_exact_fwd_kernel, launch.exact_warps, merge | few | {
         "BN": launch.exact_block, "STAGES": launch.exact_stages
@@ -63,6 +63,12 @@ def shapes(dtype: str, head_dim: int, group: int, words: int):
     yield update_fwd_kernel, 4, {
         "D": head_dim, "DP": power, "R": head_dim, "C": coded, "WORDS": words, "BT": 16
     }  # fmt: skip
+
+
+def registers(kernel) -> int | None:
+    """The limit that a launch sets."""
+    launch = layout.LAUNCH
+    return {select_fwd_kernel: launch.select_registers, attend_fwd_kernel: launch.attend_registers}.get(kernel)
 
 
 def resources(cubin: bytes) -> dict[str, int]:
@@ -103,7 +109,8 @@ def main() -> None:
                     if name.startswith("p_") or name.endswith("_stride")
                 }
                 source = ASTSource(kernel, signature, constants, aligned)
-                built = triton.compile(source, GPUTarget("cuda", arch, 32), options={"num_warps": warps})
+                options = {"num_warps": warps, "maxnreg": registers(kernel)}
+                built = triton.compile(source, GPUTarget("cuda", arch, 32), options=options)
                 row = {"kernel": kernel.fn.__name__, "arch": arch, "dtype": dtype, "head_dim": head_dim, "group": group,
                        "words": words, "shared": built.metadata.shared, **resources(built.asm["cubin"])}  # fmt: skip
                 print(json.dumps(row), flush=True)
