@@ -161,11 +161,13 @@ def decode(
     select_fwd_kernel[(rows * splits,)](
         codes, norms, kv_indices, seq_lens, fields, work.mode, work.codes, work.bias, work.log_scale, work.scale,
         work.slots, work.pi, work.counts, work.reads, sink, window, *key, kv_stride, codes.stride(1), norms.stride(1),
-        capacity, HKV=num_kv_heads, G=group, SPLITS=splits, **sketch, num_warps=warps, maxnreg=launch.select_registers,
+        capacity, HKV=num_kv_heads, G=group, SPLITS=splits, **sketch, num_warps=warps,
+        maxnreg=layout.select_registers(group, words),
     )  # fmt: skip
     attend_fwd_kernel[(rows * (splits + 1),)](
         q, k_cache, v_cache, kv_indices, seq_lens, *lists, sm_scale, sink, window, kv_stride, k_stride, capacity,
-        **attend, SPLITS=splits, MOST=layout.MOST_LISTS, TARGET=target_id, maxnreg=launch.attend_registers,
+        **attend, SPLITS=splits, MOST=layout.MOST_LISTS, TARGET=target_id,
+        maxnreg=layout.attend_registers(width, padded_dim),
     )  # fmt: skip
     combine(last=0, first=True)
     retry_fwd_kernel[(min(launch.tail_programs, rows * (tail + 1)),)](

@@ -86,6 +86,16 @@ LAUNCH: Final = Launch()
 MOST_CODES: Final = 4 * GROUPS_PER_WORD * 4
 
 
+def select_registers(group: int, words: int) -> int | None:
+    """Registers a thread of ``select``: fewer let more programs hide latency, while the queries' codes fit them."""
+    return LAUNCH.select_registers if group * words <= 8 else None
+
+
+def attend_registers(width: int, head_dim: int) -> int | None:
+    """Registers a thread of ``attend``: three programs a multiprocessor, while the output's tile fits them."""
+    return LAUNCH.attend_registers if width * head_dim <= 16 * 128 else None
+
+
 def splits_of(rows: int) -> int:
     """Splits a row: enough to fill the device, a power of two.
 

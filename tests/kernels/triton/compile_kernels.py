@@ -65,10 +65,13 @@ def shapes(dtype: str, head_dim: int, group: int, words: int):
     }  # fmt: skip
 
 
-def registers(kernel) -> int | None:
+def registers(kernel, constants: dict) -> int | None:
     """The limit that a launch sets."""
-    launch = layout.LAUNCH
-    return {select_fwd_kernel: launch.select_registers, attend_fwd_kernel: launch.attend_registers}.get(kernel)
+    if kernel is select_fwd_kernel:
+        return layout.select_registers(constants["G"], constants["WORDS"])
+    if kernel is attend_fwd_kernel:
+        return layout.attend_registers(constants["WIDTH"], constants["DP"])
+    return None
 
 
 def resources(cubin: bytes) -> dict[str, int]:
@@ -109,7 +112,7 @@ def main() -> None:
                     if name.startswith("p_") or name.endswith("_stride")
                 }
                 source = ASTSource(kernel, signature, constants, aligned)
-                options = {"num_warps": warps, "maxnreg": registers(kernel)}
+                options = {"num_warps": warps, "maxnreg": registers(kernel, constants)}
                 built = triton.compile(source, GPUTarget("cuda", arch, 32), options=options)
                 row = {"kernel": kernel.fn.__name__, "arch": arch, "dtype": dtype, "head_dim": head_dim, "group": group,
                        "words": words, "shared": built.metadata.shared, **resources(built.asm["cubin"])}  # fmt: skip
