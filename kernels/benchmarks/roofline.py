@@ -1,0 +1,48 @@
+"""Draw ``roofline.png`` from ``results.json``: time of a decode step against density, and what bounds it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+from matplotlib.ticker import NullFormatter
+
+HERE = Path(__file__).parent
+SHAPES = ((1, 131072), (16, 8192), (16, 32768), (16, 131072))
+# Bytes of K and V a token and layer: 8 heads of 128 in bf16; and of the codes with their norms.
+KV_BYTES, SIDE_BYTES = 4096, 8 * 10
+
+
+def main() -> None:
+    """Draw the shapes of `SHAPES`, ordered slots."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--copy", type=float, default=4.2, help="TB/s that a copy reaches")
+    options = parser.parse_args()
+    rows = json.loads((HERE / "results.json").read_text())
+    figure, axes = plt.subplots(1, len(SHAPES), figsize=(4 * len(SHAPES), 3.6), layout="constrained")
+    for axis, (batch, context) in zip(axes, SHAPES, strict=True):
+        own = [r for r in rows if (r["batch"], r["context"], r["order"]) == (batch, context, "in order")]
+        totals = sorted((r["density"], r["us"]) for r in own if r["stage"] == "total" and r["wanted"].startswith("cap"))
+        at = [density for density, _ in totals]
+        megabytes = batch * context / 1e6
+        bound = [megabytes * (KV_BYTES * d + SIDE_BYTES) / options.copy for d in at]
+        axis.loglog(at, [us for _, us in totals], "o-", label="whole step")
+        axis.loglog(at, bound, "k--", label=f"bytes at {options.copy} TB/s")
+        axis.axhline(own[0]["dense_us"], color="tab:red", label="best dense")
+        axis.set(title=f"{batch} x {context}", xlabel="density", ylabel="us a layer" if axis is axes[0] else "")
+        axis.set_xticks([0.025, 0.05, 0.1, 0.2, 0.5], labels=[".025", ".05", ".1", ".2", ".5"])
+        axis.xaxis.set_minor_formatter(NullFormatter())
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter(NullFormatter())
+        axis.grid(alpha=0.3, which="both")
+    axes[0].legend()
+    figure.savefig(HERE / "roofline.png", dpi=110)
+
+
+if __name__ == "__main__":
+    main()
