@@ -23,7 +23,7 @@ def test_a_key_that_begins_with_a_dash_is_still_a_key(tmp_path):
 
 
 STAND_IN = """
-import sys, time
+import signal, sys, time
 from vattn_sgl import cli, demo
 from vattn_sgl.server import Server
 
@@ -40,6 +40,7 @@ def run(*arguments):
         time.sleep(60)
 
 Server._wait, demo.run = wait, run
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # Under nohup it is inherited as ignored.
 cli.app(["demo"])
 """
 

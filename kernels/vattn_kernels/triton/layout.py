@@ -66,7 +66,10 @@ MOST_LISTS: Final = LISTS.value * MOST_SPLITS
 
 @dataclass
 class Launch:
-    """How kernels are launched; the figures behind the choices are in ``kernels/benchmarks/RESULTS.md``."""
+    """How kernels are launched; the figures behind the choices are in ``kernels/benchmarks/RESULTS.md``.
+
+    ``tail`` are the rounds after the first: so many programs, and about so many splits of the rows that are open.
+    """
 
     programs: int = 1024
     tail_programs: int = 264
