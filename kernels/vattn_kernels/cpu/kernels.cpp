@@ -14,7 +14,7 @@ namespace {
 constexpr int kMaxGroup = 16;
 constexpr int kTotals = kMaxGroup + 1;
 constexpr int kMaxDim = 256;
-constexpr int kChunk = 2048;
+constexpr int kChunk = 512;  // Tokens of a task: small enough that three KV heads keep an even number of cores busy.
 constexpr int kBlock = 64;
 constexpr int kRounds = 48;
 constexpr int kPatience = 8;
