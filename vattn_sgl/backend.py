@@ -181,8 +181,8 @@ class VAttentionBackend(AttentionBackend):
             self.selector.begin_forward(0, 0, self.token_to_kv_pool)
             return 0
         lengths = compat.host_seq_lens(forward_batch)
-        decoded = 0 if self.on_gpu else len(lengths)  # A graph's decode steps cannot be observed.
-        num_tokens = sum(forward_batch.extend_seq_lens_cpu) if mode.is_extend() else decoded
+        # Decode steps are not observed: it would slow each of them, and a graph's cannot be.
+        num_tokens = sum(forward_batch.extend_seq_lens_cpu) if mode.is_extend() else 0
         self.selector.begin_forward(max(lengths), num_tokens, self.token_to_kv_pool)
         self.telemetry.begin_forward()
         return max(lengths)
