@@ -136,4 +136,4 @@ def test_dummy_batches_teach_nothing(fixture, monkeypatch):
         backend.init_forward_metadata(fixture.forward_batch)
     assert told == [(0, 0)]
     backend.init_forward_metadata(fixture.forward_batch)
-    assert told[1:] == [(max(PREFIXES) + 1, len(PREFIXES)), "telemetry"]
+    assert told[1:] == [(max(PREFIXES) + 1, 0), "telemetry"]
