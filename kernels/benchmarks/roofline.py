@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import matplotlib
+from decode_gpu import BITS, HEAD_DIM, KV_HEADS
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -14,8 +15,8 @@ from matplotlib.ticker import NullFormatter
 
 HERE = Path(__file__).parent
 SHAPES = ((1, 131072), (16, 8192), (16, 32768), (16, 131072))
-# Bytes of K and V a token and layer: 8 heads of 128 in bf16; and of the codes with their norms.
-KV_BYTES, SIDE_BYTES = 4096, 8 * 10
+# Bytes a token and layer: of K and V in bf16, and of the codes with their two norms.
+KV_BYTES, SIDE_BYTES = 2 * KV_HEADS * HEAD_DIM * 2, KV_HEADS * (BITS // 8 + 2)
 
 
 def main() -> None:
