@@ -6,7 +6,8 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from vattn_kernels.cpu import DTYPES, MAX_GROUP, MAX_HEAD_DIM
+from vattn_kernels.checks import MAX_GROUP
+from vattn_kernels.cpu import DTYPES, MAX_HEAD_DIM
 from vattn_kernels.ops import GPU_DTYPES, GPU_HEAD_DIMS
 from vattn_sgl.config import Settings
 

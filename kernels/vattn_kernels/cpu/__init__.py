@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from vattn_kernels import params as layout
+from vattn_kernels.checks import check_cache, check_decode, require
 from vattn_kernels.cpu import build
 from vattn_kernels.pages import PAGE
 from vattn_kernels.quantiles import PROVABLE_SELECTORS, TARGETS
 from vattn_kernels.signature import MAX_BITS, MAX_LAYERS, MAX_WIDTH
 
-MAX_GROUP = 16
 MAX_HEAD_DIM = 256
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -63,11 +63,6 @@ _NEEDED = dict.fromkeys(SELECTOR_NUMBERS, _SIDE) | {"oracle": (), "quest": ("cod
 _workspace = torch.empty(0)
 
 
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(f"vattn on CPU: {message}")
-
-
 def _reserve(numel: int) -> int:
     """Address of a float32 workspace that only ever grows; the CPU runs one op at a time."""
     global _workspace
@@ -76,16 +71,9 @@ def _reserve(numel: int) -> int:
     return _workspace.data_ptr()
 
 
-def _check_cache(k_cache: torch.Tensor, v_cache: torch.Tensor) -> None:
-    _require(
-        k_cache.dtype in DTYPES, f"dtype {k_cache.dtype} of the KV cache is not supported, expected float32 or bfloat16"
-    )
-    _require(k_cache.dtype == v_cache.dtype, f"k_cache is {k_cache.dtype} but v_cache is {v_cache.dtype}")
-    _require(
-        k_cache.shape == v_cache.shape, f"k_cache {tuple(k_cache.shape)} and v_cache {tuple(v_cache.shape)} differ"
-    )
-    _require(k_cache.is_contiguous() and v_cache.is_contiguous(), "k_cache and v_cache must be contiguous")
-    _require(k_cache.shape[-1] <= MAX_HEAD_DIM, f"head_dim {k_cache.shape[-1]} is above {MAX_HEAD_DIM}")
+def _check_cache(k_cache: Tensor, v_cache: Tensor) -> None:
+    check_cache(k_cache, v_cache, DTYPES)
+    require(k_cache.shape[-1] <= MAX_HEAD_DIM, "head_dim {} is above {}", k_cache.shape[-1], MAX_HEAD_DIM)
 
 
 def decode(
@@ -102,30 +90,16 @@ def decode(
     batch, num_qo_heads, head_dim = q.shape
     num_kv_heads = k_cache.shape[1]
     group = num_qo_heads // num_kv_heads
-    _require(
-        q.dtype == k_cache.dtype == out.dtype,
-        f"q is {q.dtype}, out {out.dtype}, the KV cache {k_cache.dtype}; expected one dtype",
-    )
-    _require(
-        num_qo_heads % num_kv_heads == 0 and group <= MAX_GROUP,
-        f"{num_qo_heads} query heads over {num_kv_heads} KV heads: the group must be whole and at most {MAX_GROUP}",
-    )
-    _require(q.is_contiguous() and out.is_contiguous() and stats.is_contiguous(), "q, out and stats must be contiguous")
-    _require(
-        kv_indices.dtype == torch.int32 and kv_indices.stride(1) == 1,
-        "kv_indices must be int32 with unit stride along positions",
-    )
-    _require(seq_lens.dtype in (torch.int32, torch.int64), f"seq_lens must be int32 or int64, got {seq_lens.dtype}")
-    _require(sampler in ("proportional", "uniform"), f"sampler {sampler!r} is unknown")
-    _require(target in TARGETS, f"target {target!r} is unknown, expected one of {', '.join(TARGETS)}")
-    _require(selector in SELECTOR_NUMBERS, f"selector {selector!r} is unknown")
-    _require(group_score in ("max", "mean"), f"group_score {group_score!r} is unknown")
-    _require(pilot_min >= 4 and pilot > 0, f"pilot_min {pilot_min} must be at least 4 and pilot {pilot} above 0")
-    _require(params.numel() == layout.PARAMS_WIDTH, f"params has {params.numel()} values, not {layout.PARAMS_WIDTH}")
-    _require(
+    check_decode(q, k_cache, kv_indices, seq_lens, out, stats, target)
+    require(sampler in ("proportional", "uniform"), "sampler {!r} is unknown", sampler)
+    require(selector in SELECTOR_NUMBERS, "selector {!r} is unknown", selector)
+    require(group_score in ("max", "mean"), "group_score {!r} is unknown", group_score)
+    require(pilot_min >= 4 and pilot > 0, "pilot_min {} must be at least 4 and pilot {} above 0", pilot_min, pilot)
+    require(params.numel() == layout.PARAMS_WIDTH, "params has {} values, not {}", params.numel(), layout.PARAMS_WIDTH)
+    require(
         selector in PROVABLE_SELECTORS or float(params[layout.LOG]) == 0,
-        f"bound 'bernstein' needs an upper bound of every logit, which selector {selector!r} does not have: "
-        f"expected selector {', '.join(PROVABLE_SELECTORS)}",
+        "bound 'bernstein' needs an upper bound of every logit, which selector {!r} does not have: expected one of {}",
+        *(selector, PROVABLE_SELECTORS),
     )
     side = _side_data(selector, (codes, norms, valid, mean, query_basis, steps, fields), k_cache, num_qo_heads)
     words = side["codes"].shape[-1] if "codes" in side else 0
@@ -160,20 +134,25 @@ def _side_data(
     named = dict(zip(_SIDE, given, strict=True))
     side = {name: tensor for name in _NEEDED[selector] if (tensor := named[name]) is not None}
     missing = [name for name in _NEEDED[selector] if name not in side]
-    _require(not missing, f"selector {selector!r} needs side data, got no {', '.join(missing)}")
+    require(not missing, "selector {!r} needs side data, got no {}", selector, ", ".join(missing))
     for name, tensor in side.items():
-        _require(tensor.is_contiguous(), f"{name} must be contiguous")
+        require(tensor.is_contiguous(), "{} must be contiguous", name)
     if selector == "quest":
         codes = side["codes"]
-        _require(codes.dtype == k_cache.dtype, f"page bounds are {codes.dtype}, the KV cache {k_cache.dtype}")
-        _require(
-            codes.shape[0] * PAGE >= k_cache.shape[0], f"{codes.shape[0]} pages do not cover {k_cache.shape[0]} slots"
+        require(codes.dtype == k_cache.dtype, "page bounds are {}, the KV cache {}", codes.dtype, k_cache.dtype)
+        require(
+            codes.shape[0] * PAGE >= k_cache.shape[0],
+            "{} pages do not cover {} slots",
+            codes.shape[0],
+            k_cache.shape[0],
         )
     if selector in ("sign", "hash"):
         _check_nets(side["query_basis"], side["fields"], k_cache.shape[2])
-        _require(
+        require(
             side["query_basis"].shape[0] == num_qo_heads,
-            f"{side['query_basis'].shape[0]} query nets for {num_qo_heads} query heads",
+            "{} query nets for {} query heads",
+            side["query_basis"].shape[0],
+            num_qo_heads,
         )
     return side
 
@@ -181,16 +160,16 @@ def _side_data(
 def _check_nets(nets: Tensor, widths: Tensor, head_dim: int) -> None:
     sizes = widths.tolist()
     parameters = sum((inner + 1) * outer for inner, outer in itertools.pairwise(sizes))
-    _require(2 <= len(sizes) <= MAX_LAYERS + 1, f"{len(sizes) - 1} layers of a net: 1 to {MAX_LAYERS} are supported")
-    _require(max(sizes) <= MAX_WIDTH, f"a net of width {max(sizes)} is above {MAX_WIDTH}")
-    _require(sizes[0] == head_dim, f"nets take {sizes[0]} inputs, keys have {head_dim}")
-    _require(sizes[-1] % 32 == 0 and sizes[-1] <= MAX_BITS, f"{sizes[-1]} bits: multiples of 32 up to {MAX_BITS}")
-    _require(nets.shape[1] == parameters, f"nets have {nets.shape[1]} parameters, widths {sizes} need {parameters}")
-    _require(nets.dtype == torch.float32 and nets.is_contiguous(), "nets must be contiguous float32")
+    require(2 <= len(sizes) <= MAX_LAYERS + 1, "{} layers of a net: 1 to {} are supported", len(sizes) - 1, MAX_LAYERS)
+    require(max(sizes) <= MAX_WIDTH, "a net of width {} is above {}", max(sizes), MAX_WIDTH)
+    require(sizes[0] == head_dim, "nets take {} inputs, keys have {}", sizes[0], head_dim)
+    require(sizes[-1] % 32 == 0 and sizes[-1] <= MAX_BITS, "{} bits: multiples of 32 up to {}", sizes[-1], MAX_BITS)
+    require(nets.shape[1] == parameters, "nets have {} parameters, widths {} need {}", nets.shape[1], sizes, parameters)
+    require(nets.dtype == torch.float32 and nets.is_contiguous(), "nets must be contiguous float32")
 
 
 def _check_slots(slots: Tensor) -> None:
-    _require(slots.dtype == torch.int64 and slots.is_contiguous(), f"slots must be contiguous int64, got {slots.dtype}")
+    require(slots.dtype == torch.int64 and slots.is_contiguous(), "slots must be contiguous int64, got {}", slots.dtype)
 
 
 def encode(
@@ -218,9 +197,13 @@ def encode_signature(
     _check_slots(slots)
     _check_nets(nets, widths, k_cache.shape[2])
     bits = int(widths[-1])
-    _require(
+    require(
         nets.shape[0] % k_cache.shape[1] == 0 and codes.shape[-1] * 32 * k_cache.shape[1] == nets.shape[0] * bits,
-        f"{nets.shape[0]} nets of {bits} bits do not fill {codes.shape[-1]} words of {k_cache.shape[1]} KV heads",
+        "{} nets of {} bits do not fill {} words of {} KV heads",
+        nets.shape[0],
+        bits,
+        codes.shape[-1],
+        k_cache.shape[1],
     )
     args = _SignatureArgs(
         k_cache.data_ptr(), v_cache.data_ptr(), slots.data_ptr(), mean.data_ptr(), nets.data_ptr(), widths.data_ptr(),
@@ -235,7 +218,7 @@ def encode_pages(k_cache: Tensor, v_cache: Tensor, slots: Tensor, bounds: Tensor
     """CPU implementation of `vattn_kernels.ops.encode_pages`."""
     _check_cache(k_cache, v_cache)
     _check_slots(slots)
-    _require(bounds.dtype == k_cache.dtype, f"page bounds are {bounds.dtype}, the KV cache {k_cache.dtype}")
+    require(bounds.dtype == k_cache.dtype, "page bounds are {}, the KV cache {}", bounds.dtype, k_cache.dtype)
     args = _PageArgs(
         k_cache.data_ptr(), v_cache.data_ptr(), slots.data_ptr(), bounds.data_ptr(), norms.data_ptr(),
         valid.data_ptr(), slots.numel(), valid.shape[0], k_cache.shape[1], k_cache.shape[2],

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vattn_kernels import params as parameters
-from vattn_kernels.cpu import MAX_GROUP
+from vattn_kernels.checks import check_cache, check_decode, require
 from vattn_kernels.ops import GPU_DTYPES, GPU_HEAD_DIMS, STATE_WIDTH
 from vattn_kernels.quantiles import TARGETS
 from vattn_kernels.sketch import GROUPS_PER_WORD
@@ -29,32 +29,27 @@ MOST_AGE = 64
 LEAST_ROWS = 1024
 
 
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(f"vattn on the GPU: {message}")
-
-
 def _power_of_two(x: int) -> int:
     return 1 << (x - 1).bit_length()
 
 
 def _check_cache(k_cache: Tensor, v_cache: Tensor) -> None:
     allowed = GPU_DTYPES if k_cache.is_cuda else (*GPU_DTYPES, torch.float32)
-    _require(k_cache.dtype in allowed, f"dtype {k_cache.dtype} of the KV cache, expected bfloat16 or float16")
-    _require(k_cache.dtype == v_cache.dtype, f"k_cache is {k_cache.dtype} but v_cache is {v_cache.dtype}")
-    _require(k_cache.shape == v_cache.shape, f"k_cache {tuple(k_cache.shape)}, v_cache {tuple(v_cache.shape)} differ")
-    _require(k_cache.is_contiguous() and v_cache.is_contiguous(), "k_cache and v_cache must be contiguous")
-    _require(k_cache.shape[-1] in GPU_HEAD_DIMS, f"head_dim {k_cache.shape[-1]}, expected one of {GPU_HEAD_DIMS}")
+    check_cache(k_cache, v_cache, allowed)
+    require(k_cache.shape[-1] in GPU_HEAD_DIMS, "head_dim {}, expected one of {}", k_cache.shape[-1], GPU_HEAD_DIMS)
 
 
 def _check_codes(codes: Tensor, norms: Tensor, steps: Tensor) -> None:
-    _require(codes.shape[-1] in WORDS, f"codes of {codes.shape[-1]} words, expected {WORDS}")
+    require(codes.shape[-1] in WORDS, "codes of {} words, expected {}", codes.shape[-1], WORDS)
     for name, side in (("codes", codes), ("norms", norms)):
-        _require(
+        require(
             side.stride(2) == 1 and side.stride(0) == side.shape[2],
-            f"{name} must lie by head, then slot: strides {side.stride()} of shape {tuple(side.shape)}",
+            "{} must lie by head, then slot: strides {} of shape {}",
+            name,
+            side.stride(),
+            tuple(side.shape),
         )
-    _require(steps.is_contiguous(), "steps must be contiguous")
+    require(steps.is_contiguous(), "steps must be contiguous")
 
 
 def reserve(
@@ -88,18 +83,11 @@ def decode(
     batch, num_qo_heads, head_dim = q.shape
     num_kv_heads = k_cache.shape[1]
     group = num_qo_heads // num_kv_heads
-    _require(sampler == "proportional", f"sampler {sampler!r} runs on the CPU only; expected 'proportional'")
-    _require(selector == "sketch", f"selector {selector!r} runs on the CPU only; expected 'sketch'")
-    _require(target in TARGETS, f"target {target!r} is unknown, expected one of {', '.join(TARGETS)}")
-    _require(group_score == "max", f"group_score {group_score!r} runs on the CPU only; expected 'max'")
-    _require(audit_rate == 0, f"audit_rate {audit_rate}: audits run on the CPU only; expected 0")
-    _require(q.dtype == k_cache.dtype == out.dtype, f"q is {q.dtype}, out {out.dtype}, the KV cache {k_cache.dtype}")
-    _require(
-        num_qo_heads % num_kv_heads == 0 and group <= MAX_GROUP,
-        f"{num_qo_heads} query heads over {num_kv_heads} KV heads: the group must be whole and at most {MAX_GROUP}",
-    )
-    _require(q.is_contiguous() and out.is_contiguous() and stats.is_contiguous(), "q, out and stats must be contiguous")
-    _require(kv_indices.dtype == torch.int32 and kv_indices.stride(1) == 1, "kv_indices must be int32, unit stride")
+    require(sampler == "proportional", "sampler {!r} runs on the CPU only; expected 'proportional'", sampler)
+    require(selector == "sketch", "selector {!r} runs on the CPU only; expected 'sketch'", selector)
+    require(group_score == "max", "group_score {!r} runs on the CPU only; expected 'max'", group_score)
+    require(audit_rate == 0, "audit_rate {}: audits run on the CPU only; expected 0", audit_rate)
+    check_decode(q, k_cache, kv_indices, seq_lens, out, stats, target)
     if codes is None or norms is None or valid is None or mean is None or query_basis is None:
         raise ValueError("vattn on the GPU: selector 'sketch' needs side data")
     if steps is None or fields is None:
