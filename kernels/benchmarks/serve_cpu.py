@@ -40,7 +40,7 @@ BACKENDS = {
     "vattention": ("vattention", {}),
 }
 BASELINE = "torch_native"
-TURNS = 3
+TURNS = 5
 console = Console(stderr=True)
 
 
@@ -163,7 +163,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--contexts", type=int, nargs="+", default=[1024, 6144])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--tokens", type=int, default=24)
+    parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     path = model.fetch()
