@@ -136,8 +136,8 @@ class Settings(BaseModel):
     sampler: Literal["proportional", "uniform"] = "proportional"
     target: Literal["output", "denominator", "numerator", "sdpa"] = "output"
     bound: Literal["f8", "student", "clt", "bernstein"] | None = None
-    sink: Count = 16
-    window: Annotated[StrictInt, Field(ge=1, le=MOST_TOKENS)] = 64
+    sink: Count = 4
+    window: Annotated[StrictInt, Field(ge=1, le=MOST_TOKENS)] = 16
     top_k: Count | Share = 0.025
     pilot: PositiveShare = 0.02
     pilot_min: Annotated[StrictInt, Field(ge=4, le=MOST_TOKENS)] = 32
@@ -147,7 +147,7 @@ class Settings(BaseModel):
     selector: Literal["sketch", "oracle", "quest", "sign", "hash"] = "sketch"
     sketch_bits: Literal[32, 64, 128] = 64
     group_score: Literal["max", "mean"] = "max"
-    floor: PositiveShare = 0.02
+    floor: PositiveShare = 0.01
     seed: Annotated[StrictInt, Field(ge=0, lt=2**32)] = 0
     audit_rate: Share = 0.0
     calibration_tokens: Annotated[StrictInt, Field(ge=512, le=MOST_TOKENS)] = 2048

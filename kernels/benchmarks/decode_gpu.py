@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from vattn_kernels import ops, params, sketch
+from vattn_sgl.config import Settings
 
 QO_HEADS, KV_HEADS, HEAD_DIM, BITS = 32, 8, 128, 64
 # All but 64 x 131072, whose K and V of two layers do not fit one GPU. Below 2,048 the server reads everything.
@@ -28,6 +29,7 @@ EPSILON, DELTA = 0.05, 0.05
 # What no step can certify, so that every group reads its cap.
 UNREACHABLE = 1e-3
 STEPS_TO_SETTLE = 40
+DEFAULTS = Settings()
 REPLAYS = 15
 BYTES_TO_ROTATE = 1 << 30
 OFFSETS = [0, 1, 6, 10, 24, 40, 42]
@@ -79,8 +81,8 @@ class Case:
         self.params = torch.empty(params.PARAMS_WIDTH, device="cuda")
         self.step: dict[str, Any] = {
             "sm_scale": HEAD_DIM**-0.5, "layer_id": 0, "seed": 0, "sampler": "proportional", "target": "output",
-            "selector": "sketch", "sink": 16, "window": 64, "dense_below": 0, "top_k_count": -1, "top_k_share": 0.025,
-            "pilot": 0.02, "pilot_min": 32, "cap": 1.0, "floor": 0.02, "audit_rate": 0.0,
+            "selector": "sketch", "dense_below": 0, "top_k_count": -1, "top_k_share": 0.0, "audit_rate": 0.0,
+            **DEFAULTS.model_dump(include={"sink", "window", "pilot", "pilot_min", "cap", "floor"}),
         }  # fmt: skip
 
     @staticmethod
