@@ -211,7 +211,7 @@ def test_a_missing_or_binary_file(tmp_path):
 def test_the_environment_overrides_the_file_and_says_so(tmp_path):
     file = write(tmp_path, "epsilon: 0.2\nsink: 8\n")
     found, sources = load_with_sources(None, {"VATTN_CONFIG": str(file), "VATTN_EPSILON": "0.3"})
-    assert (found.epsilon, found.sink, found.window) == (0.3, 8, 64)
+    assert (found.epsilon, found.sink, found.window) == (0.3, 8, Settings().window)
     assert (sources["epsilon"], sources["sink"], sources["window"]) == ("VATTN_EPSILON", str(file), "default")
 
 
