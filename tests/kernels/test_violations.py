@@ -88,7 +88,8 @@ def test_a_needle_outside_the_top_k_is_lost_to_all_but_bernstein(target, sampler
 @pytest.mark.parametrize("population", SEEN)
 def test_bernstein_is_never_violated(population, target, sampler):
     """Of 800 heads none, where delta allows 40: the bound pays for what it does not know."""
-    epsilon = 0.3 if sampler == "proportional" and target != "sdpa" else 0.9
+    loose = 1.0 if target == "sdpa" else 0.9
+    epsilon = 0.3 if sampler == "proportional" and target != "sdpa" else loose
     result = measure(population, "oracle", sampler, target, "bernstein", epsilon)
     assert result.violations == 0
     assert result.density < (1.0 if target == "sdpa" else 0.95), "everything was read: the test says nothing"
