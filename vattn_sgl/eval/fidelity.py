@@ -74,6 +74,8 @@ class Plan:
         Of the samples; piece i uses ``seed + i``.
     text : str
         Evaluation text, see `vattn_sgl.texts.load`.
+    second_text : tuple of str
+        Texts of another kind, joined, on a piece of which the product's own rows are measured again.
     hash_weights : str or None
         File of HashAttention's weights for this model; without one selector ``hash`` is left out.
     """
@@ -90,12 +92,13 @@ class Plan:
     sweep_positions: int = 24
     forced_positions: int = 16
     agreement_positions: int = 1024
-    prompts: int = 4
+    prompts: int = 9
     prompt_tokens: int = 4096
     continuation: int = 256
     inefficiency_positions: int = 4
     seed: int = 0
     text: str = texts.EVALUATION
+    second_text: tuple[str, ...] = texts.EVALUATION_LEGAL
     hash_weights: str | None = None
 
     @property
@@ -197,6 +200,7 @@ class Fidelity:
         self.cells: list[Cell] = []
         self.sweep: list[tuple[float, Cell]] = []
         self.published: list[Cell] = []
+        self.second: list[Cell] = []
         self.agreement: list[Cell] = []
         self.inefficiencies: dict[tuple[int, int], list[torch.Tensor]] = {}
 
@@ -213,6 +217,8 @@ class Fidelity:
         self.adapters = selectors.adapters(self.geometry, calibrator, self.plan.hash_weights)
         tokens = capture.token_ids(self.path, plan.text)
         self._make_cells()
+        self.step(f"{' and '.join(plan.second_text)}: captured queries")
+        self._second_text()
         for piece in range(plan.pieces):
             self.step(f"text {piece + 1}: capturing")
             self._piece(piece, tokens[piece * plan.longest : (piece + 1) * plan.longest])
@@ -250,7 +256,10 @@ class Fidelity:
         for context in plan.contexts:
             for adapter in self.adapters:
                 for epsilon in plan.epsilons:
-                    self._cell(self.cells, certified("proportional", "output", epsilon, plan.delta), adapter, context)
+                    method = certified("proportional", "output", epsilon, plan.delta)
+                    self._cell(self.cells, method, adapter, context)
+                    if adapter.name in MAIN_SELECTORS:
+                        self._cell(self.second, method, adapter, context)
                 if context != plan.sweep_context:
                     continue
                 for sampler, target in (("proportional", "denominator"), ("uniform", "output")):
@@ -266,18 +275,36 @@ class Fidelity:
         cells.append(cell)
         return cell
 
-    def _piece(self, piece: int, tokens: list[int]) -> None:
+    def _second_text(self) -> None:
         plan = self.plan
-        positions = [p for context in plan.contexts for p in spread(context, plan.positions)]
-        first = len(positions)
-        least = min(LEAST_AGREEMENT, plan.longest // 2)
-        positions += torch.linspace(least, plan.longest - 2, plan.agreement_positions).long().tolist()
+        tokens = capture.token_ids(self.path, *plan.second_text)[: plan.longest]
+        attention = self._captured(tokens, self._positions(), plan.seed)
+        for index, context in enumerate(plan.contexts):
+            self._measure(attention, [c for c in self.second if c.context == context], self._chosen(index))
+
+    def _positions(self) -> list[int]:
+        return [p for context in self.plan.contexts for p in spread(context, self.plan.positions)]
+
+    def _chosen(self, index: int) -> torch.Tensor:
+        """Which of `_positions` belong to a context."""
+        return torch.arange(index * self.plan.positions, (index + 1) * self.plan.positions)
+
+    def _captured(self, tokens: list[int], positions: list[int], seed: int) -> Attention:
+        """Queries, keys and values of a piece of text, which every adapter then knows."""
         captured = capture.capture(self.model, tokens, positions)
         for adapter in self.adapters:
             adapter.attach(captured)
-        attention = Attention(captured, self.geometry, plan.seed + piece)
+        return Attention(captured, self.geometry, seed)
+
+    def _piece(self, piece: int, tokens: list[int]) -> None:
+        plan = self.plan
+        positions = self._positions()
+        first = len(positions)
+        least = min(LEAST_AGREEMENT, plan.longest // 2)
+        positions += torch.linspace(least, plan.longest - 2, plan.agreement_positions).long().tolist()
+        attention = self._captured(tokens, positions, plan.seed + piece)
         for index, context in enumerate(plan.contexts):
-            chosen = torch.arange(index * plan.positions, (index + 1) * plan.positions)
+            chosen = self._chosen(index)
             self.step(f"text {piece + 1}, {context} tokens: captured queries")
             cells = [c for c in (*self.cells, *self.published) if c.context == context]
             for is_main, some in ((True, chosen), (False, every(chosen, plan.other_positions))):
@@ -289,7 +316,7 @@ class Fidelity:
             few = every(chosen, plan.inefficiency_positions)
             for adapter in self.adapters:
                 if adapter.name != "oracle":
-                    found = inefficiency(captured, self.geometry, adapter, few)
+                    found = inefficiency(attention.captured, self.geometry, adapter, few)
                     self.inefficiencies.setdefault((self.adapters.index(adapter), context), []).append(found)
             if context == plan.sweep_context and piece < plan.sweep_pieces:
                 self._sweep(attention, every(chosen, plan.sweep_positions), piece)
@@ -360,6 +387,7 @@ class Fidelity:
             "decoded": [cell.decoded() for cell in cells],
             "groups": {"main": len(self.cells), "published": len(self.published), "sweep": len(self.sweep)},
             "sweep_density": [density for density, _ in self.sweep],
+            "second_text": [cell.row() for cell in self.second],
             "inefficiency": [
                 {
                     "selector": self.adapters[index].name,
@@ -439,6 +467,7 @@ def check(path: Path, plan: Plan) -> None:
     for names, needed in (
         ((texts.CALIBRATION, texts.CALIBRATION_MORE), plan.longest),
         ((plan.text,), plan.longest * plan.pieces),
+        (plan.second_text, plan.longest),
     ):
         found = len(capture.token_ids(path, *names))
         if found < needed:
@@ -448,7 +477,7 @@ def check(path: Path, plan: Plan) -> None:
 def steps(plan: Plan) -> int:
     """How often `Fidelity.run` calls ``step``."""
     sweeps = min(plan.pieces, plan.sweep_pieces) * len(plan.densities) if plan.sweep_context in plan.contexts else 0
-    return 3 + plan.pieces * (2 + 3 * len(plan.contexts)) + sweeps
+    return 4 + plan.pieces * (2 + 3 * len(plan.contexts)) + sweeps
 
 
 def machine() -> str:

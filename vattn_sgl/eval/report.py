@@ -100,6 +100,7 @@ def markdown(result: dict[str, Any], name: str) -> str:
         lines += ["", f"Not measured: {', '.join(result['left_out'])}."]
     lines += ["", "## The bound", "", f"![violations]({name}-violations.png)", ""]
     lines += _main_table(parts["main"])
+    lines += ["", "## The bound on another kind of text", "", *_second_table(result)]
     lines += ["", "## Scores", "", *_inefficiency_table(result["inefficiency"], plan)]
     if parts["sweep"]:
         lines += ["", f"## Error at equal density, {plan['sweep_context']} tokens", ""]
@@ -136,6 +137,23 @@ def _main_table(pairs: list[tuple[Row, Row]]) -> list[str]:
             for r, d in pairs
         ],
     )  # fmt: skip
+
+
+def _second_table(result: dict[str, Any]) -> list[str]:
+    plan = result["plan"]
+    text = (
+        f"One piece of {' and '.join(plan['second_text'])}, {plan['positions']} positions a context; sampler "
+        "`proportional`, target `output` and its default bound."
+    )
+    head = ["context", "selector", "epsilon", "head-steps", "density", "violations", "binding", "heads over",
+            "mean error", "p95"]  # fmt: skip
+    rows = [
+        [str(r["context"]), label(r), f"{r['epsilon']:g}", f"{r['head_steps']:,}", f"{r['density']:.3f}",
+         f"{r['violation_rate']:.2%}", f"{r['binding_violation_rate']:.2%}", str(r["heads_over_delta"]),
+         f"{r['mean_error']:.4f}", f"{r['p95_error']:.4f}"]
+        for r in result["second_text"]
+    ]  # fmt: skip
+    return [text, "", *_table(head, rows)]
 
 
 def _head_steps(pairs: list[tuple[Row, Row]]) -> str:

@@ -8,6 +8,7 @@ CALIBRATION = "gpl-3"
 CALIBRATION_MORE = "gfdl-1.3"
 DEMONSTRATION = "us-constitution"
 EVALUATION = "alice"
+EVALUATION_LEGAL = ("mpl-2.0", "lgpl-2.1")
 
 
 def load(name: str) -> str:
@@ -16,6 +17,6 @@ def load(name: str) -> str:
     Parameters
     ----------
     name : str
-        `CALIBRATION`, `CALIBRATION_MORE`, `DEMONSTRATION` or `EVALUATION`.
+        One of the names above, or of this folder's README.
     """
     return files(__name__).joinpath(f"{name}.txt").read_text(encoding="utf-8")

@@ -94,6 +94,18 @@ def test_every_method_is_compared_at_every_density(result):
         assert fixed == pytest.approx([density] * len(fixed), abs=0.01)
 
 
+def test_the_products_rows_are_measured_on_a_second_text(result):
+    found = {(r["selector"], r["bits"], r["context"], r["epsilon"]) for r in result["second_text"]}
+    coded = [("oracle", 0), ("sketch", 64), ("sketch", 128)]
+    assert found == {(*code, context, e) for code in coded for context in PLAN.contexts for e in PLAN.epsilons}
+    rows = [r for r, _ in report.groups(result)["main"] if (r["sampler"], r["target"]) == ("proportional", "output")]
+    main = {(report.label(r), r["context"], r["epsilon"]): r["density"] for r in rows}
+    for row in result["second_text"]:
+        assert row["head_steps"] == 2 * 6 * PLAN.positions
+        # The stand-in for both texts is the same one.
+        assert row["density"] == pytest.approx(main[report.label(row), row["context"], row["epsilon"]], rel=0.2)
+
+
 def test_a_smaller_epsilon_reads_more_and_errs_less(result):
     rows = [r for r, _ in report.groups(result)["main"] if (r["context"], report.label(r)) == (384, "sketch 64")]
     tight, loose = (next(r for r in rows if r["epsilon"] == e and r["sampler"] == "proportional") for e in (0.05, 0.2))
