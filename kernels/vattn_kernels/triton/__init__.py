@@ -18,6 +18,7 @@ from vattn_kernels.quantiles import TARGETS
 from vattn_kernels.sketch import GROUPS_PER_WORD
 from vattn_kernels.triton import layout
 from vattn_kernels.triton.attend import attend_exact_fwd_kernel, attend_fwd_kernel, retry_fwd_kernel
+from vattn_kernels.triton.attend_gluon import attend_lists_fwd_kernel
 from vattn_kernels.triton.combine import combine_fwd_kernel
 from vattn_kernels.triton.prepare import prepare_fwd_kernel
 from vattn_kernels.triton.select import select_fwd_kernel
@@ -113,8 +114,8 @@ def decode(
         q, k_cache, kv_indices, seq_lens, mean, query_basis, steps, fields, covered, state, state_rows,
         work.mode, work.codes, work.bias, work.log_scale, work.fixed, work.scale,
         sm_scale, floor, sink, window, dense_below, pilot_min, kv_stride, k_stride,
-        **model, GP=max(16, padded_group), R=steps.shape[-1], C=coded, CODES=4 * groups, F=128, WIDTH=STATE_WIDTH,
-        MOST_AGE=MOST_AGE, num_warps=launch.prepare_warps,
+        **model, GP=max(16, padded_group), R=steps.shape[-1], C=coded, CODES=4 * groups, F=launch.prepare_block,
+        WIDTH=STATE_WIDTH, MOST_AGE=MOST_AGE, num_warps=launch.prepare_warps,
     )  # fmt: skip
 
     target_id = TARGETS.index(target)
@@ -152,11 +153,18 @@ def decode(
         capacity, HKV=num_kv_heads, G=group, SPLITS=splits, **sketch, num_warps=warps,
         maxnreg=layout.select_registers(group, words),
     )  # fmt: skip
-    attend_fwd_kernel[(rows * (splits + 1),)](
-        q, k_cache, v_cache, kv_indices, seq_lens, *lists, sm_scale, sink, window, kv_stride, k_stride, capacity,
-        **attend, SPLITS=splits, MOST=layout.MOST_LISTS, TARGET=target_id,
-        maxnreg=layout.attend_registers(width, padded_dim),
-    )  # fmt: skip
+    if q.is_cuda and layout.one_warp_attends(q.dtype, head_dim, group):
+        attend_lists_fwd_kernel[(rows * (splits + 1),)](
+            q, k_cache, v_cache, kv_indices, seq_lens, *lists, sm_scale, sink, window, kv_stride, capacity,
+            HKV=num_kv_heads, G=group, WIDTH=width, D=head_dim, ROWS=layout.rows_of(group), SPLITS=splits,
+            MOST=layout.MOST_LISTS, num_warps=1,
+        )  # fmt: skip
+    else:
+        attend_fwd_kernel[(rows * (splits + 1),)](
+            q, k_cache, v_cache, kv_indices, seq_lens, *lists, sm_scale, sink, window, kv_stride, k_stride, capacity,
+            **attend, SPLITS=splits, MOST=layout.MOST_LISTS, TARGET=target_id,
+            maxnreg=layout.attend_registers(width, padded_dim),
+        )  # fmt: skip
     combine(last=0, first=True)
     retry_fwd_kernel[(min(launch.tail_programs, rows * (tail + 1)),)](
         q, k_cache, v_cache, kv_indices, seq_lens, *lists, codes, norms, fields, work.codes, work.bias, work.scale,

@@ -14,10 +14,8 @@ from vattn_kernels.triton.layout import (
     MASS,
     MAXIMUM,
     NUM_SCALARS,
-    NUMERATOR,
     SAMPLED,
     SPREAD,
-    SPREAD_MASS,
     SQUARE,
     rows_in_mode,
     splits_for,
@@ -138,7 +136,6 @@ def attend_list(
     mass = tl.zeros([WIDTH, BN], tl.float32)
     square = tl.zeros([WIDTH, BN], tl.float32)
     spread = tl.zeros([WIDTH, BN], tl.float32)
-    spread_mass = tl.zeros([WIDTH, BN], tl.float32)
     o_n = tl.arange(0, BN)
     p_kh, p_vh = p_k + h * D, p_v + h * D
     # K and V of the next block are under way while this one is computed, and the slots of the one after it.
@@ -171,15 +168,10 @@ def attend_list(
         maximum = larger
         acc = accumulate(p, v, acc * alpha[:, None], WIDE)
         mass = mass * alpha[:, None] + p
-        beta = (alpha * alpha)[:, None]
-        open_share = (1.0 - 1.0 / weight)[None, :]
+        spread = spread * (alpha * alpha)[:, None] + p * p * (1.0 - 1.0 / weight)[None, :]
         if TARGET != DENOMINATOR:
             wide = v.to(tl.float32)
-            t = p * tl.sum(wide * wide, 1)[None, :]
-            square = square * alpha[:, None] + t
-            spread = spread * beta + t * t * open_share
-        if (TARGET == DENOMINATOR) | (TARGET > NUMERATOR):
-            spread_mass = spread_mass * beta + p * p * open_share
+            square = square * alpha[:, None] + p * tl.sum(wide * wide, 1)[None, :]
         k, v, weight, ok = next_k, next_v, next_weight, next_ok
     i_part = i_row * (SPLITS + 1) + i_split
     p_part = p_outs + (i_part.to(tl.int64) * WIDTH + o_w[:, None]) * DP + o_d[None, :]
@@ -187,11 +179,9 @@ def attend_list(
     p_own = p_scalars + i_part * NUM_SCALARS * WIDTH + o_w
     tl.store(p_own + MAXIMUM * WIDTH, maximum)
     tl.store(p_own + MASS * WIDTH, tl.sum(mass, 1))
+    tl.store(p_own + SPREAD * WIDTH, tl.sum(spread, 1))
     if TARGET != DENOMINATOR:
         tl.store(p_own + SQUARE * WIDTH, tl.sum(square, 1))
-        tl.store(p_own + SPREAD * WIDTH, tl.sum(spread, 1))
-    if (TARGET == DENOMINATOR) | (TARGET > NUMERATOR):
-        tl.store(p_own + SPREAD_MASS * WIDTH, tl.sum(spread_mass, 1))
 
 
 @triton.jit

@@ -22,7 +22,6 @@ from vattn_kernels.triton.layout import (
     OUTPUT,
     SAMPLED,
     SPREAD,
-    SPREAD_MASS,
     SQUARE,
     STATE_CONTEXT,
     STATE_READS,
@@ -153,18 +152,14 @@ def merge_head(
         plain = tl.sum(f2 * tl.load(p_square + MASS * WIDTH, mask=m_s, other=0.0, cache_modifier=".cg"), 0)
         along = tl.sum(f2[:, None] * alongs, 0)
         unit_output = tl.maximum(mass * norm, LEAST_UNIT)
+        # The spread is that of the weights alone, of w (w - 1) y^2: it only moves the quantile's degrees of freedom.
+        spread = tl.sum(f2 * f2 * tl.load(p_square + SPREAD * WIDTH, mask=m_s, other=0.0, cache_modifier=".cg"), 0)
+        spread = spread / tl.maximum(plain * plain, 1e-37)
         if TARGET != DENOMINATOR:
             square = tl.sum(f2 * tl.load(p_square + SQUARE * WIDTH, mask=m_s, other=0.0, cache_modifier=".cg"), 0)
-            spread = tl.sum(f2 * f2 * tl.load(p_square + SPREAD * WIDTH, mask=m_s, other=0.0, cache_modifier=".cg"), 0)
-            spread = spread / tl.maximum(square * square, 1e-37)
         if (TARGET == DENOMINATOR) | (TARGET > NUMERATOR):
-            spread_mass = tl.sum(
-                f2 * f2 * tl.load(p_square + SPREAD_MASS * WIDTH, mask=m_s, other=0.0, cache_modifier=".cg"), 0
-            )
-            spread_mass = spread_mass / tl.maximum(plain * plain, 1e-37)
-            width_mass = half_width(plain, spread_mass, mass, p_params + TABLE, POINTS, PER_UNIT)
+            width_mass = half_width(plain, spread, mass, p_params + TABLE, POINTS, PER_UNIT)
         if TARGET == OUTPUT:
-            # The spread of |v - o|^2 is taken for that of |v|^2: it only moves the quantile's degrees of freedom.
             variance = square - 2 * tl.sum(out * along, 0) + norm2 * plain
             width = half_width(variance, spread, unit_output, p_params + TABLE, POINTS, PER_UNIT)
         elif TARGET == DENOMINATOR:

@@ -37,8 +37,7 @@ MAXIMUM: Final = tl.constexpr(0)
 MASS: Final = tl.constexpr(1)
 SQUARE: Final = tl.constexpr(2)
 SPREAD: Final = tl.constexpr(3)
-SPREAD_MASS: Final = tl.constexpr(4)
-NUM_SCALARS: Final = tl.constexpr(5)
+NUM_SCALARS: Final = tl.constexpr(4)
 
 # Order of vattn_kernels.quantiles.TARGETS.
 OUTPUT: Final = tl.constexpr(0)
@@ -75,6 +74,7 @@ class Launch:
     tail_programs: int = 264
     tail_items: int = 1024
     prepare_warps: int = 4
+    prepare_block: int = 32
     select_registers: int | None = 80
     attend_block: int = 32
     attend_registers: int | None = 168
@@ -97,6 +97,16 @@ def select_registers(group: int, words: int) -> int | None:
 def attend_registers(width: int, head_dim: int) -> int | None:
     """Registers a thread of ``attend``: three programs a multiprocessor, while the output's tile fits them."""
     return LAUNCH.attend_registers if width * head_dim <= 16 * 128 else None
+
+
+def one_warp_attends(dtype: torch.dtype, head_dim: int, group: int) -> bool:
+    """Whether `attend_gluon` serves the first round: its tiles fit a warp, and bfloat16 holds a variance's weights."""
+    return dtype == torch.bfloat16 and head_dim in (64, 128) and group <= 8
+
+
+def rows_of(group: int) -> int:
+    """Rows of a tile of `attend_gluon`: heads and their variances."""
+    return 8 if 2 * group <= 8 else 16
 
 
 def splits_of(rows: int) -> int:

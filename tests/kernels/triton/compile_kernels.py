@@ -12,12 +12,15 @@ import sys
 import tempfile
 from pathlib import Path
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
 from vattn_kernels.triton import layout
 from vattn_kernels.triton.attend import attend_exact_fwd_kernel, attend_fwd_kernel, retry_fwd_kernel
+from vattn_kernels.triton.attend_gluon import attend_lists_fwd_kernel
 from vattn_kernels.triton.combine import combine_fwd_kernel
 from vattn_kernels.triton.prepare import prepare_fwd_kernel
 from vattn_kernels.triton.select import select_fwd_kernel
@@ -49,12 +52,15 @@ def shapes(dtype: str, head_dim: int, group: int, words: int):
     }  # fmt: skip
     attend = {"BN": launch.attend_block, "WIDE": dtype == "fp16"}
     yield prepare_fwd_kernel, launch.prepare_warps, common | {
-        "GP": max(16, padded), "R": head_dim, "C": coded, "CODES": 4 * groups, "F": 128, "WIDTH": 4, "MOST_AGE": 64
+        "GP": max(16, padded), "R": head_dim, "C": coded, "CODES": 4 * groups, "F": launch.prepare_block, "WIDTH": 4,
+        "MOST_AGE": 64,
     }  # fmt: skip
     warps = layout.LISTS.value
     few = {"LEAST": layout.LEAST_SPLITS, "ROWS_P": 128}
     yield select_fwd_kernel, warps, merge | sketch
     yield attend_fwd_kernel, warps, merge | attend
+    if dtype == "bf16" and layout.one_warp_attends(torch.bfloat16, head_dim, group):
+        yield attend_lists_fwd_kernel, 1, merge | {"ROWS": layout.rows_of(group)}
     yield combine_fwd_kernel, 1, merge | {"EXACT": False, "FIRST": True}
     yield retry_fwd_kernel, warps, merge | sketch | attend | few
     yield attend_exact_fwd_kernel, launch.exact_warps, merge | few | {
@@ -111,7 +117,8 @@ def main() -> None:
                     for i, name in enumerate(kernel.arg_names)
                     if name.startswith("p_") or name.endswith("_stride")
                 }
-                source = ASTSource(kernel, signature, constants, aligned)
+                kind = GluonASTSource if kernel.is_gluon() else ASTSource
+                source = kind(kernel, signature, constants, aligned)
                 options = {"num_warps": warps, "maxnreg": registers(kernel, constants)}
                 built = triton.compile(source, GPUTarget("cuda", arch, 32), options=options)
                 row = {"kernel": kernel.fn.__name__, "arch": arch, "dtype": dtype, "head_dim": head_dim, "group": group,

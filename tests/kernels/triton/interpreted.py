@@ -172,19 +172,17 @@ def test_estimate_and_half_width_follow_from_what_was_read(target, heads):
                 assert (out[request, head * group + g].double() - o).norm() / o.norm() < 2e-5
                 a = weight * (weight - 1) * y.square()
 
-                def width(part, spread_part, unit, a=a, weight=weight):
-                    spread = (spread_part.square() * a.square() * (1 - 1 / weight)).sum()
-                    spread /= (a * spread_part).sum() ** 2
+                def width(part, unit, a=a, weight=weight):
+                    spread = (a.square() * (1 - 1 / weight)).sum() / a.sum() ** 2
                     x = min(float(spread) / 2 * params.TABLE_STEPS_PER_UNIT, params.TABLE_POINTS - 1)
                     j = min(int(x), params.TABLE_POINTS - 2)
                     z = row[table + j] + (x - j) * (row[table + j + 1] - row[table + j])
                     return z * float((a * part).sum().sqrt() / unit)
 
-                one, value = torch.ones_like(a), v.square().sum(1)
                 widths = {
-                    "output": width((v - o).square().sum(1), value, mass * o.norm()),
-                    "denominator": width(one, one, mass),
-                    "numerator": width(value, value, mass * o.norm()),
+                    "output": width((v - o).square().sum(1), mass * o.norm()),
+                    "denominator": width(torch.ones_like(a), mass),
+                    "numerator": width(v.square().sum(1), mass * o.norm()),
                 }
                 widths["sdpa"] = 2 * (widths["denominator"] + widths["numerator"])
                 line = stats[request, head * group + g]

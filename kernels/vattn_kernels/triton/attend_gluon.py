@@ -1,0 +1,186 @@
+"""Stage ``attend`` for bfloat16 in Gluon: the first round's lists, one warp a split.
+
+The same function as `vattn_kernels.triton.attend.attend_fwd_kernel`, which serves every other type and shape and which
+the interpreter runs. A warp of its own waits for no other warp; K and V go through shared memory by asynchronous
+copies, so that the next tile is under way without holding registers; heads are the narrow side of the tensor cores'
+tiles.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
+
+from vattn_kernels.triton.layout import LISTS, LOG2E, MASS, MAXIMUM, NUM_SCALARS, SAMPLED, SPREAD, SQUARE
+
+# Tokens of a tile: the tensor cores' inner dimension.
+TILE = gl.constexpr(16)
+BUFFERS = gl.constexpr(2)
+
+
+@gluon.jit
+def tile_of(t, firsts, counts, span):
+    """First entry of tile ``t``, counted over all lists, and the entries that its list has left from there."""
+    first = t * 0
+    start = t * 0
+    count = t * 0 + counts[0]
+    for j in gl.static_range(1, LISTS):
+        behind = t >= firsts[j]
+        first = gl.where(behind, firsts[j], first)
+        start = gl.where(behind, span[j], start)
+        count = gl.where(behind, counts[j], count)
+    offset = (t - first) * TILE
+    is_last = t >= firsts[LISTS]
+    return gl.where(is_last, 0, start + offset), gl.where(is_last, 0, count - offset)
+
+
+@gluon.jit
+def fetch(keys, values, p_kh, p_vh, slot, o_d, STRIDE: gl.constexpr):
+    """Begin to copy one tile of K and V."""
+    at = (slot.to(gl.uint32).to(gl.uint64) * STRIDE)[:, None] + o_d[None, :]
+    async_copy.async_copy_global_to_shared(keys, p_kh + at)
+    async_copy.async_copy_global_to_shared(values, p_vh + at)
+    async_copy.commit_group()
+
+
+@gluon.jit
+def rows_in_use(tile, ROWS: gl.constexpr):
+    """The first ``ROWS`` of a tile's 16 rows, which are in other registers than the rest."""
+    if ROWS == 16:
+        used = tile
+    else:
+        used, _ = gl.split(gl.permute(gl.reshape(tile, [2, 8, tile.shape[1]]), (1, 2, 0)))
+    return used
+
+
+@gluon.jit
+def attend_lists_fwd_kernel(
+    p_q, p_k, p_v, p_kv_indices, p_seq_lens, p_mode, p_slots, p_pi, p_counts, p_outs, p_scalars,
+    sm_scale, sink, window, kv_stride, capacity,
+    HKV: gl.constexpr, G: gl.constexpr, WIDTH: gl.constexpr, D: gl.constexpr, ROWS: gl.constexpr,
+    SPLITS: gl.constexpr, MOST: gl.constexpr,
+):  # fmt: skip
+    """One split a program: its lists, or, behind the last split, sink and window.
+
+    Rows [0, G) of ``ROWS``, 8 or 16, are the group's heads, which weigh by w y; rows [G, 2G) are their variances, by
+    w (w - 1) y^2.
+    """
+    i_row, i_split = gl.program_id(0) // (SPLITS + 1), gl.program_id(0) % (SPLITS + 1)
+    if gl.load(p_mode + i_row) != SAMPLED:
+        return
+    mma: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [1, 1], [16, 8])
+    left: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
+    right: gl.constexpr = gl.DotOperandLayout(1, mma, 2)
+    copied: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [1, 1], [1, 0])
+    swizzled: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 8, [1, 0])
+    repeated: gl.constexpr = gl.BlockedLayout([1, 1, 1], [1, 4, 8], [1, 1, 1], [2, 1, 0])
+
+    b, h = i_row // HKV, i_row % HKV
+    listed = i_split < SPLITS
+    n = gl.load(p_seq_lens + b).to(gl.int32)
+    span = capacity // (SPLITS * LISTS)
+    base = i_row.to(gl.int64) * capacity + gl.where(listed, i_split, 0) * (LISTS * span)
+    p_indices = p_kv_indices + b.to(gl.int64) * kv_stride
+    p_list = p_slots + base
+    p_own_pi = p_pi + base
+    if not listed:
+        p_list = p_indices
+    # What lies behind the end of a list reads a token that exists, and weighs nothing.
+    spare = gl.load(p_indices)
+    # Sink and window are two lists.
+    counts = ()
+    starts = ()
+    firsts = (0,)
+    for j in gl.static_range(LISTS):
+        own = gl.load(p_counts + i_row * MOST + LISTS * i_split + j, mask=listed, other=0)
+        start = j * span
+        if j == 0:
+            own = gl.where(listed, own, sink)
+        if j == 1:
+            own = gl.where(listed, own, window)
+            start = gl.where(listed, start, n - window)
+        counts = counts + (own,)
+        starts = starts + (start,)
+        firsts = firsts + (firsts[j] + (own + TILE - 1) // TILE,)
+    tiles = firsts[LISTS]
+
+    keys = gl.allocate_shared_memory(p_k.dtype.element_ty, [BUFFERS, TILE, D], swizzled)
+    values = gl.allocate_shared_memory(p_v.dtype.element_ty, [BUFFERS, TILE, D], swizzled)
+    o_t = gl.arange(0, TILE, layout=gl.SliceLayout(1, copied))
+    o_d = gl.arange(0, D, layout=gl.SliceLayout(0, copied))
+    p_kh, p_vh = p_k + h * D, p_v + h * D
+    zeros = gl.zeros([16, TILE], gl.float32, mma)
+    nothing = rows_in_use(zeros, ROWS)
+    rows: gl.constexpr = nothing.type.layout
+    o_w = gl.arange(0, ROWS, layout=gl.SliceLayout(1, rows))
+    o_n = gl.arange(0, TILE, layout=gl.SliceLayout(0, rows))
+    is_square = (o_w >= G) & (o_w < 2 * G)
+    maximum = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, rows))
+    mass = nothing
+    spread = nothing
+    acc = gl.zeros([D, ROWS], gl.float32, mma)
+    square = gl.zeros([16, ROWS], gl.float32, mma)
+
+    for t in gl.static_range(BUFFERS - 1):
+        at, remain = tile_of(t, firsts, counts, starts)
+        slot = gl.load(p_list + at + o_t, mask=o_t < remain, other=spare)
+        fetch(keys.index(t), values.index(t), p_kh, p_vh, slot, o_d, HKV * D)
+    at, remain = tile_of(BUFFERS - 1, firsts, counts, starts)
+    slot = gl.load(p_list + at + o_t, mask=o_t < remain, other=spare)
+    at, remain = tile_of(0, firsts, counts, starts)
+    pi = gl.load(p_own_pi + at + o_n, mask=(o_n < remain) & listed, other=1.0)
+    o_q = gl.arange(0, 16, layout=gl.SliceLayout(1, left))
+    d_q = gl.arange(0, D, layout=gl.SliceLayout(0, left))
+    q = gl.load(p_q + (i_row * G + o_q % G)[:, None] * D + d_q[None, :], mask=(o_q < 2 * G)[:, None], other=0.0)
+    for t in range(tiles):
+        i_buffer = t % BUFFERS
+        i_next = (t + BUFFERS - 1) % BUFFERS
+        async_copy.wait_group(BUFFERS - 2)
+        fetch(keys.index(i_next), values.index(i_next), p_kh, p_vh, slot, o_d, HKV * D)
+        at, ahead = tile_of(t + BUFFERS, firsts, counts, starts)
+        slot = gl.load(p_list + at + o_t, mask=o_t < ahead, other=spare)
+        ok = o_n < remain
+        held = pi
+        at, remain = tile_of(t + 1, firsts, counts, starts)
+        pi = gl.load(p_own_pi + at + o_n, mask=(o_n < remain) & listed, other=1.0)
+
+        k = keys.index(i_buffer).permute((1, 0)).load(right)
+        logits = rows_in_use(mma_v2(q, k, zeros), ROWS)
+        logits = gl.where(ok[None, :], logits * (sm_scale * LOG2E), float("-inf"))
+        larger = gl.maximum(maximum, gl.max(logits, 1))
+        weight = (1.0 / held)[None, :]
+        open_share = (1.0 - held)[None, :]
+        y = gl.exp2(logits - larger[:, None])
+        p = gl.where(is_square[:, None], weight * (weight - 1.0) * y * y, weight * y)
+        alpha = gl.exp2(maximum - larger)
+        alpha = gl.where(is_square, alpha * alpha, alpha)
+        maximum = larger
+        mass = mass * alpha[:, None] + p
+        spread = spread * (alpha * alpha)[:, None] + p * p * open_share
+
+        scaled = gl.convert_layout(alpha, gl.SliceLayout(0, mma))[None, :]
+        weights = gl.convert_layout(gl.permute(p, (1, 0)).to(p_v.dtype.element_ty), right)
+        v = values.index(i_buffer).permute((1, 0)).load(left)  # [D, TILE]
+        acc = mma_v2(v, weights, acc * scaled)
+        # sum(p |v|^2) by 16 dimensions at a time, all into one tile: the inner dimension is (dimension / 16, token).
+        v2 = gl.permute(gl.reshape(v * v, [D // 16, 16, TILE]), (1, 0, 2))
+        v2 = gl.convert_layout(gl.reshape(v2, [16, D // 16 * TILE]), left)
+        again = gl.convert_layout(weights, gl.SliceLayout(0, repeated))[None, :, :]
+        again, _ = gl.broadcast(again, gl.full([D // 16, TILE, ROWS], 0.0, p_v.dtype.element_ty, repeated))
+        again = gl.convert_layout(gl.reshape(again, [D // 16 * TILE, ROWS]), right)
+        square = mma_v2(v2, again, square * scaled)
+    async_copy.wait_group(0)
+
+    i_part = i_row * (SPLITS + 1) + i_split
+    stored: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [1, 1], [1, 0])
+    o_r = gl.arange(0, ROWS, layout=gl.SliceLayout(1, stored))
+    o_c = gl.arange(0, D, layout=gl.SliceLayout(0, stored))
+    p_part = p_outs + (i_part.to(gl.int64) * WIDTH + o_r[:, None]) * D + o_c[None, :]
+    gl.store(p_part, gl.convert_layout(gl.permute(acc, (1, 0)), stored), mask=(o_r < 2 * G)[:, None])
+    p_own = p_scalars + i_part * (NUM_SCALARS * WIDTH)
+    gl.store(p_own + MAXIMUM * WIDTH + o_w, maximum)
+    gl.store(p_own + MASS * WIDTH + o_w, gl.sum(mass, 1))
+    gl.store(p_own + SPREAD * WIDTH + o_w, gl.sum(spread, 1))
+    o_s = gl.arange(0, ROWS, layout=gl.SliceLayout(0, mma))
+    gl.store(p_own + SQUARE * WIDTH + o_s, gl.sum(square, 0))
