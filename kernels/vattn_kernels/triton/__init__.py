@@ -156,7 +156,7 @@ def decode(
     if q.is_cuda and layout.one_warp_attends(q.dtype, head_dim, group):
         attend_lists_fwd_kernel[(rows * (splits + 1),)](
             q, k_cache, v_cache, kv_indices, seq_lens, *lists, sm_scale, sink, window, kv_stride, capacity,
-            HKV=num_kv_heads, G=group, WIDTH=width, D=head_dim, ROWS=layout.rows_of(group), SPLITS=splits,
+            HKV=num_kv_heads, G=group, WIDTH=width, D=head_dim, SPLITS=splits,
             MOST=layout.MOST_LISTS, num_warps=1,
         )  # fmt: skip
     else:

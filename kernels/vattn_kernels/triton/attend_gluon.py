@@ -17,6 +17,8 @@ from vattn_kernels.triton.layout import LISTS, LOG2E, MASS, MAXIMUM, NUM_SCALARS
 # Tokens of a tile: the tensor cores' inner dimension.
 TILE = gl.constexpr(16)
 BUFFERS = gl.constexpr(2)
+# The group's heads and their variances.
+ROWS = gl.constexpr(8)
 
 
 @gluon.jit
@@ -45,12 +47,9 @@ def fetch(keys, values, p_kh, p_vh, slot, o_d, STRIDE: gl.constexpr):
 
 
 @gluon.jit
-def rows_in_use(tile, ROWS: gl.constexpr):
-    """The first ``ROWS`` of a tile's 16 rows, which are in other registers than the rest."""
-    if ROWS == 16:
-        used = tile
-    else:
-        used, _ = gl.split(gl.permute(gl.reshape(tile, [2, 8, tile.shape[1]]), (1, 2, 0)))
+def rows_in_use(tile):
+    """The first `ROWS` of a tile's 16 rows, which are in other registers than the rest."""
+    used, _ = gl.split(gl.permute(gl.reshape(tile, [2, ROWS, tile.shape[1]]), (1, 2, 0)))
     return used
 
 
@@ -58,13 +57,12 @@ def rows_in_use(tile, ROWS: gl.constexpr):
 def attend_lists_fwd_kernel(
     p_q, p_k, p_v, p_kv_indices, p_seq_lens, p_mode, p_slots, p_pi, p_counts, p_outs, p_scalars,
     sm_scale, sink, window, kv_stride, capacity,
-    HKV: gl.constexpr, G: gl.constexpr, WIDTH: gl.constexpr, D: gl.constexpr, ROWS: gl.constexpr,
-    SPLITS: gl.constexpr, MOST: gl.constexpr,
+    HKV: gl.constexpr, G: gl.constexpr, WIDTH: gl.constexpr, D: gl.constexpr, SPLITS: gl.constexpr,
+    MOST: gl.constexpr,
 ):  # fmt: skip
     """One split a program: its lists, or, behind the last split, sink and window.
 
-    Rows [0, G) of ``ROWS``, 8 or 16, are the group's heads, which weigh by w y; rows [G, 2G) are their variances, by
-    w (w - 1) y^2.
+    Rows [0, G) are the group's heads, which weigh by w y; rows [G, 2G) are their variances, by w (w - 1) y^2.
     """
     i_row, i_split = gl.program_id(0) // (SPLITS + 1), gl.program_id(0) % (SPLITS + 1)
     if gl.load(p_mode + i_row) != SAMPLED:
@@ -111,7 +109,7 @@ def attend_lists_fwd_kernel(
     o_d = gl.arange(0, D, layout=gl.SliceLayout(0, copied))
     p_kh, p_vh = p_k + h * D, p_v + h * D
     zeros = gl.zeros([16, TILE], gl.float32, mma)
-    nothing = rows_in_use(zeros, ROWS)
+    nothing = rows_in_use(zeros)
     rows: gl.constexpr = nothing.type.layout
     o_w = gl.arange(0, ROWS, layout=gl.SliceLayout(1, rows))
     o_n = gl.arange(0, TILE, layout=gl.SliceLayout(0, rows))
@@ -146,7 +144,7 @@ def attend_lists_fwd_kernel(
         pi = gl.load(p_own_pi + at + o_n, mask=(o_n < remain) & listed, other=1.0)
 
         k = keys.index(i_buffer).permute((1, 0)).load(right)
-        logits = rows_in_use(mma_v2(q, k, zeros), ROWS)
+        logits = rows_in_use(mma_v2(q, k, zeros))
         logits = gl.where(ok[None, :], logits * (sm_scale * LOG2E), float("-inf"))
         larger = gl.maximum(maximum, gl.max(logits, 1))
         weight = (1.0 / held)[None, :]

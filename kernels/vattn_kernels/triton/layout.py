@@ -101,12 +101,7 @@ def attend_registers(width: int, head_dim: int) -> int | None:
 
 def one_warp_attends(dtype: torch.dtype, head_dim: int, group: int) -> bool:
     """Whether `attend_gluon` serves the first round: its tiles fit a warp, and bfloat16 holds a variance's weights."""
-    return dtype == torch.bfloat16 and head_dim in (64, 128) and group <= 8
-
-
-def rows_of(group: int) -> int:
-    """Rows of a tile of `attend_gluon`: heads and their variances."""
-    return 8 if 2 * group <= 8 else 16
+    return dtype == torch.bfloat16 and head_dim in (64, 128) and group <= 4
 
 
 def splits_of(rows: int) -> int:

@@ -60,7 +60,7 @@ def shapes(dtype: str, head_dim: int, group: int, words: int):
     yield select_fwd_kernel, warps, merge | sketch
     yield attend_fwd_kernel, warps, merge | attend
     if dtype == "bf16" and layout.one_warp_attends(torch.bfloat16, head_dim, group):
-        yield attend_lists_fwd_kernel, 1, merge | {"ROWS": layout.rows_of(group)}
+        yield attend_lists_fwd_kernel, 1, merge
     yield combine_fwd_kernel, 1, merge | {"EXACT": False, "FIRST": True}
     yield retry_fwd_kernel, warps, merge | sketch | attend | few
     yield attend_exact_fwd_kernel, launch.exact_warps, merge | few | {
