@@ -193,7 +193,7 @@ def time_us(run: Callable[[int], Any], layers: int) -> float:
 
 
 def stages_us(run: Callable[[int], Any], layers: int) -> dict[str, float]:
-    """Mean time of each kernel a step, by the profiler; launches overlap, so they add up to more than a step."""
+    """Mean time of each kernel a step, by the profiler; what lies between launches is not in it."""
     steps = 3
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         for _ in range(steps):

@@ -19,7 +19,7 @@ def require(condition: bool, message: str, *values: object) -> None:
         What is expected.
     message : str
         What was wrong and what was expected, with ``{}`` for each of ``values``: an op checks some twenty conditions a
-        layer and step, so that a message is put together only where it is raised.
+        layer and step, so a message is put together only where it is raised.
     *values : object
         Of the message.
 
@@ -37,7 +37,7 @@ def check_cache(k_cache: Tensor, v_cache: Tensor, dtypes: tuple[torch.dtype, ...
     dtype, shape = k_cache.dtype, k_cache.shape
     require(dtype in dtypes, "the KV cache is {}, expected one of {}", dtype, dtypes)
     require(dtype == v_cache.dtype, "k_cache is {} but v_cache is {}", dtype, v_cache.dtype)
-    require(shape == v_cache.shape, "k_cache has shape {}, v_cache {}; expected one", shape, v_cache.shape)
+    require(shape == v_cache.shape, "k_cache has shape {}, v_cache {}; expected one shape", shape, v_cache.shape)
     require(k_cache.is_contiguous() and v_cache.is_contiguous(), "k_cache and v_cache must be contiguous")
 
 
@@ -46,6 +46,8 @@ def check_decode(
 ) -> None:
     """Refuse arguments of ``decode`` that no device serves."""
     heads, kv_heads = q.shape[1], k_cache.shape[1]
+    head_dim = k_cache.shape[2]
+    require(q.shape[2] == head_dim, "q has head_dim {}, the KV cache {}; expected one head_dim", q.shape[2], head_dim)
     require(
         q.dtype == k_cache.dtype == out.dtype,
         "q is {}, out {}, the KV cache {}; expected one dtype",

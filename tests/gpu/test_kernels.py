@@ -8,6 +8,7 @@ from decode_case import DecodeCase
 from scipy import stats as statistics
 
 from vattn_kernels import ops, params
+from vattn_kernels.triton import layout
 
 pytestmark = pytest.mark.gpu
 
@@ -16,8 +17,8 @@ ROUNDING = 5e-3
 BF16, FP16 = torch.bfloat16, torch.float16
 SHAPES = [
     (1, 1, 8, 2, 64, BF16), (3, 80, 4, 4, 128, FP16), (1, 111, 16, 1, 64, BF16), (2, 1000, 32, 8, 128, BF16),
-    (5, 2049, 6, 2, 96, FP16), (1, 4096, 2, 1, 256, BF16), (2, 63, 9, 3, 64, BF16), (2, 3000, 16, 2, 128, BF16),
-    (3, 1111, 4, 2, 64, BF16), (1, 900, 4, 4, 128, BF16),
+    (5, 2049, 6, 2, 96, FP16), (1, 4096, 2, 1, 256, BF16), (2, 63, 9, 3, 64, BF16), (2, 1500, 9, 3, 64, BF16),
+    (2, 3000, 16, 2, 128, BF16), (3, 1111, 4, 2, 64, BF16), (1, 900, 4, 4, 128, BF16),
 ]  # fmt: skip
 
 
@@ -75,6 +76,20 @@ def test_first_step_is_exact_and_later_ones_hold_epsilon(shape):
     assert torch.isfinite(out).all() and torch.isfinite(stats).all()
     assert (stats[..., 2] <= 0.1).all()
     assert c.errors(out).max() < 0.1 + ROUNDING
+
+
+@pytest.mark.parametrize("heads", [(8, 2), (9, 3), (2, 1), (2, 2)], ids="{0[0]}-over-{0[1]}".format)
+def test_one_warp_attends_like_four(heads, monkeypatch):
+    c = case(2, 3000, *heads, 64, epsilon=0.3)
+    for _ in range(5):
+        c.run()
+    before = c.state.clone()
+    out, stats, _ = c.run()
+    c.state.copy_(before)
+    monkeypatch.setattr(layout, "one_warp_attends", lambda *_: False)
+    expected, expected_stats, _ = c.run()
+    torch.testing.assert_close(out, expected, rtol=0.02, atol=4e-3)
+    torch.testing.assert_close(stats[..., 2], expected_stats[..., 2], rtol=0.02, atol=1e-4)
 
 
 def test_certified_steps_violate_delta_no_more_than_chance_allows():

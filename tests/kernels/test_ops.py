@@ -281,7 +281,7 @@ def test_cap_is_kept_and_counted():
         ({"sampler": "top_p"}, "sampler 'top_p'"),
         ({"target": "logits"}, "target 'logits' is unknown, expected one of .*'denominator'"),
         ({"selector": "pqcache"}, "selector 'pqcache'"),
-        ({"group_score": "sum"}, "group_score 'sum'"),
+        ({"group_score": "sum"}, "group_score 'sum' is unknown, expected one of .*'max'"),
         ({"selector": "sketch"}, "needs side data, got no codes, norms"),
         ({"selector": "quest"}, "needs side data, got no codes, norms, valid, mean, steps"),
         ({"selector": "hash"}, "needs side data"),

@@ -75,7 +75,7 @@ class Plan:
     text : str
         Evaluation text, see `vattn_sgl.texts.load`.
     second_text : tuple of str
-        Texts of another kind, joined, on a piece of which the product's own rows are measured again.
+        Legal texts, joined, on a piece of which the product's own rows are measured again.
     hash_weights : str or None
         File of HashAttention's weights for this model; without one selector ``hash`` is left out.
     """

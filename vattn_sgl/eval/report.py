@@ -100,7 +100,7 @@ def markdown(result: dict[str, Any], name: str) -> str:
         lines += ["", f"Not measured: {', '.join(result['left_out'])}."]
     lines += ["", "## The bound", "", f"![violations]({name}-violations.png)", ""]
     lines += _main_table(parts["main"])
-    lines += ["", "## The bound on another kind of text", "", *_second_table(result)]
+    lines += ["", "## The bound on legal text", "", *_second_table(result)]
     lines += ["", "## Scores", "", *_inefficiency_table(result["inefficiency"], plan)]
     if parts["sweep"]:
         lines += ["", f"## Error at equal density, {plan['sweep_context']} tokens", ""]
@@ -141,9 +141,12 @@ def _main_table(pairs: list[tuple[Row, Row]]) -> list[str]:
 
 def _second_table(result: dict[str, Any]) -> list[str]:
     plan = result["plan"]
+    heads = result["second_text"][0]["head_steps"] // plan["positions"]
     text = (
-        f"One piece of {' and '.join(plan['second_text'])}, {plan['positions']} positions a context; sampler "
-        "`proportional`, target `output` and its default bound."
+        f"One piece of {' and '.join(plan['second_text'])}, licences as the calibration's texts are, "
+        f"{plan['positions']} positions a context; sampler `proportional`, target `output` and its default bound. "
+        "A true rate of "
+        f"{detectable_rate(plan['positions'], heads, plan['delta']):.3f} of a head is found with power .9."
     )
     head = ["context", "selector", "epsilon", "head-steps", "density", "violations", "binding", "heads over",
             "mean error", "p95"]  # fmt: skip

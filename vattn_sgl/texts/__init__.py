@@ -17,6 +17,6 @@ def load(name: str) -> str:
     Parameters
     ----------
     name : str
-        One of the names above, or of this folder's README.
+        Of a file in this folder, see its README.
     """
     return files(__name__).joinpath(f"{name}.txt").read_text(encoding="utf-8")

@@ -16,6 +16,8 @@ from vattn_kernels.quantiles import PROVABLE_SELECTORS, TARGETS
 from vattn_kernels.signature import MAX_BITS, MAX_LAYERS, MAX_WIDTH
 
 MAX_HEAD_DIM = 256
+SAMPLERS = ("proportional", "uniform")
+GROUP_SCORES = ("max", "mean")
 DTYPES = (torch.float32, torch.bfloat16)
 
 _POINTER, _INT, _DOUBLE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
@@ -91,9 +93,11 @@ def decode(
     num_kv_heads = k_cache.shape[1]
     group = num_qo_heads // num_kv_heads
     check_decode(q, k_cache, kv_indices, seq_lens, out, stats, target)
-    require(sampler in ("proportional", "uniform"), "sampler {!r} is unknown", sampler)
-    require(selector in SELECTOR_NUMBERS, "selector {!r} is unknown", selector)
-    require(group_score in ("max", "mean"), "group_score {!r} is unknown", group_score)
+    require(sampler in SAMPLERS, "sampler {!r} is unknown, expected one of {}", sampler, SAMPLERS)
+    require(
+        selector in SELECTOR_NUMBERS, "selector {!r} is unknown, expected one of {}", selector, (*SELECTOR_NUMBERS,)
+    )
+    require(group_score in GROUP_SCORES, "group_score {!r} is unknown, expected one of {}", group_score, GROUP_SCORES)
     require(pilot_min >= 4 and pilot > 0, "pilot_min {} must be at least 4 and pilot {} above 0", pilot_min, pilot)
     require(params.numel() == layout.PARAMS_WIDTH, "params has {} values, not {}", params.numel(), layout.PARAMS_WIDTH)
     require(
@@ -143,16 +147,14 @@ def _side_data(
         require(
             codes.shape[0] * PAGE >= k_cache.shape[0],
             "{} pages do not cover {} slots",
-            codes.shape[0],
-            k_cache.shape[0],
+            *(codes.shape[0], k_cache.shape[0]),
         )
     if selector in ("sign", "hash"):
         _check_nets(side["query_basis"], side["fields"], k_cache.shape[2])
         require(
             side["query_basis"].shape[0] == num_qo_heads,
             "{} query nets for {} query heads",
-            side["query_basis"].shape[0],
-            num_qo_heads,
+            *(side["query_basis"].shape[0], num_qo_heads),
         )
     return side
 
@@ -200,10 +202,7 @@ def encode_signature(
     require(
         nets.shape[0] % k_cache.shape[1] == 0 and codes.shape[-1] * 32 * k_cache.shape[1] == nets.shape[0] * bits,
         "{} nets of {} bits do not fill {} words of {} KV heads",
-        nets.shape[0],
-        bits,
-        codes.shape[-1],
-        k_cache.shape[1],
+        *(nets.shape[0], bits, codes.shape[-1], k_cache.shape[1]),
     )
     args = _SignatureArgs(
         k_cache.data_ptr(), v_cache.data_ptr(), slots.data_ptr(), mean.data_ptr(), nets.data_ptr(), widths.data_ptr(),

@@ -1,4 +1,4 @@
-"""GPU implementation of the ops in Triton: a few kernels of fixed grids, no wait for the host, no allocation in a step.
+"""GPU implementation of the ops in Triton and Gluon: kernels of fixed grids, no wait for the host, no allocation.
 
 A step is eight launches: ``prepare``, ``select``, ``attend``, ``combine``, ``retry``, ``combine``, ``attend_exact``,
 ``combine``. The first draw takes a scale predicted from the request's last step; a group that it does not certify draws
@@ -90,11 +90,13 @@ def decode(
     require(audit_rate == 0, "audit_rate {}: audits run on the CPU only; expected 0", audit_rate)
     check_decode(q, k_cache, kv_indices, seq_lens, out, stats, target)
     if codes is None or norms is None or valid is None or mean is None or query_basis is None:
-        raise ValueError("vattn on the GPU: selector 'sketch' needs side data")
+        raise ValueError(
+            "vattn: selector 'sketch' needs side data, got None in place of a tensor; make it with ops.encode"
+        )
     if steps is None or fields is None:
-        raise ValueError("vattn on the GPU: selector 'sketch' needs the tables that made its codes")
+        raise ValueError("vattn: selector 'sketch' needs the tables that made its codes, got None for steps or fields")
     if state is None or state_rows is None:
-        raise ValueError("vattn on the GPU: state and state_rows are needed, see vattn_kernels.ops.decode")
+        raise ValueError("vattn: a GPU needs state and state_rows, got None; see vattn_kernels.ops.decode")
     _check_codes(codes, norms, steps)
 
     rows, max_len = batch * num_kv_heads, kv_indices.shape[1]
@@ -153,7 +155,8 @@ def decode(
         capacity, HKV=num_kv_heads, G=group, SPLITS=splits, **sketch, num_warps=warps,
         maxnreg=layout.select_registers(group, words),
     )  # fmt: skip
-    if q.is_cuda and layout.one_warp_attends(q.dtype, head_dim, group):
+    is_aligned = k_cache.data_ptr() % 16 == 0 and v_cache.data_ptr() % 16 == 0
+    if q.is_cuda and is_aligned and layout.one_warp_attends(q.dtype, head_dim, group):
         attend_lists_fwd_kernel[(rows * (splits + 1),)](
             q, k_cache, v_cache, kv_indices, seq_lens, *lists, sm_scale, sink, window, kv_stride, capacity,
             HKV=num_kv_heads, G=group, WIDTH=width, D=head_dim, SPLITS=splits,

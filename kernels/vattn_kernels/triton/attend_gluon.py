@@ -1,9 +1,9 @@
 """Stage ``attend`` for bfloat16 in Gluon: the first round's lists, one warp a split.
 
-The same function as `vattn_kernels.triton.attend.attend_fwd_kernel`, which serves every other type and shape and which
-the interpreter runs. A warp of its own waits for no other warp; K and V go through shared memory by asynchronous
-copies, so that the next tile is under way without holding registers; heads are the narrow side of the tensor cores'
-tiles.
+The same function as `vattn_kernels.triton.attend.attend_fwd_kernel`, which serves what `layout.one_warp_attends`
+leaves and which the interpreter runs. A warp of its own waits for no other warp; K and V go through shared memory by
+asynchronous copies, so that the next tile is under way without holding registers; heads are the narrow side of the
+tensor cores' tiles.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ ROWS = gl.constexpr(8)
 
 
 @gluon.jit
-def tile_of(t, firsts, counts, span):
+def tile_of(t, firsts, counts, starts):
     """First entry of tile ``t``, counted over all lists, and the entries that its list has left from there."""
     first = t * 0
-    start = t * 0
+    start = t * 0 + starts[0]
     count = t * 0 + counts[0]
     for j in gl.static_range(1, LISTS):
         behind = t >= firsts[j]
         first = gl.where(behind, firsts[j], first)
-        start = gl.where(behind, span[j], start)
+        start = gl.where(behind, starts[j], start)
         count = gl.where(behind, counts[j], count)
     offset = (t - first) * TILE
     is_last = t >= firsts[LISTS]
@@ -64,6 +64,7 @@ def attend_lists_fwd_kernel(
 
     Rows [0, G) are the group's heads, which weigh by w y; rows [G, 2G) are their variances, by w (w - 1) y^2.
     """
+    gl.static_assert(2 * G <= ROWS, "heads and variances of a group fill the rows in use")
     i_row, i_split = gl.program_id(0) // (SPLITS + 1), gl.program_id(0) % (SPLITS + 1)
     if gl.load(p_mode + i_row) != SAMPLED:
         return

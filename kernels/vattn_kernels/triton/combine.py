@@ -152,7 +152,7 @@ def merge_head(
         plain = tl.sum(f2 * tl.load(p_square + MASS * WIDTH, mask=m_s, other=0.0, cache_modifier=".cg"), 0)
         along = tl.sum(f2[:, None] * alongs, 0)
         unit_output = tl.maximum(mass * norm, LEAST_UNIT)
-        # The spread is that of the weights alone, of w (w - 1) y^2: it only moves the quantile's degrees of freedom.
+        # The spread is that of the weights w (w - 1) y^2 alone; what that does to the quantile is in RESULTS.md.
         spread = tl.sum(f2 * f2 * tl.load(p_square + SPREAD * WIDTH, mask=m_s, other=0.0, cache_modifier=".cg"), 0)
         spread = spread / tl.maximum(plain * plain, 1e-37)
         if TARGET != DENOMINATOR:

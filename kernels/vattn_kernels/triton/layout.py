@@ -100,7 +100,7 @@ def attend_registers(width: int, head_dim: int) -> int | None:
 
 
 def one_warp_attends(dtype: torch.dtype, head_dim: int, group: int) -> bool:
-    """Whether `attend_gluon` serves the first round: its tiles fit a warp, and bfloat16 holds a variance's weights."""
+    """Whether `attend_gluon` serves the first round: tiles fit a warp, bfloat16 holds a variance's weights."""
     return dtype == torch.bfloat16 and head_dim in (64, 128) and group <= 4
 
 

@@ -58,9 +58,10 @@ def shapes(dtype: str, head_dim: int, group: int, words: int):
     warps = layout.LISTS.value
     few = {"LEAST": layout.LEAST_SPLITS, "ROWS_P": 128}
     yield select_fwd_kernel, warps, merge | sketch
-    yield attend_fwd_kernel, warps, merge | attend
-    if dtype == "bf16" and layout.one_warp_attends(torch.bfloat16, head_dim, group):
+    if layout.one_warp_attends({"bf16": torch.bfloat16, "fp16": torch.float16}[dtype], head_dim, group):
         yield attend_lists_fwd_kernel, 1, merge
+    else:
+        yield attend_fwd_kernel, warps, merge | attend
     yield combine_fwd_kernel, 1, merge | {"EXACT": False, "FIRST": True}
     yield retry_fwd_kernel, warps, merge | sketch | attend | few
     yield attend_exact_fwd_kernel, launch.exact_warps, merge | few | {

@@ -102,7 +102,7 @@ def test_the_products_rows_are_measured_on_a_second_text(result):
     main = {(report.label(r), r["context"], r["epsilon"]): r["density"] for r in rows}
     for row in result["second_text"]:
         assert row["head_steps"] == 2 * 6 * PLAN.positions
-        # The stand-in for both texts is the same one.
+        # One text stands in for both.
         assert row["density"] == pytest.approx(main[report.label(row), row["context"], row["epsilon"]], rel=0.2)
 
 
