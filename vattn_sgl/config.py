@@ -92,8 +92,9 @@ class Settings(BaseModel):
     target : {"output", "denominator", "numerator", "sdpa"}
         What the bound is about: the output, one of its two sums, or both sums by the paper's Theorem 4.3.
     bound : {"f8", "student", "clt", "bernstein"} or None
-        Quantile of the bound; None takes `vattn_kernels.quantiles.default_bound`. ``f8`` serves target ``output`` only;
-        ``bernstein`` holds at every sample size and reads more; selectors ``sign`` and ``hash`` cannot support it.
+        Quantile of the bound; None takes `vattn_kernels.quantiles.default_bound`. ``f8`` serves target ``output``
+        only, and with sampler ``uniform`` it fails more often than ``delta`` (``docs/proof.md``); ``bernstein``
+        holds at every sample size and reads more; selectors ``sign`` and ``hash`` cannot support it.
     sink, window : int
         Tokens at the start and at the end that are always read.
     top_k : int or float

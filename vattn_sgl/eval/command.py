@@ -56,7 +56,7 @@ def run(
     Raises
     ------
     FidelityError
-        If the model or the texts are too short for a context.
+        If the model or the texts are too short for a context, the model's folder is none, or nothing can be written.
     vattn_sgl.config.ConfigError
         If the weights cannot be read or do not fit the model.
     """
@@ -67,6 +67,7 @@ def run(
         sweep = plan.sweep_context if plan.sweep_context in contexts else min(contexts)
         plan = replace(plan, contexts=tuple(sorted(set(contexts))), sweep_context=sweep)
     folder = path or model.fetch()
+    _check_places(folder, out, json_file)
     if text is not None:
         held = len(capture.token_ids(folder, text)) // plan.longest
         plan = replace(plan, text=text, pieces=max(1, min(plan.pieces, held)))
@@ -102,3 +103,17 @@ def run(
     if out is not None:
         for file in report.write(result, out):
             console.print(f"wrote {file}")
+
+
+def _check_places(folder: Path, out: Path | None, json_file: Path | None) -> None:
+    """Refuse before the long run what would fail it at its start or end."""
+    if not (folder / "config.json").is_file():
+        raise FidelityError(f"{folder} is not a model's folder: it holds no config.json")
+    for place in (out, json_file.parent if json_file else None):
+        try:
+            if place is not None:
+                place.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise FidelityError(
+                f"cannot write to {place} ({error.strerror}): give a folder that may be made"
+            ) from error

@@ -19,6 +19,7 @@ from vattn_sgl.eval.inefficiency import inefficiency
 from vattn_sgl.eval.methods import Attention, Method, certified
 from vattn_sgl.eval.metrics import Tally
 from vattn_sgl.eval.selectors import Adapter
+from vattn_sgl.selectors import hash_weights
 
 # Positions are an even spread over the last eighth of a context.
 TAIL = 8
@@ -458,9 +459,13 @@ def check(path: Path, plan: Plan) -> None:
     ------
     ValueError
         If a text or the model's range of positions is too short.
+    vattn_sgl.config.ConfigError
+        If the weights cannot be read.
     """
     from transformers import AutoConfig
 
+    if plan.hash_weights is not None:
+        hash_weights.load(plan.hash_weights)
     limit = AutoConfig.from_pretrained(path).max_position_embeddings
     if plan.longest > limit:
         raise ValueError(f"context {plan.longest} is longer than the model's {limit} positions")

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from vattn_kernels import signature
@@ -111,7 +110,7 @@ def _load(path: str, mtime_ns: int) -> Weights:
         else:
             with open(path, "rb") as file:
                 found = _SafeUnpickler(file).load()
-    except (OSError, ValueError, EOFError, KeyError, RuntimeError, pickle.UnpicklingError, SafetensorError) as error:
+    except Exception as error:  # a damaged pickle raises nearly anything
         raise _refuse(path, f"unreadable ({error})", "a safetensors, torch or pickle file of tensors") from error
     if not isinstance(found, dict) or not found:
         raise _refuse(path, type(found).__name__, "a mapping from layer numbers to " + ", ".join(NAMES))
@@ -172,11 +171,12 @@ def nets(weights: Weights, path: str, geometry: CacheGeometry, layer_ids: Sequen
     mistakes: list[Mistake] = []
     packed: list[Nets] = []
     bits: set[int] = set()
-    for layer in layer_ids:
-        if layer not in weights:
-            have = f"layers {min(weights)} to {max(weights)}"
-            mistakes.append(Mistake(f"layer {layer}", f"missing, the file has {have}", "weights of this very model"))
-            continue
+    missing = [layer for layer in layer_ids if layer not in weights]
+    if missing:
+        have = f"missing, the file has layers {min(weights)} to {max(weights)}"
+        what = f"layer {missing[0]}" if len(missing) == 1 else f"{len(missing)} layers from {missing[0]} on"
+        mistakes.append(Mistake(what, have, "weights of this very model"))
+    for layer in (layer for layer in layer_ids if layer in weights):
         entry = weights[layer]
         wrong = [*_mistakes(entry, layer, "query", geometry), *_mistakes(entry, layer, "key", geometry)]
         mistakes += wrong
@@ -207,6 +207,8 @@ def _mistakes(entry: dict[str, list[torch.Tensor]], layer: int, side: str, geome
 
     if not require(all(len(s) == 3 for s in shapes), f"{side}_matrix", shapes, "matrices [heads, d_in, d_out]"):
         return found
+    usable = all(t.is_floating_point() and bool(t.isfinite().all()) for t in (*matrices, *biases))
+    require(usable, f"{side}_matrix or {side}_bias", "NaN, an infinity or no floating point", "finite numbers")
     heads = shapes[0][0]
     query_heads = geometry.num_qo_heads or heads
     allowed = {query_heads} if side == "query" else {query_heads, geometry.num_kv_heads}

@@ -37,6 +37,7 @@ def measured(monkeypatch):
 
 
 def invoke(tmp_path, *arguments):
+    (tmp_path / "config.json").touch()
     return RUNNER.invoke(app, ["eval", "fidelity", "--model", str(tmp_path), *arguments])
 
 
@@ -86,3 +87,16 @@ def test_a_model_that_is_too_short_is_named(monkeypatch, tmp_path):
     answer = invoke(tmp_path, "--json", str(tmp_path / "f.json"))
     assert answer.exit_code == 1
     assert "2048 positions" in answer.output
+
+
+def test_what_would_fail_late_is_refused_at_once(measured, tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "config.json").touch()
+    for arguments, told in (
+        (("--model", str(tmp_path / "none"), "--out", str(tmp_path / "out")), "holds no config.json"),
+        (("--model", str(tmp_path), "--out", str(tmp_path / "file")), "cannot write to"),
+        (("--model", str(tmp_path), "--json", str(tmp_path / "file" / "f.json")), "cannot write to"),
+    ):
+        refused = RUNNER.invoke(app, ["eval", "fidelity", *arguments])
+        assert refused.exit_code and told in " ".join(refused.output.split()), arguments
+    assert not measured

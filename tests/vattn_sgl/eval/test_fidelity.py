@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from vattn_kernels import ops, quantiles
+from vattn_sgl.config import ConfigError
 from vattn_sgl.eval import capture, fidelity, report
 from vattn_sgl.eval.fidelity import Fidelity, Plan
 
@@ -166,3 +167,8 @@ def test_texts_too_short_for_a_plan_are_refused(small, monkeypatch, tmp_path):
         fidelity.check(tmp_path, replace(PLAN, contexts=(400,), pieces=2))
     with pytest.raises(ValueError, match="1024 positions"):
         fidelity.check(tmp_path, replace(PLAN, contexts=(2048,)))
+
+
+def test_hash_weights_are_read_before_anything_else(tmp_path):
+    with pytest.raises(ConfigError, match="no such file"):
+        fidelity.check(tmp_path, replace(PLAN, hash_weights=str(tmp_path / "none.pt")))

@@ -80,7 +80,7 @@ def test_a_missing_file_is_named(tmp_path):
     assert "no such file" in message
 
 
-@pytest.mark.parametrize("content", [b"", b"nonsense", pickle.dumps([1])])
+@pytest.mark.parametrize("content", [b"", b"nonsense", b"}]K\x01s.", pickle.dumps([1])])
 def test_other_files_are_refused(content, tmp_path):
     path = tmp_path / "weights.pkl"
     path.write_bytes(content)
@@ -103,6 +103,12 @@ def test_what_does_not_fit_the_model_is_named_in_every_layer(change, expected, t
     assert expected in message
     assert "layer 0" in message
     assert "layer 1" in message
+
+
+def test_numbers_that_are_none_are_refused(tmp_path):
+    weights = layers()
+    weights[1]["key_bias"][0][0, 0] = float("nan")
+    assert "layer 1: key_matrix or key_bias" in refusal(write(tmp_path / "nan.pt", weights))
 
 
 def test_missing_layers_and_lists_are_named(tmp_path):
