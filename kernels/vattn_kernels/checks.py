@@ -7,6 +7,8 @@ from torch import Tensor
 
 from vattn_kernels.quantiles import TARGETS
 
+SAMPLERS = ("proportional", "uniform")
+GROUP_SCORES = ("max", "mean")
 MAX_GROUP = 16
 
 

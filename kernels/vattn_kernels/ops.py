@@ -13,11 +13,11 @@ from typing import Any
 import torch
 
 from vattn_kernels import cpu
+from vattn_kernels.checks import GROUP_SCORES as GROUP_SCORES
+from vattn_kernels.checks import SAMPLERS as SAMPLERS
 from vattn_kernels.quantiles import TARGETS as TARGETS
 
-SAMPLERS = ("proportional", "uniform")
 SELECTORS = ("sketch", "oracle", "quest", "sign", "hash")
-GROUP_SCORES = ("max", "mean")
 OUTCOMES = ("certified", "uncertified", "capped", "dense")
 READ_KINDS = ("sink", "window", "top_k", "sample", "dense")
 # Columns of ``stats``: realized density, budget b in tokens, relative half-width, index into OUTCOMES, tokens read,

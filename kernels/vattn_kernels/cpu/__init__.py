@@ -9,15 +9,13 @@ import torch
 from torch import Tensor
 
 from vattn_kernels import params as layout
-from vattn_kernels.checks import check_cache, check_decode, require
+from vattn_kernels.checks import GROUP_SCORES, SAMPLERS, check_cache, check_decode, require
 from vattn_kernels.cpu import build
 from vattn_kernels.pages import PAGE
 from vattn_kernels.quantiles import PROVABLE_SELECTORS, TARGETS
 from vattn_kernels.signature import MAX_BITS, MAX_LAYERS, MAX_WIDTH
 
 MAX_HEAD_DIM = 256
-SAMPLERS = ("proportional", "uniform")
-GROUP_SCORES = ("max", "mean")
 DTYPES = (torch.float32, torch.bfloat16)
 
 _POINTER, _INT, _DOUBLE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double

@@ -46,9 +46,7 @@ def _check_codes(codes: Tensor, norms: Tensor, steps: Tensor) -> None:
         require(
             side.stride(2) == 1 and side.stride(0) == side.shape[2],
             "{} must lie by head, then slot: strides {} of shape {}",
-            name,
-            side.stride(),
-            tuple(side.shape),
+            *(name, side.stride(), tuple(side.shape)),
         )
     require(steps.is_contiguous(), "steps must be contiguous")
 
