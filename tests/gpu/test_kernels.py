@@ -58,6 +58,21 @@ class GpuCase(DecodeCase):
         ops.decode(*arguments, **(self.step | settings), state=self.state, state_rows=self.state_rows)
         return arguments[-4], arguments[-3], arguments[-2]
 
+    def lists(self):
+        """Which slots every row's last round listed, and their inclusion probabilities, 0 elsewhere."""
+        rows, max_len = self.batch * self.num_kv_heads, self.kv_indices.shape[1]
+        work = layout.workspace(self.q.device, self.batch, max_len, self.num_qo_heads, self.num_kv_heads, self.head_dim)
+        splits, lists = layout.splits_of(rows), layout.LISTS.value
+        pi = torch.zeros(rows, self.k_cache.shape[0], device="cuda")
+        of_row = layout.capacity(rows, max_len)
+        span = of_row // (splits * lists)
+        counts = work.counts.view(-1)[: rows * layout.MOST_LISTS].view(rows, -1)[:, : splits * lists].tolist()
+        for row, listed in enumerate(counts):
+            for i, count in enumerate(listed):
+                at = row * of_row + i * span
+                pi[row, work.slots[at : at + count].long()] = work.pi[at : at + count]
+        return pi > 0, pi
+
 
 def case(batch, context, heads, kv_heads, head_dim, dtype=BF16, **options):
     return GpuCase(
@@ -90,6 +105,27 @@ def test_one_warp_attends_like_four(heads, monkeypatch):
     expected, expected_stats, _ = c.run()
     torch.testing.assert_close(out, expected, rtol=0.02, atol=4e-3)
     torch.testing.assert_close(stats[..., 2], expected_stats[..., 2], rtol=0.02, atol=1e-4)
+
+
+@pytest.mark.parametrize("bits", [32, 64, 128])
+@pytest.mark.parametrize("heads", [(8, 2), (9, 3), (2, 1), (2, 2), (8, 1)], ids="{0[0]}-over-{0[1]}".format)
+def test_tensor_cores_select_what_byte_products_select(heads, bits, monkeypatch):
+    c = case(2, 3001, *heads, 64, bits=bits, epsilon=0.3)
+    for _ in range(5):
+        c.run()
+    before = c.state.clone()
+    selected = []
+    for is_served in (True, False):
+        monkeypatch.setattr(layout, "tensor_cores_score", lambda *_, answer=is_served: answer)
+        c.state.copy_(before)
+        out, stats, _ = c.run()
+        selected.append((out, stats, *c.lists()))
+    (out, stats, tokens, pi), (expected_out, expected_stats, expected_tokens, expected_pi) = selected
+    assert 0 < tokens.sum() < 0.9 * tokens.numel()
+    assert torch.equal(tokens, expected_tokens)
+    torch.testing.assert_close(pi, expected_pi, rtol=1e-5, atol=0)
+    torch.testing.assert_close(out, expected_out, rtol=0, atol=0)
+    torch.testing.assert_close(stats, expected_stats, rtol=1e-5, atol=1e-6)
 
 
 def test_certified_steps_violate_delta_no_more_than_chance_allows():

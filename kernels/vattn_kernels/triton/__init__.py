@@ -22,6 +22,7 @@ from vattn_kernels.triton.attend_gluon import attend_lists_fwd_kernel
 from vattn_kernels.triton.combine import combine_fwd_kernel
 from vattn_kernels.triton.prepare import prepare_fwd_kernel
 from vattn_kernels.triton.select import select_fwd_kernel
+from vattn_kernels.triton.select_gluon import select_lists_fwd_kernel
 from vattn_kernels.triton.update import update_fwd_kernel
 
 WORDS = (1, 2, 4)
@@ -121,15 +122,14 @@ def decode(
     target_id = TARGETS.index(target)
     lists = (work.mode, work.slots, work.pi, work.counts, work.outs, work.scalars)
     sketch = {
-        "R": steps.shape[-1], "GROUPS": groups, "WORDS": words, "DP4A": q.is_cuda, "TARGET": target_id,
-        "MOST": layout.MOST_LISTS,
+        "R": steps.shape[-1], "GROUPS": groups, "WORDS": words, "TARGET": target_id, "MOST": layout.MOST_LISTS,
     }  # fmt: skip
     merge = model | {
         "GP": padded_group, "WIDTH": width, "MOST": layout.MOST_LISTS, "STATE": STATE_WIDTH, "TARGET": target_id,
         "TABLE": parameters.SPLIT_TABLE if is_split else parameters.TABLE, "POINTS": parameters.TABLE_POINTS,
         "PER_UNIT": parameters.TABLE_STEPS_PER_UNIT, "BUDGET_EDGES": budget_edges.numel(),
-        "BUDGET_EDGES_P": _power_of_two(budget_edges.numel()), "ERROR_EDGES": error_edges.numel(),
-        "ERROR_EDGES_P": _power_of_two(error_edges.numel()),
+        "BUDGET_EDGES_P": _power_of_two(budget_edges.numel() + 1), "ERROR_EDGES": error_edges.numel(),
+        "ERROR_EDGES_P": _power_of_two(error_edges.numel() + 1),
     }  # fmt: skip
     warps = layout.LISTS.value
     attend = model | {
@@ -140,19 +140,30 @@ def decode(
 
     def combine(last: int, exact: bool = False, first: bool = False) -> None:
         parts = splits if first else tail
-        combine_fwd_kernel[(rows * group,)](
+        # A round that few rows or none take part in asks for few programs, whole ones read for every row.
+        programs = rows * group if first else min(launch.combine_programs, rows * group)
+        combine_fwd_kernel[(programs,)](
             work.outs, work.scalars, work.heads, seq_lens, work.mode, work.counts, work.log_scale, work.fixed,
             work.reads, work.arrivals, work.used, params, state, state_rows, budget_edges, error_edges, out, stats,
-            counters, sink, window, cap, last, *counter_offsets[:5], **merge, EXACT=exact, FIRST=first, SPLITS=parts,
-            SPLITS_P=_power_of_two(parts + 1), num_warps=max(1, _power_of_two(parts + 1) // launch.splits_a_warp),
+            counters, sink, window, cap, last, rows, *counter_offsets[:5], **merge, EXACT=exact, FIRST=first,
+            SPLITS=parts, SPLITS_P=_power_of_two(parts + 1), ROWS_P=rows_p,
+            num_warps=max(1, _power_of_two(parts + 1) // launch.splits_a_warp),
         )  # fmt: skip
 
-    select_fwd_kernel[(rows * splits,)](
+    score = (
         codes, norms, kv_indices, seq_lens, fields, work.mode, work.codes, work.bias, work.log_scale, work.scale,
         work.slots, work.pi, work.counts, work.reads, sink, window, *key, kv_stride, codes.stride(1), norms.stride(1),
-        capacity, HKV=num_kv_heads, G=group, SPLITS=splits, **sketch, num_warps=warps,
-        maxnreg=layout.select_registers(group, words),
+        capacity,
     )  # fmt: skip
+    if q.is_cuda and layout.tensor_cores_score(group, words):
+        select_lists_fwd_kernel[(rows * splits,)](
+            *score, HKV=num_kv_heads, G=group, SPLITS=splits, **sketch, num_warps=warps,
+            maxnreg=layout.select_registers(group, words),
+        )  # fmt: skip
+    else:
+        select_fwd_kernel[(rows * splits,)](
+            *score, HKV=num_kv_heads, G=group, SPLITS=splits, **sketch, DP4A=q.is_cuda, num_warps=warps
+        )
     is_aligned = k_cache.data_ptr() % 16 == 0 and v_cache.data_ptr() % 16 == 0
     if q.is_cuda and is_aligned and layout.one_warp_attends(q.dtype, head_dim, group):
         attend_lists_fwd_kernel[(rows * (splits + 1),)](
@@ -170,7 +181,7 @@ def decode(
     retry_fwd_kernel[(min(launch.tail_programs, rows * (tail + 1)),)](
         q, k_cache, v_cache, kv_indices, seq_lens, *lists, codes, norms, fields, work.codes, work.bias, work.scale,
         work.log_scale, work.reads, work.used, sm_scale, sink, window, *key, rows, launch.tail_items, kv_stride,
-        k_stride, codes.stride(1), norms.stride(1), capacity, **attend, **sketch, **few,
+        k_stride, codes.stride(1), norms.stride(1), capacity, **attend, **sketch, **few, DP4A=q.is_cuda,
     )  # fmt: skip
     combine(last=2 if cap < 1 else 1)
     attend_exact_fwd_kernel[(min(launch.tail_programs, rows * tail),)](

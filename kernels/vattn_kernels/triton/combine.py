@@ -26,6 +26,7 @@ from vattn_kernels.triton.layout import (
     STATE_CONTEXT,
     STATE_READS,
     STATE_SCALE,
+    rows_in_mode,
 )
 
 LN2 = tl.constexpr(0.6931471805599453)
@@ -58,63 +59,103 @@ def half_width(variance, spread, unit, p_table, POINTS: tl.constexpr, PER_UNIT: 
 
 
 @triton.jit
+def count(p_counts, values, mask, VALUES_P: tl.constexpr):
+    """Add how often each value below ``VALUES_P`` stands in ``values``: one addition for all heads of a group.
+
+    Every group of a step adds to the same few addresses, one after the other.
+    """
+    o_v = tl.arange(0, VALUES_P)
+    found = tl.sum(((values[None, :] == o_v[:, None]) & mask[None, :]).to(tl.int32), 1)
+    tl.atomic_add(p_counts + o_v, found.to(tl.float64), mask=found > 0, sem="relaxed")
+
+
+@triton.jit
 def observe(p_block, p_edges, values, mask, EDGES: tl.constexpr, EDGES_P: tl.constexpr):
-    """Add values to a histogram block: its sum, then one count a bucket."""
+    """Add values to a histogram block: their sum, then one count a bucket."""
     o_e = tl.arange(0, EDGES_P)
     edges = tl.load(p_edges + o_e, mask=o_e < EDGES, other=float("inf"))
     buckets = tl.sum((edges[None, :] < values[:, None]).to(tl.int32), 1)
-    zeros = values.to(tl.float64) * 0.0
-    tl.atomic_add(p_block + buckets * 0, values.to(tl.float64), mask=mask, sem="relaxed")
-    tl.atomic_add(p_block + 1 + buckets, zeros + 1.0, mask=mask, sem="relaxed")
+    tl.atomic_add(p_block, tl.sum(tl.where(mask, values, 0.0).to(tl.float64), 0), sem="relaxed")
+    count(p_block + 1, buckets, mask, EDGES_P)
 
 
 @triton.jit
 def combine_fwd_kernel(
     p_outs, p_scalars, p_heads, p_seq_lens, p_mode, p_counts,
     p_log_scale, p_fixed, p_reads, p_arrivals, p_used, p_params, p_state, p_state_rows, p_budget_edges, p_error_edges,
-    p_out, p_stats, p_counters, sink, window, cap, last, at_context, at_read, at_outcome, at_budget, at_error,
+    p_out, p_stats, p_counters, sink, window, cap, last, rows, at_context, at_read, at_outcome, at_budget, at_error,
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     SPLITS: tl.constexpr, SPLITS_P: tl.constexpr, MOST: tl.constexpr, STATE: tl.constexpr, TARGET: tl.constexpr,
     EXACT: tl.constexpr, FIRST: tl.constexpr, TABLE: tl.constexpr, POINTS: tl.constexpr,
     PER_UNIT: tl.constexpr, BUDGET_EDGES: tl.constexpr, BUDGET_EDGES_P: tl.constexpr, ERROR_EDGES: tl.constexpr,
-    ERROR_EDGES_P: tl.constexpr,
+    ERROR_EDGES_P: tl.constexpr, ROWS_P: tl.constexpr,
 ):  # fmt: skip
-    """One head a program; the last of a group's heads to arrive decides for the group."""
-    i_head, i_row = tl.program_id(0) % G, tl.program_id(0) // G
-    mode = tl.load(p_mode + i_row)
-    wanted = mode == SAMPLED
-    if EXACT:
-        wanted = mode >= DENSE
-    if wanted:
+    """One head after the other; the last of a group's heads to arrive decides for the group."""
+    # Few rows take part in a later round, and mostly none: few programs see that soonest.
+    if not FIRST:
+        if rows_in_mode(p_mode, rows, DENSE if EXACT else SAMPLED, EXHAUSTED if EXACT else SAMPLED, ROWS_P) == 0:
+            return
+    item = tl.program_id(0)
+    while item < rows * G:
+        i_head, i_row = item % G, item // G
         splits = SPLITS
         if not FIRST:
             splits = tl.load(p_used)
-        width, guard, start, residual = merge_head(
-            i_row, i_head, splits, p_outs, p_scalars, p_params, p_out,
-            G, WIDTH, D, DP, SPLITS, SPLITS_P, TARGET, EXACT, TABLE, POINTS, PER_UNIT,
-        )  # fmt: skip
-        p_result = p_heads + (i_row * G + i_head) * 4
-        tl.store(p_result, width)
-        tl.store(p_result + 1, guard)
-        tl.store(p_result + 2, start)
-        tl.store(p_result + 3, residual)
-        tl.debug_barrier()
-        if tl.atomic_add(p_arrivals + i_row, 1, sem="acq_rel") == G - 1:
-            tl.store(p_arrivals + i_row, 0)
-            o_g = tl.arange(0, GP)
-            m_g = o_g < G
-            p_results = p_heads + (i_row * G + o_g) * 4
-            settle_group(
-                i_row, mode, splits,
-                tl.load(p_results, mask=m_g, other=0.0, cache_modifier=".cg"),
-                tl.load(p_results + 1, mask=m_g, other=-1e9, cache_modifier=".cg"),
-                tl.load(p_results + 2, mask=m_g, other=0.0, cache_modifier=".cg"),
-                tl.load(p_results + 3, mask=m_g, other=0.0, cache_modifier=".cg"),
-                p_seq_lens, p_mode, p_log_scale, p_fixed, p_counts,
-                p_reads, p_params, p_state, p_state_rows, p_budget_edges, p_error_edges, p_stats, p_counters,
-                sink, window, cap, last, at_context, at_read, at_outcome, at_budget, at_error,
-                HKV, G, GP, MOST, STATE, EXACT, TABLE, BUDGET_EDGES, BUDGET_EDGES_P, ERROR_EDGES, ERROR_EDGES_P,
+        mode = tl.load(p_mode + i_row)
+        wanted = mode == SAMPLED
+        if EXACT:
+            wanted = mode >= DENSE
+        if wanted:
+            # Loaded by every head, so that the last one, which decides, has not to wait for it.
+            known = row_of_round(
+                i_row, splits, p_seq_lens, p_log_scale, p_fixed, p_counts, p_reads, HKV, G, GP, MOST, EXACT
+            )
+            width, guard, start, residual = merge_head(
+                i_row, i_head, splits, p_outs, p_scalars, p_params, p_out,
+                G, WIDTH, D, DP, SPLITS, SPLITS_P, TARGET, EXACT, TABLE, POINTS, PER_UNIT,
             )  # fmt: skip
+            p_result = p_heads + (i_row * G + i_head) * 4
+            tl.store(p_result, width)
+            tl.store(p_result + 1, guard)
+            tl.store(p_result + 2, start)
+            tl.store(p_result + 3, residual)
+            tl.debug_barrier()
+            if tl.atomic_add(p_arrivals + i_row, 1, sem="acq_rel") == G - 1:
+                tl.store(p_arrivals + i_row, 0)
+                o_g = tl.arange(0, GP)
+                m_g = o_g < G
+                p_results = p_heads + (i_row * G + o_g) * 4
+                settle_group(
+                    i_row, mode, known,
+                    tl.load(p_results, mask=m_g, other=0.0, cache_modifier=".cg"),
+                    tl.load(p_results + 1, mask=m_g, other=-1e9, cache_modifier=".cg"),
+                    tl.load(p_results + 2, mask=m_g, other=0.0, cache_modifier=".cg"),
+                    tl.load(p_results + 3, mask=m_g, other=0.0, cache_modifier=".cg"),
+                    p_mode, p_log_scale, p_params, p_state, p_state_rows, p_budget_edges, p_error_edges, p_stats,
+                    p_counters,
+                    sink, window, cap, last, at_context, at_read, at_outcome, at_budget, at_error,
+                    HKV, G, GP, STATE, EXACT, TABLE, BUDGET_EDGES, BUDGET_EDGES_P, ERROR_EDGES, ERROR_EDGES_P,
+                )  # fmt: skip
+        item += tl.num_programs(0)
+
+
+@triton.jit
+def row_of_round(
+    i_row, splits, p_seq_lens, p_log_scale, p_fixed, p_counts, p_reads,
+    HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, MOST: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """Context, log-scales and fixed masses of a row's heads, tokens listed, and how many were to be expected."""
+    o_g = tl.arange(0, GP)
+    n = tl.load(p_seq_lens + i_row // HKV).to(tl.int32)
+    used = tl.load(p_log_scale + i_row * G + o_g, mask=o_g < G, other=0.0)
+    fixed = tl.load(p_fixed + i_row * G + o_g, mask=o_g < G, other=0.0)
+    listed, expected = n * 0, n * 0.0
+    if not EXACT:
+        o_m = tl.arange(0, MOST)
+        own = o_m < splits * LISTS
+        listed = tl.sum(tl.load(p_counts + i_row * MOST + o_m, mask=own, other=0, cache_modifier=".cg"), 0)
+        expected = tl.sum(tl.load(p_reads + i_row * MOST + o_m, mask=own, other=0.0, cache_modifier=".cg"), 0)
+    return n, used, fixed, listed, expected
 
 
 @triton.jit
@@ -186,12 +227,12 @@ def merge_head(
 
 @triton.jit
 def settle_group(
-    i_row, mode, splits, widths, guards, starts, residuals, p_seq_lens, p_mode, p_log_scale, p_fixed, p_counts,
-    p_reads, p_params, p_state, p_state_rows, p_budget_edges, p_error_edges, p_stats, p_counters,
+    i_row, mode, known, widths, guards, starts, residuals, p_mode, p_log_scale, p_params, p_state, p_state_rows,
+    p_budget_edges, p_error_edges, p_stats, p_counters,
     sink, window, cap, last, at_context, at_read, at_outcome, at_budget, at_error,
-    HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, MOST: tl.constexpr, STATE: tl.constexpr,
-    EXACT: tl.constexpr, TABLE: tl.constexpr, BUDGET_EDGES: tl.constexpr, BUDGET_EDGES_P: tl.constexpr,
-    ERROR_EDGES: tl.constexpr, ERROR_EDGES_P: tl.constexpr,
+    HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, STATE: tl.constexpr, EXACT: tl.constexpr,
+    TABLE: tl.constexpr, BUDGET_EDGES: tl.constexpr, BUDGET_EDGES_P: tl.constexpr, ERROR_EDGES: tl.constexpr,
+    ERROR_EDGES_P: tl.constexpr,
 ):  # fmt: skip
     """Send a group into another round, or close its step.
 
@@ -199,7 +240,7 @@ def settle_group(
 
     The next step's scale lies above what this one needed, never below the guard, and within the cap.
     """
-    n = tl.load(p_seq_lens + i_row // HKV).to(tl.int32)
+    n, used, fixed, listed, expected_reads = known
     low = tl.minimum(sink, n)
     total = tl.maximum(n - window, low) - low
     fixed_tokens = n - total
@@ -207,21 +248,11 @@ def settle_group(
     o_g = tl.arange(0, GP)
     m_g = o_g < G
     head = i_row * G + o_g
-    used = tl.load(p_log_scale + head, mask=m_g, other=0.0)
-    fixed = tl.load(p_fixed + head, mask=m_g, other=0.0)
     budget, read, expected = total, n, 0.1 * total.to(tl.float32)
     limit = epsilon * 0.0 + 60.0
     if not EXACT:
-        o_m = tl.arange(0, MOST)
-        budget = tl.sum(
-            tl.load(p_counts + i_row * MOST + o_m, mask=o_m < splits * LISTS, other=0, cache_modifier=".cg"), 0
-        )
-        expected = tl.maximum(
-            tl.sum(
-                tl.load(p_reads + i_row * MOST + o_m, mask=o_m < splits * LISTS, other=0.0, cache_modifier=".cg"), 0
-            ),
-            1.0,
-        )
+        budget = listed
+        expected = tl.maximum(expected_reads, 1.0)
         read = fixed_tokens + budget
         if cap < 1.0:
             limit = tl.log(tl.maximum(cap * total.to(tl.float32), 1.0) / expected)
@@ -296,7 +327,7 @@ def close_group(
 
     # A padded row has no token, or the one that a graph runner fills in; a request that decodes has two at least.
     if n > 1:
-        tl.atomic_add(p_counters + at_outcome + outcome, widths.to(tl.float64) * 0.0 + 1.0, mask=m_g, sem="relaxed")
+        count(p_counters + at_outcome, outcome, m_g, SERVED_DENSELY + 1)
         if is_dense == 0:
             budgets = budget.to(tl.float32) + widths * 0.0
             observe(p_counters + at_budget, p_budget_edges, budgets, m_g, BUDGET_EDGES, BUDGET_EDGES_P)

@@ -72,6 +72,7 @@ class Launch:
 
     programs: int = 1024
     tail_programs: int = 264
+    combine_programs: int = 264
     tail_items: int = 1024
     prepare_warps: int = 4
     prepare_block: int = 32
@@ -89,9 +90,14 @@ LAUNCH: Final = Launch()
 MOST_CODES: Final = 4 * GROUPS_PER_WORD * 4
 
 
+def tensor_cores_score(group: int, words: int) -> bool:
+    """Whether `select_gluon` serves the first round: the queries' tiles fit a thread's registers."""
+    return group * words <= 16
+
+
 def select_registers(group: int, words: int) -> int | None:
-    """Registers a thread of ``select``: fewer let more programs hide latency, while the queries' codes fit them."""
-    return LAUNCH.select_registers if group * words <= 8 else None
+    """Registers a thread of ``select``: eight programs a multiprocessor, while the queries' tiles fit them."""
+    return LAUNCH.select_registers if group <= 4 and words <= 2 else None
 
 
 def attend_registers(width: int, head_dim: int) -> int | None:

@@ -24,6 +24,7 @@ from vattn_kernels.triton.attend_gluon import attend_lists_fwd_kernel
 from vattn_kernels.triton.combine import combine_fwd_kernel
 from vattn_kernels.triton.prepare import prepare_fwd_kernel
 from vattn_kernels.triton.select import select_fwd_kernel
+from vattn_kernels.triton.select_gluon import select_lists_fwd_kernel
 from vattn_kernels.triton.update import update_fwd_kernel
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -57,12 +58,15 @@ def shapes(dtype: str, head_dim: int, group: int, words: int):
     }  # fmt: skip
     warps = layout.LISTS.value
     few = {"LEAST": layout.LEAST_SPLITS, "ROWS_P": 128}
-    yield select_fwd_kernel, warps, merge | sketch
+    if layout.tensor_cores_score(group, words):
+        yield select_lists_fwd_kernel, warps, merge | sketch
+    else:
+        yield select_fwd_kernel, warps, merge | sketch
     if layout.one_warp_attends({"bf16": torch.bfloat16, "fp16": torch.float16}[dtype], head_dim, group):
         yield attend_lists_fwd_kernel, 1, merge
     else:
         yield attend_fwd_kernel, warps, merge | attend
-    yield combine_fwd_kernel, 1, merge | {"EXACT": False, "FIRST": True}
+    yield combine_fwd_kernel, 1, merge | few | {"EXACT": False, "FIRST": True}
     yield retry_fwd_kernel, warps, merge | sketch | attend | few
     yield attend_exact_fwd_kernel, launch.exact_warps, merge | few | {
         "BN": launch.exact_block, "STAGES": launch.exact_stages
@@ -74,7 +78,7 @@ def shapes(dtype: str, head_dim: int, group: int, words: int):
 
 def registers(kernel, constants: dict) -> int | None:
     """The limit that a launch sets."""
-    if kernel is select_fwd_kernel:
+    if kernel is select_lists_fwd_kernel:
         return layout.select_registers(constants["G"], constants["WORDS"])
     if kernel is attend_fwd_kernel:
         return layout.attend_registers(constants["WIDTH"], constants["DP"])

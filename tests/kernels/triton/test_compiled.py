@@ -14,8 +14,8 @@ KERNELS = 7
 # The shape that the speed claims are about: nothing spills there, and as many programs fit a multiprocessor as planned.
 MAIN = {"dtype": "bf16", "head_dim": 128, "group": 4, "words": 2}
 MOST_REGISTERS = {
-    "prepare_fwd_kernel": 200, "select_fwd_kernel": 80, "attend_fwd_kernel": 168,
-    "attend_lists_fwd_kernel": 168, "combine_fwd_kernel": 100,
+    "prepare_fwd_kernel": 200, "select_fwd_kernel": 255, "select_lists_fwd_kernel": 80, "attend_fwd_kernel": 168,
+    "attend_lists_fwd_kernel": 168, "combine_fwd_kernel": 128,
     "retry_fwd_kernel": 255, "attend_exact_fwd_kernel": 168, "update_fwd_kernel": 255,
 }  # fmt: skip
 MOST_SHARED = 164 * 1024
