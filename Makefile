@@ -12,7 +12,7 @@ PYTEST_ARGS ?=
 SGLANG_VERSIONS ?= 0.5.17 0.5.23
 GPU_PYTHON ?= $(BIN)/python
 SANITIZER_TOOLS ?= memcheck racecheck
-SANITIZED ?= not 128k and not chance
+SANITIZED ?= not 128k and not chance and not byte_products
 LOAD_HOST ?= http://127.0.0.1:30000
 APT = DEBIAN_FRONTEND=noninteractive apt-get -q -y
 

@@ -140,8 +140,8 @@ def decode(
 
     def combine(last: int, exact: bool = False, first: bool = False) -> None:
         parts = splits if first else tail
-        # A round that few rows or none take part in asks for few programs, whole ones read for every row.
-        programs = rows * group if first else min(launch.combine_programs, rows * group)
+        # Few rows draw again, and mostly none, which few programs see soonest; what is read whole may be every row.
+        programs = rows * group if first or exact else min(launch.combine_programs, rows * group)
         combine_fwd_kernel[(programs,)](
             work.outs, work.scalars, work.heads, seq_lens, work.mode, work.counts, work.log_scale, work.fixed,
             work.reads, work.arrivals, work.used, params, state, state_rows, budget_edges, error_edges, out, stats,

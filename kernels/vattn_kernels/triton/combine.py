@@ -91,7 +91,6 @@ def combine_fwd_kernel(
     ERROR_EDGES_P: tl.constexpr, ROWS_P: tl.constexpr,
 ):  # fmt: skip
     """One head after the other; the last of a group's heads to arrive decides for the group."""
-    # Few rows take part in a later round, and mostly none: few programs see that soonest.
     if not FIRST:
         if rows_in_mode(p_mode, rows, DENSE if EXACT else SAMPLED, EXHAUSTED if EXACT else SAMPLED, ROWS_P) == 0:
             return

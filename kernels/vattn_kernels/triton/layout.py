@@ -72,7 +72,7 @@ class Launch:
 
     programs: int = 1024
     tail_programs: int = 264
-    combine_programs: int = 264
+    combine_programs: int = 132
     tail_items: int = 1024
     prepare_warps: int = 4
     prepare_block: int = 32
