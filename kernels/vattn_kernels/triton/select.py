@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from vattn_kernels.sketch import NORM_STEPS_PER_OCTAVE, NORM_ZERO
 from vattn_kernels.triton.layout import (
     CODING,
     DENOMINATOR,
@@ -18,6 +19,9 @@ from vattn_kernels.triton.layout import (
     UNIT,
 )
 
+# Octaves of a norm: so many a level of its byte, and those of level 0.
+OCTAVES = tl.constexpr(1 / NORM_STEPS_PER_OCTAVE)
+LEAST_OCTAVES = tl.constexpr(-NORM_ZERO / NORM_STEPS_PER_OCTAVE)
 GOLDEN = tl.constexpr(0x9E3779B1)
 INCREMENT = tl.constexpr(0x7F4A7C15)
 LANES = tl.constexpr(0x01010101)
@@ -195,10 +199,10 @@ def select_split(
             best = tl.maximum(best, accs[g])
         norm_bits = norm.to(tl.int32)
         # An error byte of 255 marks a slot without usable side data; this makes it certain.
-        error2 = power_of_two((norm_bits & 0xFF).to(tl.float32) * 0.25 - 32.0, DP4A)
+        error2 = power_of_two((norm_bits & 0xFF).to(tl.float32) * (2 * OCTAVES) + 2 * LEAST_OCTAVES, DP4A)
         log_pi = unit2 * best.to(tl.float32) + coding * error2
         if WITH_VALUES:
-            log_pi += ((norm_bits >> 8) & 0xFF).to(tl.float32) * 0.125 - 16.0
+            log_pi += ((norm_bits >> 8) & 0xFF).to(tl.float32) * OCTAVES + LEAST_OCTAVES
         pi = tl.minimum(power_of_two(tl.minimum(log_pi, 0.0), DP4A) + least, 1.0)
         u = (mix(position.to(tl.uint32) * GOLDEN + key) >> 8).to(tl.float32) * 5.9604644775390625e-8
         m_b = position < high

@@ -21,12 +21,14 @@ from vattn_kernels.triton.layout import (
     SAMPLED,
     UNIT,
 )
-from vattn_kernels.triton.select import GOLDEN, LANES, absorb, mix
+from vattn_kernels.triton.select import GOLDEN, LANES, LEAST_OCTAVES, OCTAVES, absorb, mix
 
 # Heads that one tile's 16 rows hold, once for each of the four tokens that share a column.
 TILE_HEADS = gl.constexpr(4)
 # Below every level, and far enough from the end of 32 bits for a score.
 NO_HEAD = gl.constexpr(-(1 << 30))
+# What `float_byte` adds.
+FLOAT_BASE = gl.constexpr(float(1 << 23))
 
 
 @gluon.jit
@@ -69,8 +71,8 @@ def ones(x):
 
 @gluon.jit
 def float_byte(x, BYTE: gl.constexpr):
-    """Byte 0 of ``x``, or byte 1 times 256, as a float32, larger by 2^23."""
-    # Bytes 0 to 3 are those of x, 4 to 7 those of 2^23.
+    """Byte 0 of ``x``, or byte 1 times 256, as a float32, larger by `FLOAT_BASE`."""
+    # Bytes 0 to 3 are those of x, 4 to 7 those of `FLOAT_BASE`.
     pick: gl.constexpr = "prmt.b32 $0, $1, 0x4b000000, 0x7650;" if BYTE == 0 else "prmt.b32 $0, $1, 0x4b000000, 0x7614;"
     bits = gl.inline_asm_elementwise(pick, "=r,r", [x], dtype=gl.int32, is_pure=True, pack=1)
     return bits.to(gl.float32, bitcast=True)
@@ -146,10 +148,10 @@ def best_score(words, shifts, masks, queries, levels, is_upper, twin, source, TI
 def inclusion(best, norm, unit2, coding, least, WITH_VALUES: gl.constexpr):
     """Inclusion probability of a token."""
     # An error byte of 255 marks a slot without usable side data; this makes it certain.
-    error2 = power_of_two(float_byte(norm, 0) * 0.25 - (32.0 + 2097152.0))
+    error2 = power_of_two(float_byte(norm, 0) * (2 * OCTAVES) + (2 * LEAST_OCTAVES - 2 * OCTAVES * FLOAT_BASE))
     log_pi = unit2 * best.to(gl.float32) + coding * error2
     if WITH_VALUES:
-        log_pi += float_byte(norm, 1) * (0.125 / 256) - (16.0 + 4096.0)
+        log_pi += float_byte(norm, 1) * (OCTAVES / 256) + (LEAST_OCTAVES - OCTAVES / 256 * FLOAT_BASE)
     return gl.minimum(power_of_two(log_pi) + least, 1.0)
 
 
@@ -188,7 +190,7 @@ def select_lists_fwd_kernel(
     i_list = (o_list[:, None] + 0 * o_lane[None, :])[:, :, None]  # [LISTS, RUN, 1]
     lane = (o_lane[None, :] + 0 * o_list[:, None])[:, :, None]
     # Where a tile's operands lie in the lanes: PTX ISA, matrix fragments for mma.m16n8k32.
-    row, third = lane // 4, lane % 4
+    row, quarter = lane // 4, lane % 4
     levels = ()
     queries = ()
     for t in gl.static_range(TILES):
@@ -202,13 +204,13 @@ def select_lists_fwd_kernel(
             for j in gl.static_range(GROUPS):
                 query = gl.load(
                     p_query.to(gl.pointer_type(gl.int32)) + own * GROUPS + j,
-                    mask=(head < G) & (row % 4 == third), other=0,
+                    mask=(head < G) & (row % 4 == quarter), other=0,
                 )  # fmt: skip
                 queries = queries + (query,)
     is_upper = lane >= RUN // 2
     twin = lane ^ (RUN // 2)
     # The lane that holds this lane's score once the halves of the warp have exchanged heads.
-    source = lane // 4 % 2 * 16 + third * 4 + lane // 8
+    source = lane // 4 % 2 * 16 + quarter * 4 + lane // 8
     below = (1 << lane) - 1
 
     p_code_head, p_norm_head = p_codes + h.to(gl.int64) * code_head, p_norms + h.to(gl.int64) * norm_head
