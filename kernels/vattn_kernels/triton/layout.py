@@ -96,7 +96,7 @@ def tensor_cores_score(group: int, words: int) -> bool:
 
 
 def select_registers(group: int, words: int) -> int | None:
-    """Registers a thread of ``select``: eight programs a multiprocessor, while the queries' tiles fit them."""
+    """Registers a thread of ``select``: six programs a multiprocessor, while the queries' tiles fit them."""
     return LAUNCH.select_registers if group <= 4 and words <= 2 else None
 
 

@@ -44,6 +44,24 @@ def absorb(x, part):
 
 
 @triton.jit
+def key_of(seed, layer, h, n):
+    """Key of the random numbers of one head and step."""
+    return absorb(absorb(absorb(seed.to(tl.uint32), layer.to(tl.uint32)), h.to(tl.uint32)), n.to(tl.uint32))
+
+
+@triton.jit
+def load_fields(p_fields, h, R: tl.constexpr, GROUPS: tl.constexpr):
+    """Shift and mask of every group of codes."""
+    shifts = ()
+    masks = ()
+    for j in tl.static_range(GROUPS):
+        p_field = p_fields + (h * R + 4 * j) * 3
+        shifts = shifts + (tl.load(p_field + 1),)
+        masks = masks + (((1 << tl.load(p_field + 2)) - 1) * LANES,)
+    return shifts, masks
+
+
+@triton.jit
 def dot_bytes(codes, query, acc, DP4A: tl.constexpr):
     """``acc`` plus the products of four unsigned codes and four signed weights, byte by byte."""
     if DP4A:
@@ -136,17 +154,12 @@ def select_split(
     b, h = i_row // HKV, i_row % HKV
     n = tl.load(p_seq_lens + b).to(tl.int32)
     high = n - window
-    key = absorb(absorb(absorb(seed.to(tl.uint32), layer.to(tl.uint32)), h.to(tl.uint32)), n.to(tl.uint32))
+    key = key_of(seed, layer, h, n)
     p_own = p_scale + i_row * NUM_SCALES
     unit, coding, least = tl.load(p_own + UNIT), tl.load(p_own + CODING), tl.load(p_own + FLOOR)
     unit2 = unit * LOG2E
     # What is constant over tokens is loaded here: the stores below keep the compiler from moving loads out of the loop.
-    shifts = ()
-    masks = ()
-    for j in tl.static_range(GROUPS):
-        p_field = p_fields + (h * R + 4 * j) * 3
-        shifts = shifts + (tl.load(p_field + 1),)
-        masks = masks + (((1 << tl.load(p_field + 2)) - 1) * LANES,)
+    shifts, masks = load_fields(p_fields, h, R, GROUPS)
     levels = ()
     queries = ()
     for g in tl.static_range(G):

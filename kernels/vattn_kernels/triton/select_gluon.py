@@ -21,7 +21,7 @@ from vattn_kernels.triton.layout import (
     SAMPLED,
     UNIT,
 )
-from vattn_kernels.triton.select import GOLDEN, LANES, LEAST_OCTAVES, OCTAVES, absorb, mix
+from vattn_kernels.triton.select import GOLDEN, LANES, LEAST_OCTAVES, OCTAVES, key_of, load_fields, mix
 
 # Heads that one tile's 16 rows hold, once for each of the four tokens that share a column.
 TILE_HEADS = gl.constexpr(4)
@@ -173,16 +173,11 @@ def select_lists_fwd_kernel(
     b, h = i_row // HKV, i_row % HKV
     n = gl.load(p_seq_lens + b).to(gl.int32)
     high = n - window
-    key = absorb(absorb(absorb(seed.to(gl.uint32), layer.to(gl.uint32)), h.to(gl.uint32)), n.to(gl.uint32))
+    key = key_of(seed, layer, h, n)
     p_own = p_scale + i_row * NUM_SCALES
     unit, coding, least = gl.load(p_own + UNIT), gl.load(p_own + CODING), gl.load(p_own + FLOOR)
     unit2 = unit * LOG2E
-    shifts = ()
-    masks = ()
-    for j in gl.static_range(GROUPS):
-        p_field = p_fields + (h * R + 4 * j) * 3
-        shifts = shifts + (gl.load(p_field + 1),)
-        masks = masks + (((1 << gl.load(p_field + 2)) - 1) * LANES,)
+    shifts, masks = load_fields(p_fields, h, R, GROUPS)
 
     o_list = gl.arange(0, LISTS, layout=gl.SliceLayout(1, gl.SliceLayout(2, lists)))
     o_lane = gl.arange(0, RUN, layout=gl.SliceLayout(0, gl.SliceLayout(2, lists)))
