@@ -15,6 +15,7 @@ from typing import Final
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from vattn_kernels.sketch import GROUPS_PER_WORD
 
@@ -71,6 +72,7 @@ class Launch:
     """
 
     programs: int = 1024
+    dependent: bool = True
     tail_programs: int = 264
     combine_programs: int = 132
     tail_items: int = 1024
@@ -258,6 +260,20 @@ def workspace(
     )
     _workspaces[device] = ((rows, heads, entries, splits, width, dim), made)
     return made
+
+
+@triton.jit
+def begin_next(DEPENDENT: tl.constexpr):
+    """Let the next launch's programs start once all of this one have, as far as they do not wait for its results."""
+    if DEPENDENT:
+        gdc_launch_dependents()
+
+
+@triton.jit
+def await_last(DEPENDENT: tl.constexpr):
+    """Wait until the launch before, and with it all earlier ones, has ended and its stores are visible."""
+    if DEPENDENT:
+        gdc_wait()
 
 
 @triton.jit
