@@ -3,7 +3,7 @@
 A step is eight launches: ``prepare``, ``select``, ``attend``, ``combine``, ``retry``, ``combine``, ``attend_exact``,
 ``combine``. The first draw takes a scale predicted from the request's last step; a group that it does not certify draws
 again at the scale its variance asks for, and one that is still open reads everything. The last four launches end at
-once where nothing is left to do.
+once where nothing is left to do. From sm_90 on a launch starts while the one ahead ends.
 """
 
 from __future__ import annotations
@@ -107,17 +107,19 @@ def decode(
     padded_group, padded_dim = _power_of_two(group), _power_of_two(head_dim)
     kv_stride, k_stride = kv_indices.stride(0), k_cache.stride(0)
     launch = layout.LAUNCH
-    follow = {"DEPENDENT": True, "launch_pdl": True} if launch.dependent and q.is_cuda else {"DEPENDENT": False}
+    overlap = layout.launches_overlap(q.device)
+    follow = {"DEPENDENT": overlap, "launch_pdl": overlap}
     is_split = target == "sdpa"
     model = {"HKV": num_kv_heads, "G": group, "D": head_dim, "DP": padded_dim}
     # One compiled kernel serves every usual batch.
     rows_p = max(LEAST_ROWS, _power_of_two(rows))
+    # Follows what is not ours, so it starts after the end of that, and what comes next may load what a step only reads.
     prepare_fwd_kernel[(2 * rows,)](
         q, k_cache, kv_indices, seq_lens, mean, query_basis, steps, fields, covered, state, state_rows,
         work.mode, work.codes, work.bias, work.log_scale, work.fixed, work.scale,
         sm_scale, floor, sink, window, dense_below, pilot_min, kv_stride, k_stride,
         **model, GP=max(16, padded_group), R=steps.shape[-1], C=coded, CODES=4 * groups, F=launch.prepare_block,
-        WIDTH=STATE_WIDTH, MOST_AGE=MOST_AGE, DEPENDENT=follow["DEPENDENT"], num_warps=launch.prepare_warps,
+        WIDTH=STATE_WIDTH, MOST_AGE=MOST_AGE, DEPENDENT=overlap, num_warps=launch.prepare_warps,
     )  # fmt: skip
 
     target_id = TARGETS.index(target)

@@ -72,7 +72,6 @@ class Launch:
     """
 
     programs: int = 1024
-    dependent: bool = True
     tail_programs: int = 264
     combine_programs: int = 132
     tail_items: int = 1024
@@ -110,6 +109,18 @@ def attend_registers(width: int, head_dim: int) -> int | None:
 def one_warp_attends(dtype: torch.dtype, head_dim: int, group: int) -> bool:
     """Whether `attend_gluon` serves the first round: tiles fit a warp, bfloat16 holds a variance's weights."""
     return dtype == torch.bfloat16 and head_dim in (64, 128) and group <= 4
+
+
+@functools.lru_cache(maxsize=64)
+def launches_overlap(device: torch.device) -> bool:
+    """Whether programs of a launch may start before the one ahead has ended: CUDA's programmatic dependent launch.
+
+    Parameters
+    ----------
+    device : torch.device
+        Where the cache lives; it takes sm_90.
+    """
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
 
 
 def splits_of(rows: int) -> int:
@@ -264,14 +275,14 @@ def workspace(
 
 @triton.jit
 def begin_next(DEPENDENT: tl.constexpr):
-    """Let the next launch's programs start once all of this one have, as far as they do not wait for its results."""
+    """Let the next launch's programs start once all of this launch have: each runs up to its `await_last`."""
     if DEPENDENT:
         gdc_launch_dependents()
 
 
 @triton.jit
 def await_last(DEPENDENT: tl.constexpr):
-    """Wait until the launch before, and with it all earlier ones, has ended and its stores are visible."""
+    """Wait for the end of the launch ahead, and so of all before; what they store may be loaded from here on."""
     if DEPENDENT:
         gdc_wait()
 

@@ -196,7 +196,7 @@ def select_lists_fwd_kernel(
     upcoming = gl.load(p_next + o_repeat * step, mask=position < high - stride - o_repeat * step, other=0)
     words, norm = load_side(p_code_head, p_norm_head, slot, WORDS)
 
-    # What is above `prepare` does not write.
+    # All above is loaded while `prepare` still runs, which does not write it.
     await_last(DEPENDENT)
     if gl.load(p_mode + i_row) != SAMPLED:
         return
