@@ -72,6 +72,7 @@ class Launch:
     """
 
     programs: int = 1024
+    overlap: bool = True
     tail_programs: int = 264
     combine_programs: int = 132
     tail_items: int = 1024
@@ -111,7 +112,6 @@ def one_warp_attends(dtype: torch.dtype, head_dim: int, group: int) -> bool:
     return dtype == torch.bfloat16 and head_dim in (64, 128) and group <= 4
 
 
-@functools.lru_cache(maxsize=64)
 def launches_overlap(device: torch.device) -> bool:
     """Whether programs of a launch may start before the one ahead has ended: CUDA's programmatic dependent launch.
 
@@ -120,7 +120,7 @@ def launches_overlap(device: torch.device) -> bool:
     device : torch.device
         Where the cache lives; it takes sm_90.
     """
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
+    return LAUNCH.overlap and device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
 
 
 def splits_of(rows: int) -> int:
