@@ -169,6 +169,20 @@ def test_two_runs_give_equal_bits(target):
     assert all(torch.equal(a, b) for a, b in zip(first, c.run()[:2], strict=True))
 
 
+@pytest.mark.parametrize("heads", [(8, 2), (8, 1)], ids="{0[0]}-over-{0[1]}".format)
+def test_launches_that_overlap_change_no_bit(heads, monkeypatch):
+    def steps():
+        c = case(4, 5000, *heads, 128, epsilon=0.03)
+        # No wait for the host between them; later rounds take part, as few groups are certified at once.
+        return [tuple(x.clone() for x in c.run()) for _ in range(12)]
+
+    expected = steps()
+    assert len({float(stats[..., 0].mean()) for _, stats, _ in expected}) > 3
+    monkeypatch.setattr(layout.LAUNCH, "overlap", False)
+    for ours, theirs in zip(steps(), expected, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(ours[:2], theirs[:2], strict=True))
+
+
 def test_a_graph_takes_a_new_epsilon_between_replays():
     c = case(2, 4000, 8, 2, 128)
     arguments = c.arguments()

@@ -3,7 +3,7 @@
 A step is eight launches: ``prepare``, ``select``, ``attend``, ``combine``, ``retry``, ``combine``, ``attend_exact``,
 ``combine``. The first draw takes a scale predicted from the request's last step; a group that it does not certify draws
 again at the scale its variance asks for, and one that is still open reads everything. The last four launches end at
-once where nothing is left to do.
+once where nothing is left to do. From sm_90 on a launch starts while the one ahead ends.
 """
 
 from __future__ import annotations
@@ -107,16 +107,19 @@ def decode(
     padded_group, padded_dim = _power_of_two(group), _power_of_two(head_dim)
     kv_stride, k_stride = kv_indices.stride(0), k_cache.stride(0)
     launch = layout.LAUNCH
+    overlap = layout.launches_overlap(q.device)
+    follow = {"DEPENDENT": overlap, "launch_pdl": overlap}
     is_split = target == "sdpa"
     model = {"HKV": num_kv_heads, "G": group, "D": head_dim, "DP": padded_dim}
     # One compiled kernel serves every usual batch.
     rows_p = max(LEAST_ROWS, _power_of_two(rows))
+    # Follows what is not ours, so it starts after the end of that, and what comes next may load what a step only reads.
     prepare_fwd_kernel[(2 * rows,)](
         q, k_cache, kv_indices, seq_lens, mean, query_basis, steps, fields, covered, state, state_rows,
         work.mode, work.codes, work.bias, work.log_scale, work.fixed, work.scale,
         sm_scale, floor, sink, window, dense_below, pilot_min, kv_stride, k_stride,
         **model, GP=max(16, padded_group), R=steps.shape[-1], C=coded, CODES=4 * groups, F=launch.prepare_block,
-        WIDTH=STATE_WIDTH, MOST_AGE=MOST_AGE, num_warps=launch.prepare_warps,
+        WIDTH=STATE_WIDTH, MOST_AGE=MOST_AGE, DEPENDENT=overlap, num_warps=launch.prepare_warps,
     )  # fmt: skip
 
     target_id = TARGETS.index(target)
@@ -147,7 +150,7 @@ def decode(
             work.reads, work.arrivals, work.used, params, state, state_rows, budget_edges, error_edges, out, stats,
             counters, sink, window, cap, last, rows, *counter_offsets[:5], **merge, EXACT=exact, FIRST=first,
             SPLITS=parts, SPLITS_P=_power_of_two(parts + 1), ROWS_P=rows_p,
-            num_warps=max(1, _power_of_two(parts + 1) // launch.splits_a_warp),
+            **follow, num_warps=max(1, _power_of_two(parts + 1) // launch.splits_a_warp),
         )  # fmt: skip
 
     score = (
@@ -157,36 +160,36 @@ def decode(
     )  # fmt: skip
     if q.is_cuda and layout.tensor_cores_score(group, words):
         select_lists_fwd_kernel[(rows * splits,)](
-            *score, HKV=num_kv_heads, G=group, SPLITS=splits, **sketch, num_warps=warps,
+            *score, HKV=num_kv_heads, G=group, SPLITS=splits, **sketch, **follow, num_warps=warps,
             maxnreg=layout.select_registers(group, words),
         )  # fmt: skip
     else:
         select_fwd_kernel[(rows * splits,)](
-            *score, HKV=num_kv_heads, G=group, SPLITS=splits, **sketch, DP4A=q.is_cuda, num_warps=warps
+            *score, HKV=num_kv_heads, G=group, SPLITS=splits, **sketch, **follow, DP4A=q.is_cuda, num_warps=warps
         )
     is_aligned = k_cache.data_ptr() % 16 == 0 and v_cache.data_ptr() % 16 == 0
     if q.is_cuda and is_aligned and layout.one_warp_attends(q.dtype, head_dim, group):
         attend_lists_fwd_kernel[(rows * (splits + 1),)](
             q, k_cache, v_cache, kv_indices, seq_lens, *lists, sm_scale, sink, window, kv_stride, capacity,
             HKV=num_kv_heads, G=group, WIDTH=width, D=head_dim, SPLITS=splits,
-            MOST=layout.MOST_LISTS, num_warps=1,
+            MOST=layout.MOST_LISTS, **follow, num_warps=1,
         )  # fmt: skip
     else:
         attend_fwd_kernel[(rows * (splits + 1),)](
             q, k_cache, v_cache, kv_indices, seq_lens, *lists, sm_scale, sink, window, kv_stride, k_stride, capacity,
-            **attend, SPLITS=splits, MOST=layout.MOST_LISTS, TARGET=target_id,
+            **attend, **follow, SPLITS=splits, MOST=layout.MOST_LISTS, TARGET=target_id,
             maxnreg=layout.attend_registers(width, padded_dim),
         )  # fmt: skip
     combine(last=0, first=True)
     retry_fwd_kernel[(min(launch.tail_programs, rows * (tail + 1)),)](
         q, k_cache, v_cache, kv_indices, seq_lens, *lists, codes, norms, fields, work.codes, work.bias, work.scale,
         work.log_scale, work.reads, work.used, sm_scale, sink, window, *key, rows, launch.tail_items, kv_stride,
-        k_stride, codes.stride(1), norms.stride(1), capacity, **attend, **sketch, **few, DP4A=q.is_cuda,
+        k_stride, codes.stride(1), norms.stride(1), capacity, **attend, **sketch, **few, **follow, DP4A=q.is_cuda,
     )  # fmt: skip
     combine(last=2 if cap < 1 else 1)
     attend_exact_fwd_kernel[(min(launch.tail_programs, rows * tail),)](
         q, k_cache, v_cache, kv_indices, seq_lens, work.mode, work.outs, work.scalars, work.used, sm_scale, rows,
-        launch.tail_items, kv_stride, k_stride, **model, WIDTH=width, **few, BN=launch.exact_block,
+        launch.tail_items, kv_stride, k_stride, **model, WIDTH=width, **few, **follow, BN=launch.exact_block,
         STAGES=launch.exact_stages, num_warps=launch.exact_warps,
     )  # fmt: skip
     combine(last=2, exact=True)

@@ -17,6 +17,8 @@ from vattn_kernels.triton.layout import (
     SAMPLED,
     SPREAD,
     SQUARE,
+    await_last,
+    begin_next,
     rows_in_mode,
     splits_for,
 )
@@ -37,8 +39,11 @@ def attend_fwd_kernel(
     sm_scale, sink, window, kv_stride, k_stride, capacity,
     HKV: tl.constexpr, G: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr,
     SPLITS: tl.constexpr, MOST: tl.constexpr, TARGET: tl.constexpr, WIDE: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """First round: one split a program, sink and window last."""
+    begin_next(DEPENDENT)
+    await_last(DEPENDENT)
     i_row, i_split = tl.program_id(0) // (SPLITS + 1), tl.program_id(0) % (SPLITS + 1)
     if tl.load(p_mode + i_row) == SAMPLED:
         attend_list(
@@ -56,8 +61,11 @@ def retry_fwd_kernel(
     HKV: tl.constexpr, G: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr,
     SPLITS: tl.constexpr, LEAST: tl.constexpr, MOST: tl.constexpr, TARGET: tl.constexpr, WIDE: tl.constexpr,
     R: tl.constexpr, GROUPS: tl.constexpr, WORDS: tl.constexpr, DP4A: tl.constexpr, ROWS_P: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Second round, for rows that the first left open: select and attend at the larger scale."""
+    begin_next(DEPENDENT)
+    await_last(DEPENDENT)
     open_rows = rows_in_mode(p_mode, rows, SAMPLED, SAMPLED, ROWS_P)
     if open_rows == 0:
         return
@@ -190,8 +198,11 @@ def attend_exact_fwd_kernel(
     sm_scale, rows, items, kv_stride, k_stride,
     HKV: tl.constexpr, G: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr,
     SPLITS: tl.constexpr, LEAST: tl.constexpr, STAGES: tl.constexpr, ROWS_P: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Last round, for rows that are served densely or that sampling could not certify."""
+    begin_next(DEPENDENT)
+    await_last(DEPENDENT)
     open_rows = rows_in_mode(p_mode, rows, DENSE, EXHAUSTED, ROWS_P)
     if open_rows == 0:
         return

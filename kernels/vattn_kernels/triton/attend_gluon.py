@@ -12,7 +12,18 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
-from vattn_kernels.triton.layout import LISTS, LOG2E, MASS, MAXIMUM, NUM_SCALARS, SAMPLED, SPREAD, SQUARE
+from vattn_kernels.triton.layout import (
+    LISTS,
+    LOG2E,
+    MASS,
+    MAXIMUM,
+    NUM_SCALARS,
+    SAMPLED,
+    SPREAD,
+    SQUARE,
+    await_last,
+    begin_next,
+)
 
 # Tokens of a tile: the tensor cores' inner dimension.
 TILE = gl.constexpr(16)
@@ -58,16 +69,15 @@ def attend_lists_fwd_kernel(
     p_q, p_k, p_v, p_kv_indices, p_seq_lens, p_mode, p_slots, p_pi, p_counts, p_outs, p_scalars,
     sm_scale, sink, window, kv_stride, capacity,
     HKV: gl.constexpr, G: gl.constexpr, WIDTH: gl.constexpr, D: gl.constexpr, SPLITS: gl.constexpr,
-    MOST: gl.constexpr,
+    MOST: gl.constexpr, DEPENDENT: gl.constexpr,
 ):  # fmt: skip
     """One split a program: its lists, or, behind the last split, sink and window.
 
     Rows [0, G) are the group's heads, which weigh by w y; rows [G, 2G) are their variances, by w (w - 1) y^2.
     """
     gl.static_assert(2 * G <= ROWS, "heads and variances of a group fill the rows in use")
+    begin_next(DEPENDENT)
     i_row, i_split = gl.program_id(0) // (SPLITS + 1), gl.program_id(0) % (SPLITS + 1)
-    if gl.load(p_mode + i_row) != SAMPLED:
-        return
     mma: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [1, 1], [16, 8])
     left: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
     right: gl.constexpr = gl.DotOperandLayout(1, mma, 2)
@@ -87,6 +97,12 @@ def attend_lists_fwd_kernel(
         p_list = p_indices
     # What lies behind the end of a list reads a token that exists, and weighs nothing.
     spare = gl.load(p_indices)
+    o_q = gl.arange(0, 16, layout=gl.SliceLayout(1, left))
+    d_q = gl.arange(0, D, layout=gl.SliceLayout(0, left))
+    q = gl.load(p_q + (i_row * G + o_q % G)[:, None] * D + d_q[None, :], mask=(o_q < 2 * G)[:, None], other=0.0)
+    await_last(DEPENDENT)
+    if gl.load(p_mode + i_row) != SAMPLED:
+        return
     # Sink and window are two lists.
     counts = ()
     starts = ()
@@ -129,9 +145,6 @@ def attend_lists_fwd_kernel(
     slot = gl.load(p_list + at + o_t, mask=o_t < remain, other=spare)
     at, remain = tile_of(0, firsts, counts, starts)
     pi = gl.load(p_own_pi + at + o_n, mask=(o_n < remain) & listed, other=1.0)
-    o_q = gl.arange(0, 16, layout=gl.SliceLayout(1, left))
-    d_q = gl.arange(0, D, layout=gl.SliceLayout(0, left))
-    q = gl.load(p_q + (i_row * G + o_q % G)[:, None] * D + d_q[None, :], mask=(o_q < 2 * G)[:, None], other=0.0)
     for t in range(tiles):
         i_buffer = t % BUFFERS
         i_next = (t + BUFFERS - 1) % BUFFERS

@@ -26,6 +26,8 @@ from vattn_kernels.triton.layout import (
     STATE_CONTEXT,
     STATE_READS,
     STATE_SCALE,
+    await_last,
+    begin_next,
     rows_in_mode,
 )
 
@@ -88,9 +90,11 @@ def combine_fwd_kernel(
     SPLITS: tl.constexpr, SPLITS_P: tl.constexpr, MOST: tl.constexpr, STATE: tl.constexpr, TARGET: tl.constexpr,
     EXACT: tl.constexpr, FIRST: tl.constexpr, TABLE: tl.constexpr, POINTS: tl.constexpr,
     PER_UNIT: tl.constexpr, BUDGET_EDGES: tl.constexpr, BUDGET_EDGES_P: tl.constexpr, ERROR_EDGES: tl.constexpr,
-    ERROR_EDGES_P: tl.constexpr, ROWS_P: tl.constexpr,
+    ERROR_EDGES_P: tl.constexpr, ROWS_P: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """One head after the other; the last of a group's heads to arrive decides for the group."""
+    begin_next(DEPENDENT)
+    await_last(DEPENDENT)
     if not FIRST:
         if rows_in_mode(p_mode, rows, DENSE if EXACT else SAMPLED, EXHAUSTED if EXACT else SAMPLED, ROWS_P) == 0:
             return

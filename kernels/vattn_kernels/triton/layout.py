@@ -15,6 +15,7 @@ from typing import Final
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from vattn_kernels.sketch import GROUPS_PER_WORD
 
@@ -71,6 +72,7 @@ class Launch:
     """
 
     programs: int = 1024
+    overlap: bool = True
     tail_programs: int = 264
     combine_programs: int = 132
     tail_items: int = 1024
@@ -108,6 +110,17 @@ def attend_registers(width: int, head_dim: int) -> int | None:
 def one_warp_attends(dtype: torch.dtype, head_dim: int, group: int) -> bool:
     """Whether `attend_gluon` serves the first round: tiles fit a warp, bfloat16 holds a variance's weights."""
     return dtype == torch.bfloat16 and head_dim in (64, 128) and group <= 4
+
+
+def launches_overlap(device: torch.device) -> bool:
+    """Whether programs of a launch may start before the one ahead has ended: CUDA's programmatic dependent launch.
+
+    Parameters
+    ----------
+    device : torch.device
+        Where the cache lives; it takes sm_90.
+    """
+    return LAUNCH.overlap and device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
 
 
 def splits_of(rows: int) -> int:
@@ -258,6 +271,20 @@ def workspace(
     )
     _workspaces[device] = ((rows, heads, entries, splits, width, dim), made)
     return made
+
+
+@triton.jit
+def begin_next(DEPENDENT: tl.constexpr):
+    """Let the next launch's programs start once all of this launch have: each runs up to its `await_last`."""
+    if DEPENDENT:
+        gdc_launch_dependents()
+
+
+@triton.jit
+def await_last(DEPENDENT: tl.constexpr):
+    """Wait for the end of the launch ahead, and so of all before; what they store may be loaded from here on."""
+    if DEPENDENT:
+        gdc_wait()
 
 
 @triton.jit

@@ -16,6 +16,7 @@ from vattn_kernels.triton.layout import (
     STATE_READS,
     STATE_SCALE,
     UNIT,
+    begin_next,
 )
 
 LEAST_CODING = tl.constexpr(1e-6)
@@ -30,8 +31,10 @@ def prepare_fwd_kernel(
     sm_scale, floor, sink, window, dense_below, pilot_min, kv_stride, k_stride,
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr,
     C: tl.constexpr, CODES: tl.constexpr, F: tl.constexpr, WIDTH: tl.constexpr, MOST_AGE: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Two programs a row, because neither half waits for the other: the fixed set with the mode, and the query."""
+    begin_next(DEPENDENT)
     i_row = tl.program_id(0) // 2
     b, h = i_row // HKV, i_row % HKV
     n = tl.load(p_seq_lens + b).to(tl.int32)

@@ -17,6 +17,8 @@ from vattn_kernels.triton.layout import (
     RUN,
     SAMPLED,
     UNIT,
+    await_last,
+    begin_next,
 )
 
 # Octaves of a norm: so many a level of its byte, and those of level 0.
@@ -82,8 +84,11 @@ def select_fwd_kernel(
     sink, window, seed, layer, kv_stride, code_head, norm_head, capacity,
     HKV: tl.constexpr, G: tl.constexpr, R: tl.constexpr, GROUPS: tl.constexpr, WORDS: tl.constexpr,
     TARGET: tl.constexpr, SPLITS: tl.constexpr, MOST: tl.constexpr, DP4A: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """First round: one split a program."""
+    begin_next(DEPENDENT)
+    await_last(DEPENDENT)
     i_row, i_split = tl.program_id(0) // SPLITS, tl.program_id(0) % SPLITS
     if tl.load(p_mode + i_row) == SAMPLED:
         select_split(

@@ -20,6 +20,8 @@ from vattn_kernels.triton.layout import (
     RUN,
     SAMPLED,
     UNIT,
+    await_last,
+    begin_next,
 )
 from vattn_kernels.triton.select import GOLDEN, LANES, LEAST_OCTAVES, OCTAVES, key_of, load_fields, mix
 
@@ -162,21 +164,18 @@ def select_lists_fwd_kernel(
     sink, window, seed, layer, kv_stride, code_head, norm_head, capacity,
     HKV: gl.constexpr, G: gl.constexpr, R: gl.constexpr, GROUPS: gl.constexpr, WORDS: gl.constexpr,
     TARGET: gl.constexpr, SPLITS: gl.constexpr, MOST: gl.constexpr,
+    DEPENDENT: gl.constexpr,
 ):  # fmt: skip
     """One split a program: every ``SPLITS``-th block of a row's tokens, a list for each warp."""
     BLOCK: gl.constexpr = REPEATS * LISTS * RUN
     TILES: gl.constexpr = (G + TILE_HEADS - 1) // TILE_HEADS
     lists: gl.constexpr = gl.BlockedLayout([1, 1, REPEATS], [1, RUN, 1], [LISTS, 1, 1], [2, 1, 0])
+    begin_next(DEPENDENT)
     i_row, i_split = gl.program_id(0) // SPLITS, gl.program_id(0) % SPLITS
-    if gl.load(p_mode + i_row) != SAMPLED:
-        return
     b, h = i_row // HKV, i_row % HKV
     n = gl.load(p_seq_lens + b).to(gl.int32)
     high = n - window
     key = key_of(seed, layer, h, n)
-    p_own = p_scale + i_row * NUM_SCALES
-    unit, coding, least = gl.load(p_own + UNIT), gl.load(p_own + CODING), gl.load(p_own + FLOOR)
-    unit2 = unit * LOG2E
     shifts, masks = load_fields(p_fields, h, R, GROUPS)
 
     o_list = gl.arange(0, LISTS, layout=gl.SliceLayout(1, gl.SliceLayout(2, lists)))
@@ -184,6 +183,26 @@ def select_lists_fwd_kernel(
     o_repeat = gl.arange(0, REPEATS, layout=gl.SliceLayout(0, gl.SliceLayout(1, lists)))[None, None, :]
     i_list = (o_list[:, None] + 0 * o_lane[None, :])[:, :, None]  # [LISTS, RUN, 1]
     lane = (o_lane[None, :] + 0 * o_list[:, None])[:, :, None]
+    p_code_head, p_norm_head = p_codes + h.to(gl.int64) * code_head, p_norms + h.to(gl.int64) * norm_head
+    p_indices = p_kv_indices + b.to(gl.int64) * kv_stride
+    step: gl.constexpr = LISTS * RUN
+    stride = SPLITS * BLOCK
+    # First token of a lane in a block; the others follow at a distance known to the compiler.
+    position = sink + i_split * BLOCK + i_list * RUN + lane
+    p_next = p_indices + position
+    # The next block's codes are under way while this one is scored, and the slots of the one after it.
+    slot = gl.load(p_next + o_repeat * step, mask=position < high - o_repeat * step, other=0)
+    p_next += stride
+    upcoming = gl.load(p_next + o_repeat * step, mask=position < high - stride - o_repeat * step, other=0)
+    words, norm = load_side(p_code_head, p_norm_head, slot, WORDS)
+
+    # All above is loaded while `prepare` still runs, which does not write it.
+    await_last(DEPENDENT)
+    if gl.load(p_mode + i_row) != SAMPLED:
+        return
+    p_own = p_scale + i_row * NUM_SCALES
+    unit, coding, least = gl.load(p_own + UNIT), gl.load(p_own + CODING), gl.load(p_own + FLOOR)
+    unit2 = unit * LOG2E
     # Where a tile's operands lie in the lanes: PTX ISA, matrix fragments for mma.m16n8k32.
     row, quarter = lane // 4, lane % 4
     levels = ()
@@ -208,24 +227,12 @@ def select_lists_fwd_kernel(
     source = lane // 4 % 2 * 16 + quarter * 4 + lane // 8
     below = (1 << lane) - 1
 
-    p_code_head, p_norm_head = p_codes + h.to(gl.int64) * code_head, p_norms + h.to(gl.int64) * norm_head
-    p_indices = p_kv_indices + b.to(gl.int64) * kv_stride
     span = capacity // (SPLITS * LISTS)
     own_list = i_row.to(gl.int64) * capacity + i_split * LISTS * span
     p_own_slots, p_own_pi = p_slots + own_list, p_pi + own_list
     at = i_list * span
     shift = 8 * o_repeat
-    step: gl.constexpr = LISTS * RUN
     reads = gl.zeros([LISTS, RUN, REPEATS], gl.float32, lists)
-    stride = SPLITS * BLOCK
-    # First token of a lane in a block; the others follow at a distance known to the compiler.
-    position = sink + i_split * BLOCK + i_list * RUN + lane
-    p_next = p_indices + position
-    # The next block's codes are under way while this one is scored, and the slots of the one after it.
-    slot = gl.load(p_next + o_repeat * step, mask=position < high - o_repeat * step, other=0)
-    p_next += stride
-    upcoming = gl.load(p_next + o_repeat * step, mask=position < high - stride - o_repeat * step, other=0)
-    words, norm = load_side(p_code_head, p_norm_head, slot, WORDS)
     for _start in range(sink + i_split * BLOCK, high, stride):
         # Behind the end slot 0 is read and not chosen.
         next_words, next_norm = load_side(p_code_head, p_norm_head, upcoming, WORDS)

@@ -37,13 +37,13 @@ TYPES = {
 }  # fmt: skip
 
 
-def shapes(dtype: str, head_dim: int, group: int, words: int):
+def shapes(arch: int, dtype: str, head_dim: int, group: int, words: int):
     """Every kernel with the constants of one model and sketch."""
     kv, groups, power = 8, 3 * words, 1 << (head_dim - 1).bit_length()
     width = max(16, 1 << (2 * group - 1).bit_length())
     coded = 1 << (4 * groups - 1).bit_length()
     padded = 1 << (group - 1).bit_length()
-    common = {"HKV": kv, "G": group, "D": head_dim, "DP": power}
+    common = {"HKV": kv, "G": group, "D": head_dim, "DP": power, "DEPENDENT": arch >= 90}
     launch = layout.LAUNCH
     sketch = {"R": head_dim, "GROUPS": groups, "WORDS": words, "DP4A": True}
     merge = common | {
@@ -101,7 +101,7 @@ def main() -> None:
     models = (("bf16", 128, 4, 2), ("bf16", 64, 3, 2), ("fp16", 96, 1, 4), ("bf16", 256, 16, 2), ("bf16", 128, 8, 4))
     for arch in (80, 90):
         for dtype, head_dim, group, words in models[: int(sys.argv[1])] if sys.argv[1:] else models:
-            for kernel, warps, given in shapes(dtype, head_dim, group, words):
+            for kernel, warps, given in shapes(arch, dtype, head_dim, group, words):
                 constants = {name: value for name, value in given.items() if name in kernel.arg_names}
                 signature = {}
                 for name in kernel.arg_names:
