@@ -32,6 +32,11 @@ def _fail(error: Exception, status: int = 1) -> NoReturn:
     raise typer.Exit(status)
 
 
+def _check_folder(model: Path) -> None:
+    if not (model / "config.json").exists():
+        _fail(ValueError(f"{model} is not a model's folder: it holds no config.json"), MISTAKE)
+
+
 @app.callback()
 def _end_by_signal() -> None:
     # Servers run in sessions of their own and are stopped on the way out, which a signal would cut short.
@@ -92,7 +97,7 @@ def demo(
     once: Annotated[bool, typer.Option(help="End by itself instead of serving until Ctrl-C.")] = False,
     json: Annotated[bool, typer.Option(help="Print one JSON object last, on standard output.")] = False,
     model: Annotated[Path | None, typer.Option(help="Folder of another model.")] = None,
-    port: Annotated[int | None, typer.Option(help="Port of the server; default a free one.")] = None,
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="Port of the server; default a free one.")] = None,
     epsilon: Annotated[float, typer.Option(min=1e-6, max=1.0, help="Bound on the relative error at first.")] = 0.05,
 ) -> None:
     """Serve a real model on this CPU: what the bound costs per layer, agreement with dense, epsilon changed live."""
@@ -100,6 +105,8 @@ def demo(
     from vattn_sgl.model import ModelError
     from vattn_sgl.server import ServerError
 
+    if model is not None:
+        _check_folder(model)
     try:
         demonstration.run(once, json, model, port, epsilon)
     except (ModelError, ServerError) as error:
@@ -121,8 +128,7 @@ def calibrate(model: Annotated[Path, typer.Argument(help="Folder of a model.")])
     from vattn_sgl import calibrate as calibration
     from vattn_sgl.server import ServerError
 
-    if not (model / "config.json").exists():
-        _fail(ValueError(f"{model} is not a model's folder: it holds no config.json"), MISTAKE)
+    _check_folder(model)
     try:
         calibration.run(model)
     except (ServerError, calibration.CalibrationError) as error:
