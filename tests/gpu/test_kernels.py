@@ -173,7 +173,7 @@ def test_two_runs_give_equal_bits(target):
 def test_launches_that_overlap_change_no_bit(heads, monkeypatch):
     def steps():
         c = case(4, 5000, *heads, 128, epsilon=0.03)
-        # No wait for the host between them; later rounds take part, as few groups are certified at once.
+        # Later rounds take part, as few groups are certified at once.
         return [tuple(x.clone() for x in c.run()) for _ in range(12)]
 
     expected = steps()

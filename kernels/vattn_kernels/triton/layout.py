@@ -69,6 +69,7 @@ class Launch:
     """How kernels are launched; the figures behind the choices are in ``kernels/benchmarks/RESULTS.md``.
 
     ``tail`` are the rounds after the first: so many programs, and about so many splits of the rows that are open.
+    ``overlap`` is off only to time or compare launches one by one, see `launches_overlap`.
     """
 
     programs: int = 1024
