@@ -32,9 +32,13 @@ def _fail(error: Exception, status: int = 1) -> NoReturn:
     raise typer.Exit(status)
 
 
-def _check_folder(model: Path) -> None:
-    if not (model / "config.json").exists():
-        _fail(ValueError(f"{model} is not a model's folder: it holds no config.json"), MISTAKE)
+def _check_folder(folder: Path) -> None:
+    from vattn_sgl import model
+
+    try:
+        model.check_folder(folder)
+    except model.ModelError as error:
+        _fail(error, MISTAKE)
 
 
 @app.callback()

@@ -67,7 +67,7 @@ def shortened(value: Any) -> str:
 def _layer_key(key: Any) -> str:
     match = _LAYERS.fullmatch(str(key))
     if match is None or (match[2] is not None and int(match[2]) < int(match[1])):
-        raise ValueError(f"layer key {shortened(key)} is not a layer such as 3 or a range such as 0-4")
+        raise ValueError(f"a layer such as 3 or a range such as 0-4, below {MOST_LAYERS}")
     return str(key)
 
 
@@ -173,14 +173,14 @@ class Settings(BaseModel):
         target = info.data.get("target")
         if value is not None and target is not None and value not in BOUNDS_OF_TARGET[target]:
             allowed = ", ".join(repr(b) for b in BOUNDS_OF_TARGET[target])
-            raise ValueError(f"with target {target!r} {allowed} or null: its error may have a single dimension")
+            raise ValueError(f"{allowed} or null with target {target!r}: its error may have a single dimension")
         return value
 
     @field_validator("selector")
     @classmethod
     def _hash_needs_weights(cls, value: str, info: ValidationInfo) -> str:
         if value == "hash" and info.data.get("hash_weights", "wrong already") is None:
-            raise ValueError("'hash' needs hash_weights, a file of the model's weights")
+            raise ValueError("beside 'hash' the setting hash_weights, a file of the model's weights")
         return value
 
     @field_validator("selector")
@@ -188,7 +188,7 @@ class Settings(BaseModel):
     def _bernstein_needs_upper_bounds(cls, value: str, info: ValidationInfo) -> str:
         if info.data.get("bound") == "bernstein" and value not in PROVABLE_SELECTORS:
             allowed = ", ".join(repr(s) for s in PROVABLE_SELECTORS)
-            raise ValueError(f"with bound 'bernstein' {allowed}: {value!r} proves no upper bound of a logit")
+            raise ValueError(f"{allowed} with bound 'bernstein': {value!r} proves no upper bound of a logit")
         return value
 
     @property
@@ -303,8 +303,8 @@ ALLOWED = {
 
 def _unknown(name: str, choices: list[str]) -> str:
     near = difflib.get_close_matches(name, choices, n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    return f"{hint}known settings are {', '.join(choices)}"
+    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    return f"one of {', '.join(choices)}{hint}"
 
 
 def _mistakes(error: ValidationError) -> list[Mistake]:
@@ -319,7 +319,7 @@ def _mistakes(error: ValidationError) -> list[Mistake]:
             choices = list(LayerOverride.model_fields if len(path) > 1 else Settings.model_fields)
             allowed = _unknown(leaf, choices)
         elif item["type"] == "value_error":
-            allowed = f"{ALLOWED[path[0]]} ({item['msg'].removeprefix('Value error, ')})"
+            allowed = item["msg"].removeprefix("Value error, ")
         else:
             allowed = ALLOWED.get(leaf, ALLOWED.get(path[0], item["msg"]))
         found.setdefault(key, Mistake(key, item["input"], allowed))
@@ -459,7 +459,7 @@ def load_with_sources(
         field = name.removeprefix(PREFIX).lower()
         if field not in Settings.model_fields:
             known = [PREFIX + f.upper() for f in Settings.model_fields] + list(NOT_SETTINGS)
-            mistakes.append(Mistake(name, env[name], _unknown(name, known).replace("settings", "variables")))
+            mistakes.append(Mistake(name, env[name], _unknown(name, known)))
             continue
         try:
             values[field] = _parse(env[name])[0]
@@ -470,8 +470,9 @@ def load_with_sources(
         settings = Settings.model_validate(values)
     except ValidationError as error:
         for mistake in _mistakes(error):
-            source = sources.get(mistake.key.split(".")[0], mistake.key)
-            mistakes.append(Mistake(source, mistake.value, mistake.allowed))
+            field, *below = mistake.key.split(".")
+            key = ".".join([sources.get(field, field), *below])
+            mistakes.append(Mistake(key, mistake.value, mistake.allowed))
     if mistakes:
         raise ConfigError("the environment", mistakes)
     return settings, sources

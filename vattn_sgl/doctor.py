@@ -167,8 +167,10 @@ def _model(path: Path | None, settings: Settings) -> Iterator[Finding]:
         if not model.is_whole(path):
             yield Finding(False, f"model {model.NAME} is not in the cache", "vattn model fetch")
             return
-    if not (path / "config.json").exists():
-        yield Finding(False, f"{path} holds no config.json", "give a model's folder")
+    try:
+        model.check_folder(path)
+    except model.ModelError as error:
+        yield Finding(False, str(error), "give a model's folder")
         return
     try:
         config, described = _read(path)
@@ -210,7 +212,9 @@ def _read(path: Path) -> tuple[Any, Any]:
 
 
 def _weights(path: Path) -> Finding:
-    """Whether there are files of weights, and all that an index names."""
+    """Whether there are files of weights, all that an index names, and none of safetensors cut short."""
+    from safetensors import SafetensorError, safe_open
+
     found = {file.name for file in path.iterdir() if file.suffix in WEIGHTS and file.stat().st_size}
     mend = "give a folder with the model's weights"
     named: set[str] = set()
@@ -220,7 +224,14 @@ def _weights(path: Path) -> Finding:
         return Finding(False, f"{path} lacks {', '.join(missing)}", mend)
     if not found:
         return Finding(False, f"{path} holds no weights ({', '.join(WEIGHTS)})", mend)
-    return Finding(True, f"{len(found)} files of weights")
+    for name in sorted(found):
+        if name.endswith(".safetensors"):
+            try:
+                with safe_open(path / name, "pt"):
+                    pass
+            except SafetensorError as error:
+                return Finding(False, f"{path / name} is broken or cut short: {error}", "copy or download it again")
+    return Finding(True, f"weights in {len(found)} file{'s' * (len(found) > 1)}")
 
 
 def describe(config: Any) -> Any:

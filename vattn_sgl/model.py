@@ -38,12 +38,29 @@ _TOP_TENSORS = {"token_embd": "model.embed_tokens", "output_norm": "model.norm"}
 
 
 class ModelError(RuntimeError):
-    """The model could not be made."""
+    """The model could not be made, or its folder is none."""
 
 
 def folder() -> Path:
     """Where the model stands once it is made."""
     return cache_dir() / "models" / NAME
+
+
+def check_folder(path: Path) -> None:
+    """Refuse what is not a model's folder.
+
+    Parameters
+    ----------
+    path : pathlib.Path
+        Folder that a person named.
+
+    Raises
+    ------
+    ModelError
+        If it holds no ``config.json``.
+    """
+    if not (path / "config.json").is_file():
+        raise ModelError(f"{path} is not a model's folder: it holds no config.json")
 
 
 def is_whole(path: Path) -> bool:

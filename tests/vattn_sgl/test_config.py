@@ -170,9 +170,9 @@ def test_a_file_that_is_no_mapping(tmp_path, text, expected):
         (
             "layers:\n  a: {}\n  3: {epsilon: 2}\n  4-2: {delta: 0.1}\n  5: 7\n",
             [
-                "line 2: layers.a: got 'a'; expected a mapping",
+                "line 2: layers.a: got 'a'; expected a layer such as 3",
                 "line 3: layers.3.epsilon: got 2",
-                "line 4: layers.4-2: got '4-2'; expected a mapping",
+                "line 4: layers.4-2: got '4-2'; expected a layer such as 3",
                 "line 5: layers.5: got 7; expected a mapping",
             ],
         ),
@@ -229,6 +229,14 @@ def test_every_mistake_of_the_environment_is_told_at_once():
     assert "did you mean 'VATTN_WINDOW'?" in str(caught.value)
 
 
+def test_a_variable_of_layers_names_the_layer_and_the_field():
+    env = {"VATTN_LAYERS": "{3: {epsilon: 9, sink: 1}, 99999: {}}"}
+    with pytest.raises(ConfigError) as caught:
+        load_settings(env=env)
+    keys = ["VATTN_LAYERS.3.epsilon", "VATTN_LAYERS.3.sink", "VATTN_LAYERS.99999"]
+    assert [mistake.key for mistake in caught.value.mistakes] == keys
+
+
 def test_show_prints_settings_that_can_be_read_again(monkeypatch):
     monkeypatch.setenv("VATTN_EPSILON", "0.25")
     result = CliRunner().invoke(app, ["config", "show"])
@@ -245,7 +253,7 @@ def test_the_floor_follows_the_selector_unless_it_is_given():
 
 
 def test_hash_without_weights_is_told_where_it_is_asked_for():
-    with pytest.raises(ConfigError, match=r"VATTN_SELECTOR: got 'hash'; expected .*needs hash_weights"):
+    with pytest.raises(ConfigError, match=r"VATTN_SELECTOR: got 'hash'; expected .* the setting hash_weights"):
         load_settings(env={"VATTN_SELECTOR": "hash"})
     assert load_settings(env={"VATTN_SELECTOR": "hash", "VATTN_HASH_WEIGHTS": "w.pt"}).hash_weights == "w.pt"
 
@@ -279,7 +287,7 @@ def test_default_bound(sampler, target, bound):
 def test_f8_is_refused_for_an_error_that_may_have_one_dimension(tmp_path, target):
     mistakes = check_file(write(tmp_path, f"target: {target}\nbound: f8\n"))
     assert [(m.key, m.line, m.value) for m in mistakes] == [("bound", 2, "f8")]
-    assert f"with target {target!r} 'student', 'clt', 'bernstein' or null" in mistakes[0].allowed
+    assert f"'student', 'clt', 'bernstein' or null with target {target!r}: " in mistakes[0].allowed
     assert check_file(write(tmp_path, f"target: {target}\nbound: bernstein\n")) == []
     assert check_file(write(tmp_path, "bound: f8\n")) == []
 
@@ -289,7 +297,7 @@ def test_bernstein_is_refused_where_nothing_bounds_a_logit(tmp_path, selector):
     text = f"hash_weights: w.pt\nselector: {selector}\nbound: bernstein\n"
     mistakes = check_file(write(tmp_path, text))
     assert [(m.key, m.line, m.value) for m in mistakes] == [("selector", 2, selector)]
-    assert "with bound 'bernstein' 'sketch', 'oracle', 'quest'" in mistakes[0].allowed
+    assert "'sketch', 'oracle', 'quest' with bound 'bernstein': " in mistakes[0].allowed
     for right in (text.replace("bernstein", "student"), text.replace(f": {selector}", ": quest")):
         assert check_file(write(tmp_path, right)) == []
 

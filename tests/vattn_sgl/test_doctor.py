@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from vattn_kernels.cpu import build
 from vattn_sgl import doctor, model
@@ -36,7 +37,7 @@ def built(monkeypatch):
 def folder(tmp_path):
     """A model's folder with a stand-in for its weights."""
     (tmp_path / "config.json").write_text(json.dumps(LLAMA))
-    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    save_file({"a": torch.ones(4)}, tmp_path / "model.safetensors")
     return tmp_path
 
 
@@ -96,10 +97,20 @@ def test_a_folder_without_weights(folder, built):
     assert failures(folder) == [f"{folder} holds no weights (.safetensors, .bin, .pt, .gguf)"]
     shards = {"a": "model-1.safetensors", "b": "model-2.safetensors"}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
-    (folder / "model-1.safetensors").write_bytes(b"weights")
+    save_file({"a": torch.ones(4)}, folder / "model-1.safetensors")
     assert failures(folder) == [f"{folder} lacks model-2.safetensors"]
-    (folder / "model-2.safetensors").write_bytes(b"weights")
+    save_file({"b": torch.ones(4)}, folder / "model-2.safetensors")
     assert failures(folder) == []
+    (folder / "model.bin").write_bytes(b"weights")
+    assert (True, "weights in 3 files", "") in report(folder)
+
+
+@pytest.mark.parametrize("kept", [4, 20, -1])
+def test_weights_that_are_cut_short(kept, folder, built):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:kept])
+    (failed,) = failures(folder)
+    assert failed.startswith(f"{file} is broken or cut short: ")
 
 
 @pytest.mark.parametrize("architecture", ["BertModel", "BertForMaskedLM", "BertForPreTraining"])
@@ -145,7 +156,7 @@ def test_settings_that_do_not_suit_the_model_or_sglang(folder, built, monkeypatc
 def test_no_model(tmp_path, built):
     assert (False, f"model {model.NAME} is not in the cache", "vattn model fetch") in report(None)
     wrong = [(what, mend) for ok, what, mend in report(tmp_path) if not ok]
-    assert wrong == [(f"{tmp_path} holds no config.json", "give a model's folder")]
+    assert wrong == [(f"{tmp_path} is not a model's folder: it holds no config.json", "give a model's folder")]
 
 
 def test_wrong_settings_are_told(folder, built, monkeypatch):

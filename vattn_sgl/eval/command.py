@@ -56,7 +56,9 @@ def run(
     Raises
     ------
     FidelityError
-        If the model or the texts are too short for a context, the model's folder is none, or nothing can be written.
+        If the model or the texts are too short for a context, or nothing can be written.
+    vattn_sgl.model.ModelError
+        If the model's folder is none.
     vattn_sgl.config.ConfigError
         If the weights cannot be read or do not fit the model.
     """
@@ -107,8 +109,7 @@ def run(
 
 def _check_places(folder: Path, out: Path | None, json_file: Path | None) -> None:
     """Refuse before the long run what would fail it at its start or end."""
-    if not (folder / "config.json").is_file():
-        raise FidelityError(f"{folder} is not a model's folder: it holds no config.json")
+    model.check_folder(folder)
     for place in (out, json_file.parent if json_file else None):
         try:
             if place is not None:
