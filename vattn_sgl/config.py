@@ -471,8 +471,10 @@ def load_with_sources(
     except ValidationError as error:
         for mistake in _mistakes(error):
             field, *below = mistake.key.split(".")
-            key = ".".join([sources.get(field, field), *below])
-            mistakes.append(Mistake(key, mistake.value, mistake.allowed))
+            source = sources.get(field, "default")
+            name = source if source.startswith(PREFIX) else field
+            where = f" (of {path})" if source == str(path) else ""
+            mistakes.append(Mistake(".".join([name, *below]) + where, mistake.value, mistake.allowed))
     if mistakes:
         raise ConfigError("the environment", mistakes)
     return settings, sources

@@ -175,8 +175,8 @@ def _model(path: Path | None, settings: Settings) -> Iterator[Finding]:
     try:
         config, described = _read(path)
     except Exception as error:
-        first = str(error).strip().partition("\n")[0]
-        yield Finding(False, f"{path / 'config.json'}: {first}", "give the folder of a decoder model with attention")
+        reason = " ".join(str(error).split())
+        yield Finding(False, f"{path / 'config.json'}: {reason}", "give the folder of a decoder model with attention")
         return
     yield _guard(_weights, path)
     reasons = [*support.argument_reasons(SimpleNamespace(device="cpu")), *support.model_reasons(described)]
@@ -204,9 +204,6 @@ def _read(path: Path) -> tuple[Any, Any]:
     """A model's configuration, and what `describe` makes of it."""
     from transformers import AutoConfig
 
-    raw = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    if not isinstance(raw, dict):
-        raise ValueError(f"a mapping was expected, not a {type(raw).__name__}")
     config = AutoConfig.from_pretrained(path)
     return config, describe(config)
 
@@ -219,7 +216,10 @@ def _weights(path: Path) -> Finding:
     mend = "give a folder with the model's weights"
     named: set[str] = set()
     for index in path.glob("*.safetensors.index.json"):
-        named |= set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        try:
+            named |= set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            return Finding(False, f"{index} is no index of weights: {error}", "copy or download it again")
     if missing := sorted(named - found):
         return Finding(False, f"{path} lacks {', '.join(missing)}", mend)
     if not found:

@@ -57,10 +57,17 @@ def check_folder(path: Path) -> None:
     Raises
     ------
     ModelError
-        If it holds no ``config.json``.
+        If it holds no ``config.json``, or one that is no JSON object.
     """
-    if not (path / "config.json").is_file():
+    file = path / "config.json"
+    if not file.is_file():
         raise ModelError(f"{path} is not a model's folder: it holds no config.json")
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{file}: {error}") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"{file}: a mapping was expected, not a {type(content).__name__}")
 
 
 def is_whole(path: Path) -> bool:

@@ -229,6 +229,13 @@ def test_every_mistake_of_the_environment_is_told_at_once():
     assert "did you mean 'VATTN_WINDOW'?" in str(caught.value)
 
 
+def test_a_value_of_the_file_that_a_variable_makes_wrong_names_its_field(tmp_path):
+    file = write(tmp_path, "bound: f8\n")
+    with pytest.raises(ConfigError) as caught:
+        load_settings(file, {"VATTN_TARGET": "denominator"})
+    assert [(m.key, m.value) for m in caught.value.mistakes] == [(f"bound (of {file})", "f8")]
+
+
 def test_a_variable_of_layers_names_the_layer_and_the_field():
     env = {"VATTN_LAYERS": "{3: {epsilon: 9, sink: 1}, 99999: {}}"}
     with pytest.raises(ConfigError) as caught:

@@ -101,6 +101,10 @@ def test_a_folder_without_weights(folder, built):
     assert failures(folder) == [f"{folder} lacks model-2.safetensors"]
     save_file({"b": torch.ones(4)}, folder / "model-2.safetensors")
     assert failures(folder) == []
+    (folder / "model.safetensors.index.json").write_text("[1]")
+    (failed,) = failures(folder)
+    assert failed.startswith(f"{folder / 'model.safetensors.index.json'} is no index of weights: ")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
     (folder / "model.bin").write_bytes(b"weights")
     assert (True, "weights in 3 files", "") in report(folder)
 
@@ -130,6 +134,7 @@ def test_an_encoder(architecture, folder, built):
         (b'{"model_type": "mamba", "architectures": ["MambaForCausalLM"]}', "a mamba has no attention heads"),
         (b'{"model_type": "llama"}', "names no architectures"),
         (json.dumps(LLAMA | {"num_attention_heads": 0}).encode(), "division"),
+        (json.dumps(LLAMA | {"num_attention_heads": "nine"}).encode(), "int"),
         (b"[" * 100000, "recursion"),
     ],
 )
