@@ -37,7 +37,7 @@ def measured(monkeypatch):
 
 
 def invoke(tmp_path, *arguments):
-    (tmp_path / "config.json").touch()
+    (tmp_path / "config.json").write_text("{}")
     return RUNNER.invoke(app, ["eval", "fidelity", "--model", str(tmp_path), *arguments])
 
 
@@ -91,7 +91,7 @@ def test_a_model_that_is_too_short_is_named(monkeypatch, tmp_path):
 
 def test_what_would_fail_late_is_refused_at_once(measured, tmp_path):
     (tmp_path / "file").touch()
-    (tmp_path / "config.json").touch()
+    (tmp_path / "config.json").write_text("{}")
     for arguments, told in (
         (("--model", str(tmp_path / "none"), "--out", str(tmp_path / "out")), "holds no config.json"),
         (("--model", str(tmp_path), "--out", str(tmp_path / "file")), "cannot write to"),
