@@ -72,7 +72,7 @@ env: $(STAMP) ## make the environment in .venv/
 $(STAMP): $(REQUIREMENTS) $(OVERLAY) pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=python3.11")'
 	@command -v g++ >/dev/null || $(MAKE) --no-print-directory apt-g++
-	@echo "== environment in $(VENV) (about four minutes, once)"
+	@echo "== environment in $(VENV) (two to four minutes, once)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/pip install -qq --disable-pip-version-check $(TORCH)
 	@$(BIN)/pip install -qq --disable-pip-version-check --no-deps -r $(REQUIREMENTS) $(if $(OVERLAY),&& $(BIN)/pip install -qq --disable-pip-version-check --no-deps -r $(OVERLAY))

@@ -50,6 +50,7 @@ MOST_LAYERS = 10_000
 # Characters of a value in a message.
 MOST_SHOWN = 100
 _LAYERS = re.compile(r"([0-9]{1,4})(?:-([0-9]{1,4}))?")
+_LAYERS_ALLOWED = f"a layer such as 3 or a range such as 0-4, below {MOST_LAYERS}"
 
 
 _shortening = reprlib.Repr()
@@ -67,7 +68,7 @@ def shortened(value: Any) -> str:
 def _layer_key(key: Any) -> str:
     match = _LAYERS.fullmatch(str(key))
     if match is None or (match[2] is not None and int(match[2]) < int(match[1])):
-        raise ValueError(f"a layer such as 3 or a range such as 0-4, below {MOST_LAYERS}")
+        raise ValueError(_LAYERS_ALLOWED)
     return str(key)
 
 
@@ -297,7 +298,7 @@ ALLOWED = {
     "audit_rate": "a share from 0 to 1",
     "calibration_tokens": f"a whole number of tokens from 512 to {MOST_TOKENS}",
     "prefill_backend": "the name of an SGLang attention backend, or null",
-    "layers": f"a mapping from a layer (3) or a range (0-4), below {MOST_LAYERS}, to epsilon and delta",
+    "layers": f"a mapping from {_LAYERS_ALLOWED}, to epsilon and delta",
 }
 
 

@@ -206,13 +206,15 @@ def stages_us(run: Callable[[int], Any], layers: int) -> dict[str, float]:
     os.environ["TEARDOWN_CUPTI"] = "1"
     # A launch that overlaps the one ahead is timed with what it waits.
     layout.LAUNCH.overlap = False
-    run(0)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        for _ in range(steps):
-            for layer in range(layers):
-                run(layer)
-        torch.cuda.synchronize()
-    layout.LAUNCH.overlap = True
+    try:
+        run(0)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            for _ in range(steps):
+                for layer in range(layers):
+                    run(layer)
+            torch.cuda.synchronize()
+    finally:
+        layout.LAUNCH.overlap = True
     total: dict[str, float] = defaultdict(float)
     for event in profile.events():
         if event.name.endswith("_fwd_kernel"):

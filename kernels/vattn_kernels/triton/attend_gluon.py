@@ -100,6 +100,7 @@ def attend_lists_fwd_kernel(
     o_q = gl.arange(0, 16, layout=gl.SliceLayout(1, left))
     d_q = gl.arange(0, D, layout=gl.SliceLayout(0, left))
     q = gl.load(p_q + (i_row * G + o_q % G)[:, None] * D + d_q[None, :], mask=(o_q < 2 * G)[:, None], other=0.0)
+    # All above is loaded while `select` still runs, which does not write it.
     await_last(DEPENDENT)
     if gl.load(p_mode + i_row) != SAMPLED:
         return
