@@ -9,7 +9,7 @@ from scipy import stats as distributions
 
 from vattn_kernels import ops, params, quantiles, reference
 from vattn_kernels.reference import budget, proportional, rng, scores
-from vattn_kernels.reference.estimate import Head, estimate
+from vattn_kernels.reference.estimate import Head, estimate, shrunk
 
 
 def test_permutation_is_a_bijection():
@@ -94,6 +94,47 @@ def test_variance_formula_matches_the_spread():
         sums[seed] = (logits.exp()[inside] / pi).sum()
         variances[seed] = budget.variance(logits[inside].exp().square(), 1 / pi, pi)
     assert float(variances.mean() / sums.var()) == pytest.approx(1, abs=5 * (2 / seeds) ** 0.5)
+
+
+def misled(seed: int) -> tuple[Head, torch.Tensor, torch.Tensor]:
+    """A head with heavy-tailed weights, and a tenth of its tokens by scores that know nothing of them."""
+    n, g = 500, torch.Generator().manual_seed(seed)
+    logits, values = 2 * torch.randn(n, generator=g).double(), torch.randn(n, 8, generator=g).double() + 0.5
+    fixed = torch.zeros(n, dtype=torch.bool)
+    fixed[:4] = True
+    likely = torch.softmax(1.5 * torch.randn(n, generator=g).double(), 0) * 0.1 * n
+    likely = likely.clamp(1e-3, 1) * ~fixed
+    read = (torch.rand(n, generator=g).double() < likely).nonzero()[:, 0]
+    return Head(logits, values, fixed), read, 1 / likely[read]
+
+
+def test_a_shrunk_estimate_lies_between_what_was_read_and_the_unbiased_one():
+    head, read, weight = misled(1)
+    unbiased = estimate(head, read, weight, "output")
+    plain = estimate(head, read, torch.ones_like(weight), "output").out
+    found = shrunk(head, unbiased, read, weight)
+    kept = (found - plain) @ (unbiased.out - plain) / (unbiased.out - plain).square().sum()
+    assert 0 < kept < 1
+    assert torch.allclose(found, plain + kept * (unbiased.out - plain))
+    everything = torch.arange(4, 500)
+    whole = estimate(head, everything, torch.ones(496).double(), "output")
+    assert torch.equal(shrunk(head, whole, everything, torch.ones(496).double()), whole.out)
+
+
+def test_a_shrunk_estimate_errs_less_where_scores_mislead():
+    """Mean squared error over 400 heads: 10 % below the unbiased and the unweighted estimate, by three standard errors."""
+    errors = []
+    for seed in range(400):
+        head, read, weight = misled(seed)
+        exact = torch.softmax(head.logits, 0) @ head.values
+        unbiased = estimate(head, read, weight, "output")
+        plain = estimate(head, read, torch.ones_like(weight), "output").out
+        outs = torch.stack([shrunk(head, unbiased, read, weight), unbiased.out, plain])
+        errors.append((outs - exact).square().sum(-1))
+    e = torch.stack(errors)
+    for other in (1, 2):
+        gap = 0.9 * e[:, other] - e[:, 0]
+        assert float(gap.mean()) > 3 * float(gap.std()) / 400**0.5
 
 
 @pytest.mark.parametrize("help_", [0.0, 0.2])

@@ -600,11 +600,14 @@ template <typename T> struct Decode {
     }
   }
 
+  // Scores of these are off by more than the values' norms differ, and the tokens that matter most have short values.
+  bool is_coarse() const { return a.selector >= kQuest; }
+
   // Estimated weights of positions [from, to) relative to the fixed maximum; adds their sum per head to `sums`. Where the
   // value counts they are left times its norm. A token without valid side data gets kUnusable, and is read for certain.
   void score(Item &item, int64_t from, int64_t to, double *sums) const {
     Estimates e;
-    const bool with_norm = a.target != kDenominator && !a.is_uniform;
+    const bool with_norm = a.target != kDenominator && !a.is_uniform && !is_coarse();
     float norms[kScoreBlock];
     for (int64_t start = from; start < to; start += kScoreBlock) {
       const int count = int(std::min<int64_t>(kScoreBlock, to - start));
@@ -1031,6 +1034,30 @@ template <typename T> struct Decode {
     for (int64_t j = 0; j < count; ++j) weight[j] = 1.0f / std::min(1.0f, weight[j]);
   }
 
+  // Of a head that the cap left uncertified: from attention over what was read, o0, towards the estimate o1 by
+  // B^2 / (B^2 + V), with B = |o1 - o0| and the variance V of o1 (reference/estimate.py, `shrunk`).
+  void shrink(const Item &item, const Scratch &s, int g, int64_t count, HeadState &h) const {
+    const float *masses = s.masses.data() + g * s.stride, *distances = s.distances[0].data() + g * s.stride;
+    const float rescale = fast_exp(item.fixed[g].max - h.max);
+    float plain[kMaxDim];
+    double sum = double(item.fixed[g].sum) * rescale, variance = 0, gap = 0;
+#pragma omp simd reduction(+ : sum, variance)
+    for (int64_t j = 0; j < count; ++j) {
+      sum += masses[j];
+      variance += s.weight[j] * (s.weight[j] - 1.0f) * distances[j];
+    }
+    variance /= h.sum * h.sum;
+    for (int d = 0; d < dim; ++d) plain[d] = item.fixed[g].acc[d] * rescale;
+    accumulate(masses, s.stride, 1, s.v_rows.data(), count, plain, dim, dim);
+    for (int d = 0; d < dim; ++d) {
+      plain[d] = float(plain[d] / sum);
+      gap += double(h.out[d] - plain[d]) * (h.out[d] - plain[d]);
+    }
+    if (gap + variance <= 0) return;
+    const float kept = float(gap / (gap + variance));
+    for (int d = 0; d < dim; ++d) h.out[d] = plain[d] + kept * (h.out[d] - plain[d]);
+  }
+
   void proportional(Item &item, Scratch &s, HeadState *heads, float *stats) const {
     const float epsilon = a.params[0];
     const float pilot = float(std::max<double>(a.pilot_min, std::ceil(a.pilot * item.range)));
@@ -1098,7 +1125,8 @@ template <typename T> struct Decode {
       for (int r = 0; r < score_rows; ++r) scales[r] = std::max(scales[r], next[r]);
     }
     for (int g = 0; g < group; ++g) {
-      const HeadState &h = heads[g];
+      HeadState &h = heads[g];
+      if (capped && h.half_width > epsilon && is_coarse() && a.target == kOutput) shrink(item, s, g, count, h);
       float *row = stats + g * 6;
       row[1] = float(count);
       row[2] = h.half_width;

@@ -130,3 +130,31 @@ def estimate(head: Head, read: torch.Tensor, weight: torch.Tensor, target: str, 
         for name in parts_of(target, bernstein)
     }
     return Estimate(out, parts, float(m), 1 - float(fixed.sum() / denominator))
+
+
+def shrunk(head: Head, unbiased: Estimate, read: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """``o0 + B^2 / (B^2 + V) (o1 - o0)``: between attention over what was read and the estimate from it.
+
+    o0 takes every weight as 1; it lies off by its bias, which ``B = |o1 - o0|`` tells, and o1 by its variance V (James
+    and Stein 1961). It serves a step that a cap left uncertified, whose few large weights are mostly noise.
+
+    Parameters
+    ----------
+    head : Head
+        The head.
+    unbiased : Estimate
+        Of target ``output``, with o1.
+    read : torch.Tensor
+        int64 ``[m]`` positions read outside the fixed set.
+    weight : torch.Tensor
+        float64 ``[m]`` inverse inclusion probabilities.
+
+    Returns
+    -------
+    torch.Tensor
+        float64 ``[head_dim]``.
+    """
+    plain, part = estimate(head, read, torch.ones_like(weight), "output").out, unbiased.parts["output"]
+    variance = (weight * (weight - 1) * part.relative2).sum() * unbiased.out.square().sum()
+    gap = (unbiased.out - plain).square().sum()
+    return torch.where(gap + variance > 0, plain + gap / (gap + variance) * (unbiased.out - plain), unbiased.out)

@@ -44,6 +44,8 @@ class Sample:
         Whether the cap cut the head's budget.
     budget : int
         Tokens of the sample.
+    weight : torch.Tensor
+        float64 ``[m]``, inverse probabilities of ``read``.
     """
 
     read: torch.Tensor
@@ -51,6 +53,7 @@ class Sample:
     half_widths: list[float]
     capped: list[bool]
     budget: int
+    weight: torch.Tensor
 
 
 def sample(
@@ -138,7 +141,7 @@ def sample(
         if capped and cut:
             break
         scales, capped = wanted, capped or cut
-    return Sample(inside + low, estimates, half_widths, [capped] * len(heads), inside.numel())
+    return Sample(inside + low, estimates, half_widths, [capped] * len(heads), inside.numel(), weight)
 
 
 @dataclass
