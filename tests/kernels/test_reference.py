@@ -122,7 +122,7 @@ def test_a_shrunk_estimate_lies_between_what_was_read_and_the_unbiased_one():
 
 
 def test_a_shrunk_estimate_errs_less_where_scores_mislead():
-    """Mean squared error over 400 heads: 10 % below the unbiased and the unweighted estimate, by three standard errors."""
+    """Mean squared error over 400 heads: 10 % below the unbiased and the unweighted one, by three standard errors."""
     errors = []
     for seed in range(400):
         head, read, weight = misled(seed)

@@ -10,7 +10,8 @@ from vattn_sgl.eval.metrics import FAMILY_ALPHA, detectable_rate
 
 ROW_KEYS = (
     "sampler", "selector", "target", "bound", "epsilon", "delta", "context", "head_steps", "bits", "density",
-    "violation_rate", "binding_violation_rate", "heads_over_delta", "mean_error", "p95_error", "kl", "agreement", "group",
+    "violation_rate", "binding_violation_rate", "heads_over_delta", "mean_error", "p95_error", "kl", "agreement",
+    "group",
 )  # fmt: skip
 # vAttention (arXiv 2510.05688), Llama-3.1-8B, oracle top-k, RULER qa_1 at 32K, delta .05: epsilon -> density, error.
 PUBLISHED = {0.05: (0.104, 0.054), 0.1: (0.061, 0.095), 0.2: (0.038, 0.189)}
