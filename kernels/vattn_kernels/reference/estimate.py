@@ -136,7 +136,8 @@ def shrunk(head: Head, unbiased: Estimate, read: torch.Tensor, weight: torch.Ten
     """``o0 + B^2 / (B^2 + V) (o1 - o0)``: between attention over what was read and the estimate from it.
 
     o0 takes every weight as 1; it lies off by its bias, which ``B = |o1 - o0|`` tells, and o1 by its variance V (James
-    and Stein 1961). It serves a step that a cap left uncertified, whose few large weights are mostly noise.
+    and Stein 1961). It serves a step that a cap left uncertified by coarse scores, whose few large weights are mostly
+    noise; where values lean on the scores it may err more than o1.
 
     Parameters
     ----------
