@@ -226,7 +226,8 @@ class Calibrator:
         )
         here, chosen = torch.arange(len(tokens)), even_sample(torch.arange(len(tokens)))
         elsewhere = spread_positions(chosen.numel(), self.rope.num_positions)
-        starts = torch.linspace(0, len(tokens) // pages.PAGE - 1, chosen.numel() // pages.PAGE).long() * pages.PAGE
+        # Past the sinks, as in `vattn_sgl.selectors.quest`.
+        starts = torch.linspace(1, len(tokens) // pages.PAGE - 1, chosen.numel() // pages.PAGE).long() * pages.PAGE
         runs = (starts[:, None] + torch.arange(pages.PAGE)).flatten()
         # As in `vattn_sgl.selectors.calibration`: the last quarter looks back on most of the keys.
         late = torch.linspace(3 * len(tokens) // 4, len(tokens) - 1, min(SAMPLE_QUERIES, len(tokens) // 4)).long()

@@ -9,7 +9,7 @@ import torch
 
 from vattn_kernels import pages
 from vattn_kernels import params as layout
-from vattn_kernels.quantiles import COARSE_SELECTORS
+from vattn_kernels.quantiles import COARSE_SELECTORS, RANKING_SELECTORS
 from vattn_kernels.reference import proportional, quest, rng, scores, signature, sketch, uniform
 from vattn_kernels.reference.estimate import Head, shrunk
 
@@ -133,7 +133,8 @@ pilot_min, cap, floor, group_score
             if sampler == "proportional":
                 score, draws = scores.floored(share, usable, floor), rng.uniform(torch.arange(low, high), key)
                 begin = max(pilot_min, math.ceil(pilot * total)) / max(float(share.amax(0).sum()), scores.TINY)
-                drawn = proportional.sample(heads, score, draws, low, params, target, begin, cap)
+                ranks = selector in RANKING_SELECTORS
+                drawn = proportional.sample(heads, score, draws, low, params, target, begin, cap, ranks)
             else:
                 ranking = torch.where(usable, share[0], -1.0)
                 size = uniform.top_k_size(top_k_count, top_k_share, total)

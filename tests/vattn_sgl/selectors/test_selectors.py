@@ -95,6 +95,15 @@ def test_dense_until_calibrated_then_what_is_cached_is_indexed(build, pool):
     assert not selector.valid[:, 602:].any()
 
 
+@pytest.mark.parametrize("build", ["quest"], indirect=True)
+def test_pages_are_weighed_without_the_sinks(build, pool):
+    selector = build()
+    forward(selector, pool, torch.arange(1, 601), 600)
+    sample = selector.sample(selector.written.nonzero()[:, 0])
+    assert sample.numel() >= 512
+    assert int(selector.positions[sample].min()) >= 16
+
+
 def test_side_data_follow_the_slot_when_it_is_used_again(calibrated, pool):
     slots = torch.arange(5, 9)
     forward(calibrated, pool, slots, 601)
