@@ -132,8 +132,8 @@ def test_cap(sampler, selector, target, cap):
 
 @pytest.mark.parametrize("selector", INDEXED)
 def test_coarse_scores_leave_the_norms_of_values_out(selector):
-    """At a cap the sample follows the scores alone, so other norms change it only where they are part of a score."""
-    settings = {"selector": selector, "cap": 0.1}
+    """At a cap one score's sample follows it alone, so other norms change it only where they are part of the score."""
+    settings = {"selector": selector, "cap": 0.1, "group_score": "mean"}
     case, other = (DecodeCase(context=2000, epsilon=1e-9, settings=settings) for _ in range(2))
     other.v_cache *= torch.linspace(0.1, 10, other.v_cache.shape[0])[:, None, None]
     other.index()
