@@ -185,8 +185,8 @@ def _sweep_table(pairs: list[tuple[Row, Row]], result: dict[str, Any]) -> list[s
     text = (
         "Every KV group reads the same share of every request, as top-k does: a cap, with an epsilon out of reach; "
         "`uniform` spends half of it on its top-k. Targets differ in their scores only (`denominator` leaves the "
-        "values' norms out), and in that `output` shrinks the estimate of a coarse selector; `quest` gives two thirds "
-        "of the cap to its best scores. KL, agreement and perplexity over *positions*."
+        "values' norms out), and in that `output` shrinks the estimate of a coarse selector; `quest` and `hash` give "
+        "two thirds of the cap to their best scores. KL, agreement and perplexity over *positions*."
     )
     head = ["asked", "sampler", "selector", "target", "head-steps", "density", "mean error", "p95", "KL", "agreement",
             "positions", "perplexity"]  # fmt: skip

@@ -605,6 +605,9 @@ template <typename T> struct Decode {
   // Scores of these are off by more than the values' norms differ, and the tokens that matter most have short values.
   bool is_coarse() const { return a.selector >= kQuest; }
 
+  // Rank tokens better than they weigh them (quantiles.py, RANKING_SELECTORS).
+  bool is_ranking() const { return a.selector == kQuest || a.selector == kHash; }
+
   // Estimated weights of positions [from, to) relative to the fixed maximum; adds their sum per head to `sums`. Where the
   // value counts they are left times its norm. A token without valid side data gets kUnusable, and is read for certain.
   void score(Item &item, int64_t from, int64_t to, double *sums) const {
@@ -1081,8 +1084,7 @@ template <typename T> struct Decode {
     for (int d = 0; d < dim; ++d) h.out[d] = plain[d] + kept * (drawn[d] - plain[d]);
   }
 
-  // Of what the cap leaves beyond the reads at `scales`, `kRankedShare` goes to the best scores, read for certain
-  // (quantiles.py, RANKING_SELECTORS).
+  // Of what the cap leaves beyond the reads at `scales`, `kRankedShare` goes to the best scores, read for certain.
   void rank(Item &item, Scratch &s, const float *scales, int64_t count) const {
     const int64_t best = int64_t(kRankedShare * (a.cap * double(item.range) - reads(item, scales)));
     if (best <= 0) return;
@@ -1164,7 +1166,7 @@ template <typename T> struct Decode {
       std::copy(next, next + score_rows, wanted);
       const bool cut = limit(item, scales, next);
       if (capped && cut) break;
-      if (cut && a.selector == kQuest && log_term == 0) {
+      if (cut && is_ranking() && log_term == 0) {
         rank(item, s, scales, count);
         std::copy(wanted, wanted + score_rows, next);
         limit(item, scales, next);
