@@ -146,7 +146,7 @@ class Population:
         if selector == "sketch":
             return self.codes, self.norms, self.valid, *self._tables()
         slots = torch.arange(self.heads * self.context)
-        norms = torch.zeros(slots.numel(), 1, 1 if selector == "quest" else 2, dtype=torch.uint8)
+        norms = torch.zeros(slots.numel(), 1, 1, dtype=torch.uint8)
         valid = torch.zeros(slots.numel(), dtype=torch.uint8)
         if selector == "quest":
             fitted = self._fit(lambda layer, head, q, k, mean: pages.sample_features(q, k, mean, 1.0))
@@ -163,7 +163,7 @@ class Population:
         )
         codes = torch.zeros(slots.numel(), 1, SIGNATURE_BITS // signature.WORD_BITS, dtype=torch.int32)
         ops.encode_signature(
-            self.k_cache, self.v_cache, slots, fitted.mean[0], nets, widths, codes, norms, valid, angular
+            self.k_cache, slots, fitted.mean[0], nets, widths, codes, norms, valid, angular
         )
         return codes, norms, valid, fitted.mean[0], nets, fitted.line[0], widths
 

@@ -81,7 +81,7 @@ struct EncodeArgs {
 };
 
 struct SignatureArgs {
-  const void *k_cache, *v_cache;
+  const void *k_cache;
   const int64_t *slots;
   const float *mean, *nets;
   const int32_t *widths;
@@ -1501,7 +1501,7 @@ template <typename T> void encode_signature(const SignatureArgs &a) {
   for (int64_t i = 0; i < a.num_slots * a.num_kv_heads; ++i) {
     const int64_t slot = a.slots[i / a.num_kv_heads], head = i % a.num_kv_heads;
     const int64_t at = slot * a.num_kv_heads + head;
-    const T *k = static_cast<const T *>(a.k_cache) + at * dim, *v = static_cast<const T *>(a.v_cache) + at * dim;
+    const T *k = static_cast<const T *>(a.k_cache) + at * dim;
     float key[kMaxDim], offset[kMaxDim];
     for (int d = 0; d < dim; ++d) {
       key[d] = load(k + d);
@@ -1510,8 +1510,7 @@ template <typename T> void encode_signature(const SignatureArgs &a) {
     for (int64_t n = 0; n < per_head; ++n)
       signature_of(a.centred ? offset : key, a.nets + (head * per_head + n) * size, a.widths, a.num_layers,
                    reinterpret_cast<uint32_t *>(a.codes) + at * a.words + n * words);
-    a.norms[at * 2] = level_of(norm_of_row(offset, dim));
-    a.norms[at * 2 + 1] = level_of(norm_of_row(v, dim));
+    a.norms[at] = level_of(norm_of_row(offset, dim));
     if (head == 0) a.valid[slot] = 1;
   }
 }

@@ -174,7 +174,7 @@ def test_a_loaded_calibration_marks_nothing_valid(build, calibrated, pool):
 
 
 # 8 bytes of code and 2 norms a head (a head's share of 16 slots' bounds and 1 norm), 1 valid byte.
-BYTES = {"sketch": 2 * 10 + 1, "sign": 2 * 10 + 1, "hash": 2 * (2 * 8 + 2) + 1, "quest": 2 * (2 * 16 * 4 // 16 + 1) + 1}
+BYTES = {"sketch": 2 * 10 + 1, "sign": 2 * 9 + 1, "hash": 2 * (2 * 8 + 1) + 1, "quest": 2 * (2 * 16 * 4 // 16 + 1) + 1}
 
 
 def test_bytes_per_token_are_what_is_allocated(build):
