@@ -162,9 +162,7 @@ class Population:
             )
         )
         codes = torch.zeros(slots.numel(), 1, SIGNATURE_BITS // signature.WORD_BITS, dtype=torch.int32)
-        ops.encode_signature(
-            self.k_cache, slots, fitted.mean[0], nets, widths, codes, norms, valid, angular
-        )
+        ops.encode_signature(self.k_cache, slots, fitted.mean[0], nets, widths, codes, norms, valid, angular)
         return codes, norms, valid, fitted.mean[0], nets, fitted.line[0], widths
 
     def _fit(self, features: line.Features) -> line.LineTables:

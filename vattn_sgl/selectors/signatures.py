@@ -49,9 +49,7 @@ class SignatureSelector(CalibratedSelector):
         """Sign ``slots``; see `vattn_kernels.ops.encode_signature`."""
         nets, mean = self.nets[layer], self.tables.mean[layer]
         codes, norms, valid = (side[layer] for side in self.side.values())
-        ops.encode_signature(
-            k_cache, slots, mean, nets.key, nets.key_widths, codes, norms, valid, self.angular
-        )
+        ops.encode_signature(k_cache, slots, mean, nets.key, nets.key_widths, codes, norms, valid, self.angular)
 
     def side_arguments(self, layer: int) -> SideArguments:
         """Signatures, norms, valid bytes, the queries' nets and the line."""

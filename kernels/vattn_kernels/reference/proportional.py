@@ -24,7 +24,7 @@ LEAST_GROWTH, IMPATIENT_GROWTH = 1.05, 2.0
 EVERYTHING = 2e30
 # Times that a group's scales are solved in turn.
 SWEEPS = 2
-# Of what a cap leaves to a selector that ranks better than it weighs, the share that goes to the best scores for certain.
+# Of what a cap leaves to a selector that ranks better than it weighs, the share that goes to its best scores.
 RANKED_SHARE = 2 / 3
 # Looks closer than this are the same look up to rounding.
 LEAST_STEP = 1.0001
