@@ -702,7 +702,7 @@ template <typename T> struct Decode {
 
   // Per-thread buffers; matrices are [head][list entry] with row stride `stride`.
   struct Scratch {
-    std::vector<int32_t> list;
+    std::vector<int32_t> list, order;
     std::vector<const T *> k_rows, v_rows;
     std::vector<float> logits, masses, weighted, share, distances[kMaxParts], weight, square, others, one_over;
     std::vector<uint8_t> member;
@@ -718,6 +718,7 @@ template <typename T> struct Decode {
       k_rows.resize(size_t(stride));
       v_rows.resize(size_t(stride));
       list.resize(size_t(stride));
+      order.resize(size_t(stride));
     }
   };
 
@@ -1088,12 +1089,13 @@ template <typename T> struct Decode {
   void rank(Item &item, Scratch &s, const float *scales, int64_t count) const {
     const int64_t best = int64_t(kRankedShare * (a.cap * double(item.range) - reads(item, scales)));
     if (best <= 0) return;
-    std::vector<float> largest(size_t(item.range));
+    float *largest = s.others.data();
+    std::fill(largest, largest + item.range, 0.0f);
     for (int r = 0; r < score_rows; ++r)
       for (int64_t j = 0; j < item.range; ++j) largest[j] = std::max(largest[j], score_of(item, r, item.lo + j));
-    std::vector<int32_t> order(size_t(item.range));
-    std::iota(order.begin(), order.end(), 0);
-    std::nth_element(order.begin(), order.begin() + best, order.end(),
+    int32_t *order = s.order.data();
+    std::iota(order, order + item.range, 0);
+    std::nth_element(order, order + best, order + item.range,
                      [&](int32_t x, int32_t y) { return largest[x] > largest[y] || (largest[x] == largest[y] && x < y); });
     for (int r = 0; r < score_rows; ++r) {
       for (int64_t j = 0; j < best; ++j) item.scores[r * a.kv_stride + item.lo + order[j]] = kForced;
