@@ -29,6 +29,8 @@ BATCH = 128
 # The product's own selector and its ideal; the others are for comparison and measured at fewer positions.
 MAIN_SELECTORS = (methods.DEFAULTS.selector, "oracle")
 DEFAULT_SELECTOR = (methods.DEFAULTS.selector, methods.DEFAULTS.sketch_bits)
+# Those told apart by more queries: the product's own, and methods that have none.
+COMPARED_TARGETS = ("output", "")
 PUBLISHED_EPSILONS = (0.05, 0.1, 0.2)
 PUBLISHED_SETTINGS = {"sink": 128, "window": 128, "top_k": 0.025}
 Step = Callable[[str], None]
@@ -56,7 +58,7 @@ class Plan:
     densities : tuple of float
         Of the comparison at equal density.
     compared_densities : tuple of float
-        Further ones, at which methods are told apart by more queries.
+        Further ones, at which methods of target ``output`` are told apart by more queries.
     sweep_context : int
         Context of the comparison.
     sweep_pieces, sweep_positions, compared_positions : int
@@ -353,12 +355,16 @@ class Fidelity:
                 for method, adapter in self._contenders(density):
                     cell = Cell(method, adapter, plan.sweep_context, Tally(self.geometry, 0.0))
                     self.sweep.append((density, cell))
-            is_compared = density in plan.compared_densities
-            some = every(chosen, plan.compared_positions if is_compared else plan.sweep_positions)
             cells = [cell for at, cell in self.sweep if at == density]
-            self._measure(attention, cells, some)
-            for cell in cells:
-                cell.forced += [self._forced(attention, cell, part) for part in some.split(BATCH)]
+            for is_compared, positions in ((True, plan.compared_positions), (False, plan.sweep_positions)):
+                some = every(chosen, positions)
+                group = [c for c in cells if self._is_compared(density, c.method) == is_compared]
+                self._measure(attention, group, some)
+                for cell in group:
+                    cell.forced += [self._forced(attention, cell, part) for part in some.split(BATCH)]
+
+    def _is_compared(self, density: float, method: Method) -> bool:
+        return density in self.plan.compared_densities and method.target in COMPARED_TARGETS
 
     def _contenders(self, density: float) -> Iterator[tuple[Method, Adapter]]:
         fixed, small = small_settings(density, self.plan.sweep_context)
