@@ -458,7 +458,8 @@ def unbiasedness(name: str, selector: str, sampler: str, calls: int, seed: int =
     """Deviation of D and Nv at a sample of a twentieth of the range.
 
     The cap ends the sample at a size that does not depend on it, so the sums are unbiased; where the stopping rule
-    chooses the size they need not be, and the violation rates are what counts.
+    chooses the size they need not be, and the violation rates are what counts. Target ``numerator`` serves both sums as
+    they are, while ``output`` shrinks what a cap leaves to coarse scores (`vattn_kernels.reference.estimate.shrunk`).
 
     Parameters
     ----------
@@ -478,7 +479,7 @@ def unbiasedness(name: str, selector: str, sampler: str, calls: int, seed: int =
     row = torch.tensor(params.pack(0.001, DELTA, "student"))
     scalars, vectors = [], []
     for call in range(calls):
-        out, stats = data.run(sampler, selector, "output", row, seed * 100_000 + 50_000 + call, 0.05, 0.05)
+        out, stats = data.run(sampler, selector, "numerator", row, seed * 100_000 + 50_000 + call, 0.05, 0.05)
         assert (stats[:, ops.STATS.index("outcome")] == CAPPED).all()
         ratio = data.denominators(stats)
         scalars.append(ratio - 1)
