@@ -28,13 +28,13 @@ from pydantic import (
     model_validator,
 )
 
-from vattn_kernels.quantiles import BOUNDS, BOUNDS_OF_TARGET, PROVABLE_SELECTORS, default_bound
+from vattn_kernels.quantiles import BOUNDS, BOUNDS_OF_TARGET, COARSE_SELECTORS, PROVABLE_SELECTORS, default_bound
 
 PREFIX = "VATTN_"
 NOT_SETTINGS = ("VATTN_CONFIG", "VATTN_CACHE")
 RUNTIME_FIELDS = ("epsilon", "delta")
-# Page scores miss more, so more is spread evenly: at 15 % density the error was .127 at .2 and .134 at .05.
-FLOORS = {"quest": 0.2, "sign": 0.05, "hash": 0.05}
+# Coarse scores miss more, so more is spread evenly.
+FLOORS = dict.fromkeys(COARSE_SELECTORS, 0.05)
 
 # Strict, because true would count as 1 and "0.05" as a number.
 Epsilon = Annotated[float, Field(strict=True, gt=0, le=1)]
@@ -103,7 +103,9 @@ class Settings(BaseModel):
     pilot, pilot_min : float, int
         First sample, as a share of the range, and its least size in tokens.
     cap : float
-        Largest share of the range that a sample may read; a budget it cuts is not certified.
+        Largest share of the range that a sample may read; a budget it cuts is not certified, and selectors `quest`,
+        `sign` and `hash` serve it shrunk (`vattn_kernels.reference.estimate.shrunk`), `quest` and `hash` after
+        reading the best scores first (`vattn_kernels.reference.proportional.ranked`).
     dense_below : int
         Contexts shorter than this are served densely.
     hash_weights : str or None

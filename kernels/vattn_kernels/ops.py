@@ -45,7 +45,7 @@ _LIBRARY.define(
     "Tensor(a!) codes, Tensor(b!) norms, Tensor(c!) valid) -> ()"
 )
 _LIBRARY.define(
-    "encode_signature(Tensor k_cache, Tensor v_cache, Tensor slots, Tensor mean, Tensor nets, Tensor widths, "
+    "encode_signature(Tensor k_cache, Tensor slots, Tensor mean, Tensor nets, Tensor widths, "
     "Tensor(a!) codes, Tensor(b!) norms, Tensor(c!) valid, bool centred) -> ()"
 )
 _LIBRARY.define(
@@ -99,8 +99,8 @@ def decode(
         k_cache's dtype ``[num_pages, num_kv_heads, 2, head_dim]``, see `encode_pages`. ``oracle`` ignores the seven
         side-data arguments, ``quest`` uses neither query_basis nor fields, the other selectors need all.
     norms : torch.Tensor, optional
-        uint8 ``[num_slots, num_kv_heads, 2]``, each ``2^((byte - 128) / 8)``: coding error (``sketch``) or norm of the
-        key less the mean (``sign``, ``hash``), then norm of v; ``quest`` has the norm of v alone, ``[.., 1]``.
+        uint8 ``[num_slots, num_kv_heads, norms]``, each ``2^((byte - 128) / 8)``: coding error and norm of v
+        (``sketch``), norm of v (``quest``), norm of the key less the mean (``sign``, ``hash``).
     valid : torch.Tensor, optional
         uint8 ``[num_slots]``; a token whose byte is 0 has no usable side data and is read for certain. A GPU reads an
         error byte of `vattn_kernels.sketch.UNUSABLE` instead.
@@ -205,7 +205,6 @@ def encode(
 
 def encode_signature(
     k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
     slots: torch.Tensor,
     mean: torch.Tensor,
     nets: torch.Tensor,
@@ -215,11 +214,11 @@ def encode_signature(
     valid: torch.Tensor,
     centred: bool,
 ) -> None:
-    """Compute the signatures of cache slots by reading K and V back from the pool, and mark them valid.
+    """Compute the signatures of cache slots by reading K back from the pool, and mark them valid.
 
     Parameters
     ----------
-    k_cache, v_cache : torch.Tensor
+    k_cache : torch.Tensor
         ``[num_slots, num_kv_heads, head_dim]``, float32 or bfloat16.
     slots : torch.Tensor
         int64 ``[num_new]`` slots to encode.
@@ -240,7 +239,7 @@ def encode_signature(
     ValueError
         If a shape or dtype is not supported.
     """
-    torch.ops.vattn.encode_signature(k_cache, v_cache, slots, mean, nets, widths, codes, norms, valid, centred)
+    torch.ops.vattn.encode_signature(k_cache, slots, mean, nets, widths, codes, norms, valid, centred)
 
 
 def encode_pages(

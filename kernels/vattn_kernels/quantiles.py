@@ -18,6 +18,11 @@ BOUNDS_OF_TARGET = {
 TARGETS = tuple(BOUNDS_OF_TARGET)
 # Selectors that bound every logit from above, which bernstein rests on: signatures of keys bound nothing.
 PROVABLE_SELECTORS = ("sketch", "oracle", "quest")
+# Selectors whose scores are off by more than the norms of values differ. The tokens that matter most have short values,
+# so a norm would push them down; and what a cap leaves uncertified is too noisy to serve unshrunk (docs/fidelity.md).
+COARSE_SELECTORS = ("quest", "sign", "hash")
+# Those whose scores rank tokens better than they weigh them, so that a cap gives most of its reads to the best.
+RANKING_SELECTORS = ("quest", "hash")
 # Sample sizes at which bernstein may stop: a geometric grid of so many steps, its start, and the cap.
 GRID_STEPS = 16
 LOOKS = GRID_STEPS + 2

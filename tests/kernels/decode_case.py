@@ -144,8 +144,8 @@ class DecodeCase:
 
         tables = self.calibrate_line(features)
         codes = torch.zeros(slots, self.num_kv_heads, per_head * sizes[-1] // 32, dtype=torch.int32)
-        self.encode_arguments = (self.k_cache, self.v_cache, torch.arange(slots), tables.mean[0], key_nets, widths)
-        self.encode_arguments += (codes, *self.empty(2), angular)
+        self.encode_arguments = (self.k_cache, torch.arange(slots), tables.mean[0], key_nets, widths)
+        self.encode_arguments += (codes, *self.empty(1), angular)
         ops.encode_signature(*self.encode_arguments)
         return *self.encode_arguments[-4:-1], tables.mean[0], query_nets, tables.line[0], widths
 

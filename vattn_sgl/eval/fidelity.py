@@ -23,15 +23,14 @@ from vattn_sgl.selectors import hash_weights
 
 # Positions are an even spread over the last eighth of a context.
 TAIL = 8
-LEAST_EPSILON, MOST_EPSILON = 1e-3, 64.0
-BISECTIONS = 10
-SEARCH_POSITIONS = 8
 # First position of the next tokens, and how many are decoded at once.
 LEAST_AGREEMENT = 1536
 BATCH = 128
 # The product's own selector and its ideal; the others are for comparison and measured at fewer positions.
 MAIN_SELECTORS = (methods.DEFAULTS.selector, "oracle")
 DEFAULT_SELECTOR = (methods.DEFAULTS.selector, methods.DEFAULTS.sketch_bits)
+# Those told apart by more queries: the product's own, and methods that have none.
+COMPARED_TARGETS = ("output", "")
 PUBLISHED_EPSILONS = (0.05, 0.1, 0.2)
 PUBLISHED_SETTINGS = {"sink": 128, "window": 128, "top_k": 0.025}
 Step = Callable[[str], None]
@@ -58,9 +57,11 @@ class Plan:
         Their probability of failure.
     densities : tuple of float
         Of the comparison at equal density.
+    compared_densities : tuple of float
+        Further ones, at which methods of target ``output`` are told apart by more queries.
     sweep_context : int
-        Its context.
-    sweep_pieces, sweep_positions : int
+        Context of the comparison.
+    sweep_pieces, sweep_positions, compared_positions : int
         Its pieces, and queries per piece.
     forced_positions : int
         Of the queries per piece and context, how many are decoded through the whole model by every row.
@@ -75,8 +76,8 @@ class Plan:
         Of the samples; piece i uses ``seed + i``.
     text : str
         Evaluation text, see `vattn_sgl.texts.load`.
-    second_text : tuple of str
-        Legal texts, joined, on a piece of which the product's own rows are measured again.
+    other_texts : tuple of tuple of str
+        Further texts, each joined, on a piece of which the product's own rows are measured again.
     hash_weights : str or None
         File of HashAttention's weights for this model; without one selector ``hash`` is left out.
     """
@@ -87,10 +88,12 @@ class Plan:
     other_positions: int = 32
     epsilons: tuple[float, ...] = (0.02, 0.05, 0.1, 0.2)
     delta: float = 0.05
-    densities: tuple[float, ...] = (0.1, 0.15)
+    densities: tuple[float, ...] = (0.01, 0.02, 0.05, 0.2)
+    compared_densities: tuple[float, ...] = (0.1, 0.15)
     sweep_context: int = 4096
     sweep_pieces: int = 2
-    sweep_positions: int = 24
+    sweep_positions: int = 16
+    compared_positions: int = 128
     forced_positions: int = 16
     agreement_positions: int = 1024
     prompts: int = 9
@@ -99,7 +102,7 @@ class Plan:
     inefficiency_positions: int = 4
     seed: int = 0
     text: str = texts.EVALUATION
-    second_text: tuple[str, ...] = texts.EVALUATION_LEGAL
+    other_texts: tuple[tuple[str, ...], ...] = (texts.EVALUATION_LEGAL, (texts.DEMONSTRATION,))
     hash_weights: str | None = None
 
     @property
@@ -108,9 +111,9 @@ class Plan:
         return max(self.contexts)
 
 
-QUICK = Plan((2048,), 1, 12, 6, (0.05, 0.2), densities=(0.1,), sweep_context=2048, sweep_pieces=1, sweep_positions=4,
-             forced_positions=6, agreement_positions=8, prompts=1, prompt_tokens=2048,
-             continuation=8, inefficiency_positions=1)  # fmt: skip
+QUICK = Plan((2048,), 1, 12, 6, (0.05, 0.2), densities=(), compared_densities=(0.1,), sweep_context=2048,
+             sweep_pieces=1, compared_positions=4, forced_positions=6, agreement_positions=8, prompts=1,
+             prompt_tokens=2048, continuation=8, inefficiency_positions=1)  # fmt: skip
 
 
 @dataclass
@@ -148,11 +151,11 @@ class Cell:
             "selector": None if blind else self.adapter.name,
             "target": m.target or None,
             "bound": m.bound or None,
-            "epsilon": m.epsilon or None,
-            "delta": m.delta or None,
+            "epsilon": None if m.density else m.epsilon,
+            "delta": None if m.density else m.delta,
             "context": self.context,
             "bits": None if blind else self.adapter.bits,
-            **self.tally.row(m.delta),
+            **self.tally.row(0.0 if m.density else m.delta),
             "kl": kl,
             "agreement": agreement,
         }
@@ -201,7 +204,7 @@ class Fidelity:
         self.cells: list[Cell] = []
         self.sweep: list[tuple[float, Cell]] = []
         self.published: list[Cell] = []
-        self.second: list[Cell] = []
+        self.others: list[list[Cell]] = [[] for _ in plan.other_texts]
         self.agreement: list[Cell] = []
         self.inefficiencies: dict[tuple[int, int], list[torch.Tensor]] = {}
 
@@ -218,8 +221,9 @@ class Fidelity:
         self.adapters = selectors.adapters(self.geometry, calibrator, self.plan.hash_weights)
         tokens = capture.token_ids(self.path, plan.text)
         self._make_cells()
-        self.step(f"{' and '.join(plan.second_text)}: captured queries")
-        self._second_text()
+        for names, cells in zip(plan.other_texts, self.others, strict=True):
+            self.step(f"{' and '.join(names)}: captured queries")
+            self._other_text(names, cells)
         for piece in range(plan.pieces):
             self.step(f"text {piece + 1}: capturing")
             self._piece(piece, tokens[piece * plan.longest : (piece + 1) * plan.longest])
@@ -260,7 +264,8 @@ class Fidelity:
                     method = certified("proportional", "output", epsilon, plan.delta)
                     self._cell(self.cells, method, adapter, context)
                     if adapter.name in MAIN_SELECTORS:
-                        self._cell(self.second, method, adapter, context)
+                        for cells in self.others:
+                            self._cell(cells, method, adapter, context)
                 if context != plan.sweep_context:
                     continue
                 for sampler, target in (("proportional", "denominator"), ("uniform", "output")):
@@ -276,12 +281,12 @@ class Fidelity:
         cells.append(cell)
         return cell
 
-    def _second_text(self) -> None:
+    def _other_text(self, names: tuple[str, ...], cells: list[Cell]) -> None:
         plan = self.plan
-        tokens = capture.token_ids(self.path, *plan.second_text)[: plan.longest]
+        tokens = capture.token_ids(self.path, *names)[: plan.longest]
         attention = self._captured(tokens, self._positions(), plan.seed)
         for index, context in enumerate(plan.contexts):
-            self._measure(attention, [c for c in self.second if c.context == context], self._chosen(index))
+            self._measure(attention, [c for c in cells if c.context == context], self._chosen(index))
 
     def _positions(self) -> list[int]:
         return [p for context in self.plan.contexts for p in spread(context, self.plan.positions)]
@@ -320,8 +325,7 @@ class Fidelity:
                     found = inefficiency(attention.captured, self.geometry, adapter, few)
                     self.inefficiencies.setdefault((self.adapters.index(adapter), context), []).append(found)
             if context == plan.sweep_context and piece < plan.sweep_pieces:
-                self._sweep(attention, every(chosen, plan.sweep_positions), piece)
-
+                self._sweep(attention, chosen, piece)
         self.step(f"text {piece + 1}: next tokens")
         for cell in self.agreement:
             for some in torch.arange(first, len(positions)).split(BATCH):
@@ -343,52 +347,48 @@ class Fidelity:
         return forced.run(self.model, attention, cell.method, cell.adapter, chosen)
 
     def _sweep(self, attention: Attention, chosen: torch.Tensor, piece: int) -> None:
-        """Every method at every density; epsilon is found on the first piece and kept for the others."""
-        for density in self.plan.densities:
+        """Every method at every density, which each KV group reads of each request."""
+        plan = self.plan
+        for density in sorted({*plan.densities, *plan.compared_densities}):
             self.step(f"text {piece + 1}: comparing at density {density:.0%}")
             if piece == 0:
                 for method, adapter in self._contenders(density):
-                    if not method.is_baseline:
-                        method = self._at_density(attention, method, adapter, density, chosen)
-                    cell = Cell(method, adapter, self.plan.sweep_context, Tally(self.geometry, method.epsilon))
+                    cell = Cell(method, adapter, plan.sweep_context, Tally(self.geometry, 0.0))
                     self.sweep.append((density, cell))
             cells = [cell for at, cell in self.sweep if at == density]
-            self._measure(attention, cells, chosen)
-            for cell in cells:
-                cell.forced.append(self._forced(attention, cell, chosen))
+            for is_compared, positions in ((True, plan.compared_positions), (False, plan.sweep_positions)):
+                some = every(chosen, positions)
+                group = [c for c in cells if self._is_compared(density, c.method) == is_compared]
+                self._measure(attention, group, some)
+                for cell in group:
+                    cell.forced += [self._forced(attention, cell, part) for part in some.split(BATCH)]
+
+    def _is_compared(self, density: float, method: Method) -> bool:
+        return density in self.plan.compared_densities and method.target in COMPARED_TARGETS
 
     def _contenders(self, density: float) -> Iterator[tuple[Method, Adapter]]:
         fixed, small = small_settings(density, self.plan.sweep_context)
+        share = fixed_share(density, self.plan.sweep_context, **fixed)
         for kind in ("window", "random"):
             yield methods.baseline(kind, density, **fixed), self.adapters[0]
-        top_k = max(0.0, density - (fixed["sink"] + fixed["window"]) / self.plan.sweep_context) / 2
         for adapter in self.adapters:
             yield methods.baseline("top_k", density, **fixed), adapter
             for target in ops.TARGETS:
-                yield certified("proportional", target, 1.0, self.plan.delta, **fixed, **small), adapter
-                yield certified("uniform", target, 1.0, self.plan.delta, **fixed, **small, top_k=top_k), adapter
-
-    def _at_density(
-        self, attention: Attention, method: Method, adapter: Adapter, density: float, chosen: torch.Tensor
-    ) -> Method:
-        """The method with the epsilon at which it reads ``density``; density falls in epsilon."""
-        few = every(chosen, SEARCH_POSITIONS)
-        rows = [methods.causal_rows(attention.captured, layer, few) for layer in range(self.geometry.num_layers)]
-        low, high = LEAST_EPSILON, MOST_EPSILON
-        for _ in range(BISECTIONS):
-            method = replace(method, epsilon=math.sqrt(low * high))
-            read = [float(attention.attend(method, adapter, r)[1][..., 0].mean()) for r in rows]
-            low, high = (method.epsilon, high) if sum(read) / len(read) > density else (low, method.epsilon)
-        return method
+                settings = fixed | small
+                yield methods.capped("proportional", target, density, cap=share, **settings), adapter
+                halves = {"cap": share / 2, "top_k": share / 2}
+                yield methods.capped("uniform", target, density, **halves, **settings), adapter
 
     def _result(self, pieces: int, seconds: float) -> dict[str, Any]:
-        cells = [*self.cells, *self.published, *(cell for _, cell in self.sweep)]
+        groups = {"main": self.cells, "published": self.published, "sweep": [cell for _, cell in self.sweep]}
         return {
-            "rows": [cell.row() for cell in cells],
-            "decoded": [cell.decoded() for cell in cells],
-            "groups": {"main": len(self.cells), "published": len(self.published), "sweep": len(self.sweep)},
+            "rows": [cell.row() | {"group": name} for name, cells in groups.items() for cell in cells],
+            "decoded": [cell.decoded() for cells in groups.values() for cell in cells],
             "sweep_density": [density for density, _ in self.sweep],
-            "second_text": [cell.row() for cell in self.second],
+            "other_texts": [
+                {"text": list(names), "rows": [cell.row() for cell in cells]}
+                for names, cells in zip(self.plan.other_texts, self.others, strict=True)
+            ],
             "inefficiency": [
                 {
                     "selector": self.adapters[index].name,
@@ -445,6 +445,19 @@ def small_settings(density: float, context: int) -> tuple[dict[str, int], dict[s
     return {"sink": sink, "window": max(1, total - sink)}, pilot
 
 
+def fixed_share(density: float, context: int, sink: int, window: int) -> float:
+    """Share of the range between sink and window that leaves ``density`` of the context to be read.
+
+    Parameters
+    ----------
+    density : float
+        Share of the context to be read.
+    context, sink, window : int
+        Tokens.
+    """
+    return (density * context - sink - window) / (context - sink - window)
+
+
 def check(path: Path, plan: Plan) -> None:
     """Refuse a plan that the model or the shipped texts cannot carry.
 
@@ -472,7 +485,7 @@ def check(path: Path, plan: Plan) -> None:
     for names, needed in (
         ((texts.CALIBRATION, texts.CALIBRATION_MORE), plan.longest),
         ((plan.text,), plan.longest * plan.pieces),
-        (plan.second_text, plan.longest),
+        *((names, plan.longest) for names in plan.other_texts),
     ):
         found = len(capture.token_ids(path, *names))
         if found < needed:
@@ -481,8 +494,9 @@ def check(path: Path, plan: Plan) -> None:
 
 def steps(plan: Plan) -> int:
     """How often `Fidelity.run` calls ``step``."""
-    sweeps = min(plan.pieces, plan.sweep_pieces) * len(plan.densities) if plan.sweep_context in plan.contexts else 0
-    return 4 + plan.pieces * (2 + 3 * len(plan.contexts)) + sweeps
+    densities = len({*plan.densities, *plan.compared_densities})
+    sweeps = min(plan.pieces, plan.sweep_pieces) * densities if plan.sweep_context in plan.contexts else 0
+    return 3 + len(plan.other_texts) + plan.pieces * (2 + 3 * len(plan.contexts)) + sweeps
 
 
 def machine() -> str:

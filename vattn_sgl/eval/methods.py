@@ -18,6 +18,7 @@ from vattn_telemetry.counters import CounterLayout
 
 DEFAULTS = Settings()
 BASELINES = ("window", "random", "top_k")
+OUT_OF_REACH = 1e-9
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Method:
     delta : float
         Of the op.
     density : float
-        Share of the context that a baseline reads.
+        Share of the context that is read whatever the error; 0 where epsilon decides.
     settings : tuple of (str, value)
         Overrides of `vattn_sgl.config.Settings`.
     """
@@ -63,6 +64,12 @@ def certified(sampler: str, target: str, epsilon: float, delta: float = 0.05, **
 def baseline(kind: str, density: float, **settings: Any) -> Method:
     """A baseline of fixed density."""
     return Method(kind, "", "", 0.0, 0.0, density, tuple(settings.items()))
+
+
+def capped(sampler: str, target: str, density: float, **settings: Any) -> Method:
+    """The op with an epsilon out of reach, so that every group reads what its cap leaves it."""
+    bound = quantiles.default_bound(sampler, target)
+    return Method(sampler, target, bound, OUT_OF_REACH, DEFAULTS.delta, density, tuple(settings.items()))
 
 
 @dataclass

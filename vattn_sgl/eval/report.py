@@ -11,6 +11,7 @@ from vattn_sgl.eval.metrics import FAMILY_ALPHA, detectable_rate
 ROW_KEYS = (
     "sampler", "selector", "target", "bound", "epsilon", "delta", "context", "head_steps", "bits", "density",
     "violation_rate", "binding_violation_rate", "heads_over_delta", "mean_error", "p95_error", "kl", "agreement",
+    "group",
 )  # fmt: skip
 # vAttention (arXiv 2510.05688), Llama-3.1-8B, oracle top-k, RULER qa_1 at 32K, delta .05: epsilon -> density, error.
 PUBLISHED = {0.05: (0.104, 0.054), 0.1: (0.061, 0.095), 0.2: (0.038, 0.189)}
@@ -52,11 +53,9 @@ def write_json(result: dict[str, Any], file: Path) -> None:
 
 def groups(result: dict[str, Any]) -> dict[str, list[tuple[Row, Row]]]:
     """Rows, each with what the whole model added, by group."""
-    pairs = list(zip(result["rows"], result["decoded"], strict=True))
-    taken, found = 0, {}
-    for name, count in result["groups"].items():
-        found[name] = pairs[taken : taken + count]
-        taken += count
+    found: dict[str, list[tuple[Row, Row]]] = {"main": [], "published": [], "sweep": []}
+    for row, decoded in zip(result["rows"], result["decoded"], strict=True):
+        found[row["group"]].append((row, decoded))
     return found
 
 
@@ -100,7 +99,8 @@ def markdown(result: dict[str, Any], name: str) -> str:
         lines += ["", f"Not measured: {', '.join(result['left_out'])}."]
     lines += ["", "## The bound", "", f"![violations]({name}-violations.png)", ""]
     lines += _main_table(parts["main"])
-    lines += ["", "## The bound on legal text", "", *_second_table(result)]
+    for other in result["other_texts"]:
+        lines += ["", f"## The bound on {' and '.join(other['text'])}", "", *_other_table(other["rows"], plan)]
     lines += ["", "## Scores", "", *_inefficiency_table(result["inefficiency"], plan)]
     if parts["sweep"]:
         lines += ["", f"## Error at equal density, {plan['sweep_context']} tokens", ""]
@@ -139,13 +139,11 @@ def _main_table(pairs: list[tuple[Row, Row]]) -> list[str]:
     )  # fmt: skip
 
 
-def _second_table(result: dict[str, Any]) -> list[str]:
-    plan = result["plan"]
-    heads = result["second_text"][0]["head_steps"] // plan["positions"]
+def _other_table(found: list[Row], plan: Row) -> list[str]:
+    heads = found[0]["head_steps"] // plan["positions"]
     text = (
-        f"One piece of {' and '.join(plan['second_text'])}, licences as the calibration's texts are, "
-        f"{plan['positions']} positions a context; sampler `proportional`, target `output` and its default bound. "
-        "A true rate of "
+        f"One piece, {plan['positions']} positions a context; sampler `proportional`, target `output` and its default "
+        "bound. A true rate of "
         f"{detectable_rate(plan['positions'], heads, plan['delta']):.3f} of a head is found with power .9."
     )
     head = ["context", "selector", "epsilon", "head-steps", "density", "violations", "binding", "heads over",
@@ -154,7 +152,7 @@ def _second_table(result: dict[str, Any]) -> list[str]:
         [str(r["context"]), label(r), f"{r['epsilon']:g}", f"{r['head_steps']:,}", f"{r['density']:.3f}",
          f"{r['violation_rate']:.2%}", f"{r['binding_violation_rate']:.2%}", str(r["heads_over_delta"]),
          f"{r['mean_error']:.4f}", f"{r['p95_error']:.4f}"]
-        for r in result["second_text"]
+        for r in found
     ]  # fmt: skip
     return [text, "", *_table(head, rows)]
 
@@ -185,19 +183,20 @@ def _inefficiency_table(entries: list[Row], plan: Row) -> list[str]:
 
 def _sweep_table(pairs: list[tuple[Row, Row]], result: dict[str, Any]) -> list[str]:
     text = (
-        f"{pairs[0][0]['head_steps']:,} head-steps a row; KL, agreement and perplexity over {pairs[0][1]['positions']} "
-        "positions. The epsilon of a row is searched for on the first piece."
+        "Every KV group reads the same share of every request, as top-k does: a cap, with an epsilon out of reach; "
+        "`uniform` spends half of it on its top-k. Targets differ in their scores only (`denominator` leaves the "
+        "values' norms out), and in that `output` shrinks the estimate of a coarse selector; `quest` and `hash` give "
+        "two thirds of the cap to their best scores. KL, agreement and perplexity over *positions*."
     )
-    head = ["asked", "sampler", "selector", "target", "epsilon", "density", "mean error", "p95", "KL", "agreement",
-            "perplexity"]  # fmt: skip
+    head = ["asked", "sampler", "selector", "target", "head-steps", "density", "mean error", "p95", "KL", "agreement",
+            "positions", "perplexity"]  # fmt: skip
     return [text, "", *_table(
         head,
         [
             [
                 f"{asked:.0%}", r["sampler"], label(r), r["target"] or "-",
-                f"{r['epsilon']:.3g}" if r["target"] else "-",
-                f"{r['density']:.4f}", f"{r['mean_error']:.4f}", f"{r['p95_error']:.4f}", f"{r['kl']:.5f}",
-                f"{r['agreement']:.2%}", f"{d['perplexity']:.3f}",
+                f"{r['head_steps']:,}", f"{r['density']:.4f}", f"{r['mean_error']:.4f}", f"{r['p95_error']:.4f}",
+                f"{r['kl']:.5f}", f"{r['agreement']:.2%}", str(d["positions"]), f"{d['perplexity']:.3f}",
             ]
             for asked, (r, d) in zip(result["sweep_density"], pairs, strict=True)
         ],

@@ -173,6 +173,8 @@ class Quest(Coded):
 class Signatures(Coded):
     """Signs of nets: random hyperplanes (``sign``), or learned for the model (``hash``)."""
 
+    norm_bytes = 1
+
     def __init__(self, name: str, geometry: Geometry, nets: list[Nets], tables: line.LineTables) -> None:
         self.name, self.geometry, self.nets, self.tables = name, geometry, nets, tables
         self.angular = name == "sign"
@@ -188,8 +190,8 @@ class Signatures(Coded):
     def write(self, layer: int, slots: torch.Tensor) -> None:
         """Sign slots."""
         nets, mean = self.nets[layer], self.tables.mean[layer]
-        k, v = self.captured.k[layer], self.captured.v[layer]
-        ops.encode_signature(k, v, slots, mean, nets.key, nets.key_widths, *self.side(layer), self.angular)
+        k = self.captured.k[layer]
+        ops.encode_signature(k, slots, mean, nets.key, nets.key_widths, *self.side(layer), self.angular)
 
     def arguments(self, layer: int) -> SideArguments:
         """Signatures, norms, valid bits, the queries' nets and the line."""
@@ -226,7 +228,8 @@ class Calibrator:
         )
         here, chosen = torch.arange(len(tokens)), even_sample(torch.arange(len(tokens)))
         elsewhere = spread_positions(chosen.numel(), self.rope.num_positions)
-        starts = torch.linspace(0, len(tokens) // pages.PAGE - 1, chosen.numel() // pages.PAGE).long() * pages.PAGE
+        # Past the sinks, as in `vattn_sgl.selectors.quest`.
+        starts = torch.linspace(1, len(tokens) // pages.PAGE - 1, chosen.numel() // pages.PAGE).long() * pages.PAGE
         runs = (starts[:, None] + torch.arange(pages.PAGE)).flatten()
         # As in `vattn_sgl.selectors.calibration`: the last quarter looks back on most of the keys.
         late = torch.linspace(3 * len(tokens) // 4, len(tokens) - 1, min(SAMPLE_QUERIES, len(tokens) // 4)).long()

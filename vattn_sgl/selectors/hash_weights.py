@@ -105,7 +105,7 @@ def _load(path: str, mtime_ns: int) -> Weights:
             for name, tensor in sorted(load_file(path).items(), key=lambda item: item[0].split(".")[::2]):
                 layer, kind, _ = name.split(".")
                 found.setdefault(int(layer), {}).setdefault(kind, []).append(tensor)
-        elif zipfile.is_zipfile(path):
+        elif zipfile.is_zipfile(path) or _is_old_torch_file(path):
             found = torch.load(path, map_location="cpu", weights_only=True)
         else:
             with open(path, "rb") as file:
@@ -115,17 +115,28 @@ def _load(path: str, mtime_ns: int) -> Weights:
     if not isinstance(found, dict) or not found:
         raise _refuse(path, type(found).__name__, "a mapping from layer numbers to " + ", ".join(NAMES))
     wrong = [
+        Mistake(f"layer {layer!r}", type(layer).__name__, "a layer's number, an int")
+        for layer in found
+        if not isinstance(layer, int)
+    ] or [
         Mistake(f"layer {layer}", _describe(entry), f"lists of equally many tensors, 1 to 3, named {', '.join(NAMES)}")
         for layer, entry in found.items()
-        if not _is_layer(layer, entry)
+        if not _is_layer(entry)
     ]
     if wrong:
         raise ConfigError(f"hash_weights {path}", wrong)
     return found
 
 
-def _is_layer(layer: Any, entry: Any) -> bool:
-    if not isinstance(layer, int) or not isinstance(entry, dict) or set(NAMES) - set(entry):
+def _is_old_torch_file(path: str) -> bool:
+    """Whether it is of the format before torch 1.6: a pickle that begins with a magic number."""
+    magic = pickle.dumps(torch.serialization.MAGIC_NUMBER, torch.serialization.DEFAULT_PROTOCOL)
+    with open(path, "rb") as file:
+        return file.read(len(magic)) == magic
+
+
+def _is_layer(entry: Any) -> bool:
+    if not isinstance(entry, dict) or set(NAMES) - set(entry):
         return False
     lists = [entry[name] for name in NAMES]
     return (

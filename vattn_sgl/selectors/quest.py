@@ -54,7 +54,12 @@ class QuestSelector(CalibratedSelector):
         return bounds, norms, valid, self.tables.mean[layer], None, self.tables.line[layer], None
 
     def sample(self, slots: torch.Tensor) -> torch.Tensor:
-        """Whole pages, evenly spread; where there is none, runs of 16 slots stand for pages."""
+        """Whole pages past the sinks, evenly spread; where there is none, runs of 16 slots stand for pages.
+
+        A sink is read whatever its score, and a line that allows for the bound of its page flattens all others.
+        """
+        past = slots[self.positions[slots] >= pages.PAGE]
+        slots = past if past.numel() else slots
         members = torch.bincount(slots // pages.PAGE)
         whole = (members == pages.PAGE).nonzero()[:, 0]
         if whole.numel() == 0:

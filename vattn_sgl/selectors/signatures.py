@@ -16,7 +16,7 @@ from vattn_sgl.selectors.hash_weights import Nets
 
 
 class SignatureSelector(CalibratedSelector):
-    """Selector whose side data are signatures and two norms a token and KV head.
+    """Selector whose side data are signatures and the key's norm a token and KV head.
 
     Attributes
     ----------
@@ -38,10 +38,10 @@ class SignatureSelector(CalibratedSelector):
 
     @staticmethod
     def signature_layout(geometry: CacheGeometry, words: int) -> tuple[SideTensor, ...]:
-        """Signatures of ``words`` words, norms of the centred k and of v, valid byte."""
+        """Signatures of ``words`` words, norm of the centred k, valid byte."""
         return (
             SideTensor("codes", (geometry.num_kv_heads, words), torch.int32),
-            SideTensor("norms", (geometry.num_kv_heads, 2), torch.uint8),
+            SideTensor("norms", (geometry.num_kv_heads, 1), torch.uint8),
             SideTensor("valid", (), torch.uint8),
         )
 
@@ -49,9 +49,7 @@ class SignatureSelector(CalibratedSelector):
         """Sign ``slots``; see `vattn_kernels.ops.encode_signature`."""
         nets, mean = self.nets[layer], self.tables.mean[layer]
         codes, norms, valid = (side[layer] for side in self.side.values())
-        ops.encode_signature(
-            k_cache, v_cache, slots, mean, nets.key, nets.key_widths, codes, norms, valid, self.angular
-        )
+        ops.encode_signature(k_cache, slots, mean, nets.key, nets.key_widths, codes, norms, valid, self.angular)
 
     def side_arguments(self, layer: int) -> SideArguments:
         """Signatures, norms, valid bytes, the queries' nets and the line."""

@@ -47,7 +47,7 @@ _EncodeArgs = _structure(
 )
 _SignatureArgs = _structure(
     "_SignatureArgs",
-    "k_cache v_cache slots mean nets widths codes norms valid",
+    "k_cache slots mean nets widths codes norms valid",
     "num_slots num_kv_heads head_dim num_nets num_layers words centred is_bf16 threads",
 )
 _PageArgs = _structure(
@@ -189,11 +189,11 @@ def encode(
 
 
 def encode_signature(
-    k_cache: Tensor, v_cache: Tensor, slots: Tensor, mean: Tensor, nets: Tensor, widths: Tensor, codes: Tensor,
-    norms: Tensor, valid: Tensor, centred: bool,
+    k_cache: Tensor, slots: Tensor, mean: Tensor, nets: Tensor, widths: Tensor, codes: Tensor, norms: Tensor,
+    valid: Tensor, centred: bool,
 ) -> None:  # fmt: skip
     """CPU implementation of `vattn_kernels.ops.encode_signature`."""
-    _check_cache(k_cache, v_cache)
+    _check_cache(k_cache, k_cache)
     _check_slots(slots)
     _check_nets(nets, widths, k_cache.shape[2])
     bits = int(widths[-1])
@@ -203,10 +203,9 @@ def encode_signature(
         *(nets.shape[0], bits, codes.shape[-1], k_cache.shape[1]),
     )
     args = _SignatureArgs(
-        k_cache.data_ptr(), v_cache.data_ptr(), slots.data_ptr(), mean.data_ptr(), nets.data_ptr(), widths.data_ptr(),
-        codes.data_ptr(), norms.data_ptr(), valid.data_ptr(), slots.numel(), k_cache.shape[1], k_cache.shape[2],
-        nets.shape[0], widths.numel() - 1, codes.shape[-1], centred, k_cache.dtype == torch.bfloat16,
-        torch.get_num_threads(),
+        k_cache.data_ptr(), slots.data_ptr(), mean.data_ptr(), nets.data_ptr(), widths.data_ptr(), codes.data_ptr(),
+        norms.data_ptr(), valid.data_ptr(), slots.numel(), k_cache.shape[1], k_cache.shape[2], nets.shape[0],
+        widths.numel() - 1, codes.shape[-1], centred, k_cache.dtype == torch.bfloat16, torch.get_num_threads(),
     )  # fmt: skip
     build.library().vattn_encode_signature(ctypes.byref(args))
 

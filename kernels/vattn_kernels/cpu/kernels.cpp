@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <numeric>
 #include <omp.h>
 #include <vector>
 
@@ -21,6 +22,7 @@ constexpr int kPatience = 8;
 constexpr int kSweeps = 2;
 constexpr float kFirstRoundQuantile = 1.2f;
 constexpr float kGuardShare = 12.0f;
+constexpr double kRankedShare = 2.0 / 3.0, kMostShare = 0.06;
 constexpr float kLeastGrowth = 1.05f, kImpatientGrowth = 2.0f;
 constexpr float kTiny = 1e-30f;
 constexpr float kForced = 1e30f, kMostScale = 1e29f;
@@ -79,7 +81,7 @@ struct EncodeArgs {
 };
 
 struct SignatureArgs {
-  const void *k_cache, *v_cache;
+  const void *k_cache;
   const int64_t *slots;
   const float *mean, *nets;
   const int32_t *widths;
@@ -600,11 +602,17 @@ template <typename T> struct Decode {
     }
   }
 
+  // Scores of these are off by more than the values' norms differ, and the tokens that matter most have short values.
+  bool is_coarse() const { return a.selector >= kQuest; }
+
+  // Rank tokens better than they weigh them (quantiles.py, RANKING_SELECTORS).
+  bool is_ranking() const { return a.selector == kQuest || a.selector == kHash; }
+
   // Estimated weights of positions [from, to) relative to the fixed maximum; adds their sum per head to `sums`. Where the
   // value counts they are left times its norm. A token without valid side data gets kUnusable, and is read for certain.
   void score(Item &item, int64_t from, int64_t to, double *sums) const {
     Estimates e;
-    const bool with_norm = a.target != kDenominator && !a.is_uniform;
+    const bool with_norm = a.target != kDenominator && !a.is_uniform && !is_coarse();
     float norms[kScoreBlock];
     for (int64_t start = from; start < to; start += kScoreBlock) {
       const int count = int(std::min<int64_t>(kScoreBlock, to - start));
@@ -694,7 +702,7 @@ template <typename T> struct Decode {
 
   // Per-thread buffers; matrices are [head][list entry] with row stride `stride`.
   struct Scratch {
-    std::vector<int32_t> list;
+    std::vector<int32_t> list, order;
     std::vector<const T *> k_rows, v_rows;
     std::vector<float> logits, masses, weighted, share, distances[kMaxParts], weight, square, others, one_over;
     std::vector<uint8_t> member;
@@ -710,6 +718,7 @@ template <typename T> struct Decode {
       k_rows.resize(size_t(stride));
       v_rows.resize(size_t(stride));
       list.resize(size_t(stride));
+      order.resize(size_t(stride));
     }
   };
 
@@ -850,28 +859,34 @@ template <typename T> struct Decode {
       }
   }
 
+  // Expected reads.
+  double reads(const Item &item, const float *scales) const {
+    float likely[kScoreBlock];
+    double total = 0;
+    for (int64_t start = item.lo; start < item.hi; start += kScoreBlock) {
+      const int count = int(std::min<int64_t>(kScoreBlock, item.hi - start));
+      intensity(item, scales, start, count, likely);
+      for (int j = 0; j < count; ++j) total += std::min(1.0f, likely[j]);
+    }
+    return total;
+  }
+
   // Moves `wanted` back towards `scales` until the expected reads stay within the cap; whether it had to.
   bool limit(const Item &item, const float *scales, float *wanted) const {
     if (a.cap >= 1.0) return false;
     const double allowed = a.cap * double(item.range);
-    float at[kMaxGroup], likely[kScoreBlock];
-    const auto reads = [&](double part) {
+    float at[kMaxGroup];
+    const auto reads_at = [&](double part) {
       for (int r = 0; r < score_rows; ++r) at[r] = float(scales[r] + part * (double(wanted[r]) - scales[r]));
-      double total = 0;
-      for (int64_t start = item.lo; start < item.hi; start += kScoreBlock) {
-        const int count = int(std::min<int64_t>(kScoreBlock, item.hi - start));
-        intensity(item, at, start, count, likely);
-        for (int j = 0; j < count; ++j) total += std::min(1.0f, likely[j]);
-      }
-      return total;
+      return reads(item, at);
     };
-    if (reads(1) <= allowed) return false;
+    if (reads_at(1) <= allowed) return false;
     double low = 0, high = 1;
     for (int step = 0; step < 40; ++step) {
       const double middle = 0.5 * (low + high);
-      (reads(middle) <= allowed ? low : high) = middle;
+      (reads_at(middle) <= allowed ? low : high) = middle;
     }
-    reads(low);
+    reads_at(low);
     std::copy(at, at + score_rows, wanted);
     return true;
   }
@@ -1031,6 +1046,63 @@ template <typename T> struct Decode {
     for (int64_t j = 0; j < count; ++j) weight[j] = 1.0f / std::min(1.0f, weight[j]);
   }
 
+  // Of a head that the cap left uncertified: from attention over what was read, o0, towards the estimate o1 of truncated
+  // weights by B^2 / (B^2 + V), with B = |o1 - o0| and the variance V of o1 (reference/estimate.py, `shrunk`).
+  void shrink(const Item &item, Scratch &s, int g, int64_t count, HeadState &h) const {
+    const float *masses = s.masses.data() + g * s.stride, *weight = s.weight.data();
+    float *weighted = s.weighted.data() + g * s.stride, *drawn = h.out, plain[kMaxDim];
+    const float rescale = fast_exp(item.fixed[g].max - h.max), most = float(kMostShare * h.sum);
+    const double fixed = double(item.fixed[g].sum) * rescale;
+    double plain_sum = fixed, drawn_sum = fixed, variance = 0, gap = 0;
+#pragma omp simd reduction(+ : plain_sum, drawn_sum)
+    for (int64_t j = 0; j < count; ++j) {
+      weighted[j] = masses[j] + std::min((weight[j] - 1.0f) * masses[j], most);
+      plain_sum += masses[j];
+      drawn_sum += weighted[j];
+    }
+    for (int d = 0; d < dim; ++d) plain[d] = drawn[d] = item.fixed[g].acc[d] * rescale;
+    accumulate(masses, s.stride, 1, s.v_rows.data(), count, plain, dim, dim);
+    accumulate(weighted, s.stride, 1, s.v_rows.data(), count, drawn, dim, dim);
+    for (int d = 0; d < dim; ++d) {
+      plain[d] = float(plain[d] / plain_sum);
+      drawn[d] = float(drawn[d] / drawn_sum);
+      gap += double(drawn[d] - plain[d]) * (drawn[d] - plain[d]);
+    }
+    for (int64_t j = 0; j < count; ++j) {
+      const float beyond = weighted[j] - masses[j];
+      if (beyond <= 0) continue;
+      double distance = 0;
+#pragma omp simd reduction(+ : distance)
+      for (int d = 0; d < dim; ++d) {
+        const float away = load(s.v_rows[j] + d) - drawn[d];
+        distance += away * away;
+      }
+      variance += double(weighted[j]) * beyond * distance;
+    }
+    variance /= drawn_sum * drawn_sum;
+    if (gap + variance <= 0) return;
+    const float kept = float(gap / (gap + variance));
+    for (int d = 0; d < dim; ++d) h.out[d] = plain[d] + kept * (drawn[d] - plain[d]);
+  }
+
+  // Of what the cap leaves beyond the reads at `scales`, `kRankedShare` goes to the best scores, read for certain.
+  void rank(Item &item, Scratch &s, const float *scales, int64_t count) const {
+    const int64_t best = int64_t(kRankedShare * (a.cap * double(item.range) - reads(item, scales)));
+    if (best <= 0) return;
+    float *largest = s.others.data();
+    std::fill(largest, largest + item.range, 0.0f);
+    for (int r = 0; r < score_rows; ++r)
+      for (int64_t j = 0; j < item.range; ++j) largest[j] = std::max(largest[j], score_of(item, r, item.lo + j));
+    int32_t *order = s.order.data();
+    std::iota(order, order + item.range, 0);
+    std::nth_element(order, order + best, order + item.range,
+                     [&](int32_t x, int32_t y) { return largest[x] > largest[y] || (largest[x] == largest[y] && x < y); });
+    for (int r = 0; r < score_rows; ++r) {
+      for (int64_t j = 0; j < best; ++j) item.scores[r * a.kv_stride + item.lo + order[j]] = kForced;
+      for (int64_t j = 0; j < count; ++j) s.share[r * s.stride + j] = score_of(item, r, s.list[j]);
+    }
+  }
+
   void proportional(Item &item, Scratch &s, HeadState *heads, float *stats) const {
     const float epsilon = a.params[0];
     const float pilot = float(std::max<double>(a.pilot_min, std::ceil(a.pilot * item.range)));
@@ -1092,13 +1164,21 @@ template <typename T> struct Decode {
       const float growth = round == 0 ? 1.0f : round < kPatience ? kLeastGrowth : kImpatientGrowth;
       if (log_term == 0) solve(s, count, wants, scales, growth, epsilon, next);
       if (round == kRounds - 2) std::fill(next, next + score_rows, 2 * kForced);
+      float wanted[kMaxGroup];
+      std::copy(next, next + score_rows, wanted);
       const bool cut = limit(item, scales, next);
       if (capped && cut) break;
+      if (cut && is_ranking() && log_term == 0) {
+        rank(item, s, scales, count);
+        std::copy(wanted, wanted + score_rows, next);
+        limit(item, scales, next);
+      }
       capped = capped || cut;
       for (int r = 0; r < score_rows; ++r) scales[r] = std::max(scales[r], next[r]);
     }
     for (int g = 0; g < group; ++g) {
-      const HeadState &h = heads[g];
+      HeadState &h = heads[g];
+      if (capped && h.half_width > epsilon && is_coarse() && a.target == kOutput) shrink(item, s, g, count, h);
       float *row = stats + g * 6;
       row[1] = float(count);
       row[2] = h.half_width;
@@ -1423,7 +1503,7 @@ template <typename T> void encode_signature(const SignatureArgs &a) {
   for (int64_t i = 0; i < a.num_slots * a.num_kv_heads; ++i) {
     const int64_t slot = a.slots[i / a.num_kv_heads], head = i % a.num_kv_heads;
     const int64_t at = slot * a.num_kv_heads + head;
-    const T *k = static_cast<const T *>(a.k_cache) + at * dim, *v = static_cast<const T *>(a.v_cache) + at * dim;
+    const T *k = static_cast<const T *>(a.k_cache) + at * dim;
     float key[kMaxDim], offset[kMaxDim];
     for (int d = 0; d < dim; ++d) {
       key[d] = load(k + d);
@@ -1432,8 +1512,7 @@ template <typename T> void encode_signature(const SignatureArgs &a) {
     for (int64_t n = 0; n < per_head; ++n)
       signature_of(a.centred ? offset : key, a.nets + (head * per_head + n) * size, a.widths, a.num_layers,
                    reinterpret_cast<uint32_t *>(a.codes) + at * a.words + n * words);
-    a.norms[at * 2] = level_of(norm_of_row(offset, dim));
-    a.norms[at * 2 + 1] = level_of(norm_of_row(v, dim));
+    a.norms[at] = level_of(norm_of_row(offset, dim));
     if (head == 0) a.valid[slot] = 1;
   }
 }

@@ -9,8 +9,9 @@ import torch
 
 from vattn_kernels import pages
 from vattn_kernels import params as layout
+from vattn_kernels.quantiles import COARSE_SELECTORS, RANKING_SELECTORS
 from vattn_kernels.reference import proportional, quest, rng, scores, signature, sketch, uniform
-from vattn_kernels.reference.estimate import Head
+from vattn_kernels.reference.estimate import Head, shrunk
 
 MOST_HALF_WIDTH = 1e3
 ROUNDING = 1e-6
@@ -121,7 +122,8 @@ pilot_min, cap, floor, group_score
             heads = [
                 Head(logits[g], values, fixed, *((upper[g], upper_norm) if provable else ())) for g in range(group)
             ]
-            if target == "denominator" or sampler == "uniform":
+            coarse = selector in COARSE_SELECTORS
+            if target == "denominator" or sampler == "uniform" or coarse:
                 value_norm = torch.ones_like(value_norm)
             share = scores.shares(estimated, variance, logits[:, fixed], value_norm, usable)
             # One scale for the group: its looks must not depend on the sample, or the score is not a head's own.
@@ -131,7 +133,8 @@ pilot_min, cap, floor, group_score
             if sampler == "proportional":
                 score, draws = scores.floored(share, usable, floor), rng.uniform(torch.arange(low, high), key)
                 begin = max(pilot_min, math.ceil(pilot * total)) / max(float(share.amax(0).sum()), scores.TINY)
-                drawn = proportional.sample(heads, score, draws, low, params, target, begin, cap)
+                ranks = selector in RANKING_SELECTORS
+                drawn = proportional.sample(heads, score, draws, low, params, target, begin, cap, ranks)
             else:
                 ranking = torch.where(usable, share[0], -1.0)
                 size = uniform.top_k_size(top_k_count, top_k_share, total)
@@ -142,6 +145,8 @@ pilot_min, cap, floor, group_score
                 zip(drawn.estimates, drawn.half_widths, drawn.capped, strict=True)
             ):
                 held = width <= float(params[0]) * slack
+                if cut and not held and coarse and (sampler, target) == ("proportional", "output"):
+                    estimate.out = shrunk(heads[g], estimate, drawn.read, drawn.weight)
                 if sampler == "uniform":
                     outcome = CAPPED if cut else CERTIFIED if held else UNCERTIFIED
                 else:

@@ -11,7 +11,6 @@ from vattn_kernels.reference.sketch import level, norm_of
 
 def encode_signature(
     k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
     slots: torch.Tensor,
     mean: torch.Tensor,
     nets: torch.Tensor,
@@ -33,7 +32,6 @@ def encode_signature(
             signs = torch.cat([signature.outputs(source[None], net, sizes)[0] > 0 for net in rows])
             codes[slot, head] = signature.to_words(signs)
             norms[slot, head, 0] = level(offset.norm())
-            norms[slot, head, 1] = level(v_cache[slot, head].double().norm())
         valid[slot] = 1
 
 
@@ -55,7 +53,7 @@ def logits(
     q : torch.Tensor
         float64 ``[group, head_dim]``.
     codes, norms : torch.Tensor
-        ``[n, words]`` and ``[n, 2]`` of the tokens.
+        ``[n, words]`` and ``[n, 1]`` of the tokens.
     mean, line : torch.Tensor
         One head of `vattn_kernels.line.LineTables`.
     nets : torch.Tensor

@@ -99,7 +99,7 @@ def sample(
         if wanted == size:
             break
         size = wanted
-    return Sample(read + low, estimates, half_widths, cut, size)
+    return Sample(read + low, estimates, half_widths, cut, size, weight)
 
 
 def _deviation(part: Part, top_k: int, size: int) -> float:

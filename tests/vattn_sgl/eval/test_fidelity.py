@@ -46,14 +46,15 @@ SCHEMA = {
                     "p95_error": NUMBER,
                     "kl": NUMBER,
                     "agreement": RATE,
+                    "group": {"enum": ["main", "published", "sweep"]},
                 },
             },
         }
     },
 }
-PLAN = Plan((256, 384), 1, 6, 4, (0.05, 0.2), densities=(0.2, 0.4), sweep_context=384, sweep_pieces=1,
-            sweep_positions=3, forced_positions=3, agreement_positions=4, prompts=2, prompt_tokens=200, continuation=6,
-            inefficiency_positions=1)  # fmt: skip
+PLAN = Plan((256, 384), 1, 6, 4, (0.05, 0.2), densities=(0.2,), compared_densities=(0.4,), sweep_context=384,
+            sweep_pieces=1, sweep_positions=3, compared_positions=5, forced_positions=3, agreement_positions=4,
+            prompts=2, prompt_tokens=200, continuation=6, inefficiency_positions=1)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -88,22 +89,27 @@ def test_every_method_is_compared_at_every_density(result):
     coded, targets = len({(r["selector"], r["bits"]) for r in sweep if r["sampler"] == "top_k"}), len(ops.TARGETS)
     assert coded >= 3
     samplers = ["window", "random"] + coded * (["top_k"] + targets * ["proportional", "uniform"])
-    for density in PLAN.densities:
+    for density, compared in ((0.2, 3), (0.4, 5)):
         rows = [r for r, asked in zip(sweep, result["sweep_density"], strict=True) if asked == density]
         assert sorted(r["sampler"] for r in rows) == sorted(samplers)
-        fixed = [r["density"] for r in rows if r["sampler"] in ("window", "random", "top_k")]
-        assert fixed == pytest.approx([density] * len(fixed), abs=0.01)
+        assert [r["density"] for r in rows] == pytest.approx([density] * len(rows), abs=0.02)
+        for r in rows:
+            assert r["head_steps"] == 2 * 6 * (compared if r["target"] in (None, "output") else 3)
+        assert {r["epsilon"] for r in rows} == {None}
 
 
-def test_the_products_rows_are_measured_on_a_second_text(result):
-    found = {(r["selector"], r["bits"], r["context"], r["epsilon"]) for r in result["second_text"]}
+@pytest.mark.parametrize("index", [0, 1])
+def test_the_products_rows_are_measured_on_other_texts(index, result):
+    other = result["other_texts"][index]
+    assert tuple(other["text"]) == PLAN.other_texts[index]
+    found = {(r["selector"], r["bits"], r["context"], r["epsilon"]) for r in other["rows"]}
     coded = [("oracle", 0), ("sketch", 64), ("sketch", 128)]
     assert found == {(*code, context, e) for code in coded for context in PLAN.contexts for e in PLAN.epsilons}
     rows = [r for r, _ in report.groups(result)["main"] if (r["sampler"], r["target"]) == ("proportional", "output")]
     main = {(report.label(r), r["context"], r["epsilon"]): r["density"] for r in rows}
-    for row in result["second_text"]:
+    for row in other["rows"]:
         assert row["head_steps"] == 2 * 6 * PLAN.positions
-        # One text stands in for both.
+        # One text stands in for all.
         assert row["density"] == pytest.approx(main[report.label(row), row["context"], row["epsilon"]], rel=0.2)
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from vattn_kernels import ops
 from vattn_kernels.reference import signature
 from vattn_sgl.eval import forced, methods
-from vattn_sgl.eval.methods import Attention, baseline, certified
+from vattn_sgl.eval.methods import Attention, baseline, capped, certified
 
 POSITIONS = [300, 350, 399]
 CHOSEN = torch.arange(len(POSITIONS))
@@ -41,6 +42,14 @@ def test_baselines_read_what_they_say(small, setting, kind, density):
     found, stats = error(small, setting, baseline(kind, density, sink=4, window=16), "oracle-0")
     assert stats[..., 0].mean() == pytest.approx(density, abs=0.01)
     assert (found < 1e-4) == (density == 1.0)
+
+
+@pytest.mark.parametrize("sampler", ["proportional", "uniform"])
+@pytest.mark.parametrize("adapter", ["oracle-0", "quest-128"])
+def test_a_capped_method_reads_its_share(small, setting, sampler, adapter):
+    _, stats = error(small, setting, capped(sampler, "output", 0.3, cap=0.25, top_k=0.0, **SMALL), adapter)
+    read = stats[..., ops.STATS.index("read")]
+    assert float(read.mean()) == pytest.approx(20 + 0.25 * (sum(POSITIONS) / len(POSITIONS) - 19), rel=0.1)
 
 
 def test_top_k_by_exact_scores_beats_a_random_choice(small, setting):

@@ -38,7 +38,7 @@ def write(path, weights):
     elif path.suffix == ".pkl":
         path.write_bytes(pickle.dumps(weights))
     else:
-        torch.save(weights, path)
+        torch.save(weights, path, _use_new_zipfile_serialization=path.suffix != ".old")
     return str(path)
 
 
@@ -48,7 +48,7 @@ def refusal(path, geometry=GEOMETRY):
     return str(caught.value)
 
 
-@pytest.mark.parametrize("suffix", [".pt", ".pkl", ".safetensors"])
+@pytest.mark.parametrize("suffix", [".pt", ".old", ".pkl", ".safetensors"])
 def test_every_container_holds_the_same(suffix, tmp_path):
     path = write(tmp_path / f"weights{suffix}", layers())
     nets = hash_weights.nets(hash_weights.load(path), path, GEOMETRY, range(2))
@@ -121,6 +121,11 @@ def test_missing_layers_and_lists_are_named(tmp_path):
     message = refusal(write(tmp_path / "two.pt", weights))
     assert "2 mistake(s)" in message
     assert "query_matrix: 8" in message
+
+
+def test_layers_that_are_no_numbers_are_named(tmp_path):
+    message = refusal(write(tmp_path / "named.pt", {"0": layers()[0]}))
+    assert "layer '0': got 'str'; expected a layer's number" in message
 
 
 def test_biases_of_another_shape_are_named(tmp_path):

@@ -95,6 +95,15 @@ def test_dense_until_calibrated_then_what_is_cached_is_indexed(build, pool):
     assert not selector.valid[:, 602:].any()
 
 
+@pytest.mark.parametrize("build", ["quest"], indirect=True)
+def test_pages_are_weighed_without_the_sinks(build, pool):
+    selector = build()
+    forward(selector, pool, torch.arange(1, 601), 600)
+    sample = selector.sample(selector.written.nonzero()[:, 0])
+    assert sample.numel() >= 512
+    assert int(selector.positions[sample].min()) >= 16
+
+
 def test_side_data_follow_the_slot_when_it_is_used_again(calibrated, pool):
     slots = torch.arange(5, 9)
     forward(calibrated, pool, slots, 601)
@@ -165,7 +174,7 @@ def test_a_loaded_calibration_marks_nothing_valid(build, calibrated, pool):
 
 
 # 8 bytes of code and 2 norms a head (a head's share of 16 slots' bounds and 1 norm), 1 valid byte.
-BYTES = {"sketch": 2 * 10 + 1, "sign": 2 * 10 + 1, "hash": 2 * (2 * 8 + 2) + 1, "quest": 2 * (2 * 16 * 4 // 16 + 1) + 1}
+BYTES = {"sketch": 2 * 10 + 1, "sign": 2 * 9 + 1, "hash": 2 * (2 * 8 + 1) + 1, "quest": 2 * (2 * 16 * 4 // 16 + 1) + 1}
 
 
 def test_bytes_per_token_are_what_is_allocated(build):
