@@ -15,6 +15,7 @@ from vattn_sgl import compat, control, prefill, support, telemetry
 from vattn_sgl.config import Settings, load_settings
 from vattn_sgl.selectors import REGISTRY, CacheGeometry, Selector
 from vattn_sgl.selectors.calibration import model_key
+from vattn_sgl.whole import WholeDecode
 
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
@@ -97,6 +98,8 @@ class VAttentionBackend(AttentionBackend):
         self.telemetry = telemetry.Telemetry(model_runner, settings, geometry, self.selector, self.control)
         self.prefill = prefill.create(model_runner, settings)
         self.capturing = False
+        self.whole = WholeDecode(model_runner, settings, self) if self.on_gpu else None
+        self.is_whole = False
         compat.watch_captures(model_runner, self._capture)
 
         num_rows, width = self.req_to_token.shape
@@ -129,8 +132,8 @@ class VAttentionBackend(AttentionBackend):
         }
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
-        """Before an eager batch: see `_begin`; then hand over to prefill or snapshot the page table."""
-        longest = self._begin(forward_batch)
+        """Before an eager batch: see `begin`; then hand over to prefill or snapshot the page table."""
+        longest = self.begin(forward_batch)
         mode, requests = forward_batch.forward_mode, forward_batch.req_pool_indices
         if mode.is_idle():
             return
@@ -139,6 +142,10 @@ class VAttentionBackend(AttentionBackend):
                 # Another request may have had the row before.
                 self.state.index_fill_(1, requests.long(), 0.0)
             self.prefill.begin(forward_batch)
+            return
+        self.is_whole = self.whole is not None and self.whole.reads(forward_batch)
+        if self.whole is not None and self.is_whole:
+            self.whole.init_forward_metadata(forward_batch)
             return
         width = min(self.max_len, -(-longest // PADDING) * PADDING) or self.max_len
         table = self.req_to_token[:, :width].index_select(0, requests)
@@ -153,9 +160,10 @@ class VAttentionBackend(AttentionBackend):
         )
 
     def init_forward_metadata_out_graph(self, forward_batch: ForwardBatch, in_capture: bool = False) -> None:
-        """Before a decode graph is captured or replayed: see `_begin`; then snapshot the page table in place."""
-        self._begin(forward_batch, in_capture)
+        """Before a decode graph is captured or replayed: see `begin`; then snapshot the page table in place."""
+        self.begin(forward_batch, in_capture)
         assert self.graph_rows is not None, "init_cuda_graph_state comes first"
+        self.is_whole = False
         self.rows = self.graph_rows.part(0, forward_batch.batch_size)
         requests = forward_batch.req_pool_indices
         # All max_len columns, 8 MB a step for 16 x 128K: the lengths are not known here without waiting for the device.
@@ -171,7 +179,7 @@ class VAttentionBackend(AttentionBackend):
             yield
         self.capturing = False
 
-    def _begin(self, forward_batch: ForwardBatch, in_capture: bool = False) -> int:
+    def begin(self, forward_batch: ForwardBatch, in_capture: bool = False) -> int:
         """Between batches: apply staged parameters and advance calibration; the longest context, or 0 if not known."""
         self.control.apply_staged()
         mode = forward_batch.forward_mode
@@ -217,7 +225,7 @@ class VAttentionBackend(AttentionBackend):
         torch.Tensor
             ``[num_tokens, num_qo_heads * head_dim]``.
         """
-        q = self._write(q, k, v, layer, forward_batch, save_kv_cache)
+        q = self.write(q, k, v, layer, forward_batch, save_kv_cache)
         return self.prefill.attend(q, k, v, layer, forward_batch)
 
     def forward_decode(
@@ -231,7 +239,9 @@ class VAttentionBackend(AttentionBackend):
         **kwargs: Any,
     ) -> torch.Tensor:
         """One token a request, by the op; arguments as in `forward_extend`."""
-        q = self._write(q, k, v, layer, forward_batch, save_kv_cache)
+        if self.whole is not None and self.is_whole:
+            return self.whole.forward_decode(q, k, v, layer, forward_batch, save_kv_cache)
+        q = self.write(q, k, v, layer, forward_batch, save_kv_cache)
         index = layer.layer_id - self.first_layer
         k_cache, v_cache = self.token_to_kv_pool.get_kv_buffer(layer.layer_id)
         batch = q.shape[0]
@@ -263,7 +273,7 @@ class VAttentionBackend(AttentionBackend):
             )
         return out.view(batch, -1)
 
-    def _write(
+    def write(
         self,
         q: torch.Tensor,
         k: torch.Tensor,
@@ -272,6 +282,13 @@ class VAttentionBackend(AttentionBackend):
         forward_batch: ForwardBatch,
         save_kv_cache: bool,
     ) -> torch.Tensor:
+        """Store and index new tokens; arguments as in `forward_extend`.
+
+        Returns
+        -------
+        torch.Tensor
+            Queries ``[num_tokens, num_qo_heads, head_dim]``, contiguous.
+        """
         q = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim).contiguous()
         if save_kv_cache and k is not None:
             compat.write_kv(self.token_to_kv_pool, layer, forward_batch.out_cache_loc, k, v)

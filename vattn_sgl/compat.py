@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -28,6 +29,7 @@ _PLAIN_ROPES = (
 # SGLang lists the few of these that it serves; others would be run by transformers as if they generated.
 _OTHER_HEAD = re.compile(r"For(?!CausalLM|ConditionalGeneration)[A-Z]")
 MINIMUM, BELOW = (0, 5, 17), (0, 6)
+logger = logging.getLogger(__name__)
 
 
 def version_tuple(version: str) -> tuple[int, ...]:
@@ -155,6 +157,66 @@ def watch_captures(model_runner: Any, context: Callable[[], AbstractContextManag
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         with context():
             return original(*args, **kwargs)
+
+    model_runner.init_cuda_graphs = wrapped
+
+
+class DecodeGraphs:
+    """Two runners of decode graphs in the place of one; a batch says which of them replays it.
+
+    Parameters
+    ----------
+    first, second : DecodeCudaGraphRunner
+        SGLang's runners.
+    takes_second : callable
+        Whether a ``ForwardBatch`` goes to ``second``.
+    """
+
+    def __init__(self, first: Any, second: Any, takes_second: Callable[[Any], bool]) -> None:
+        self.first, self.second, self.takes_second = first, second, takes_second
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.first, name)
+
+    def _runner(self, forward_batch: ForwardBatch) -> Any:
+        return self.second if self.takes_second(forward_batch) else self.first
+
+    def can_run_graph(self, forward_batch: ForwardBatch) -> bool:
+        """The runner's."""
+        return bool(self._runner(forward_batch).can_run_graph(forward_batch))
+
+    def execute(self, forward_batch: ForwardBatch, *args: Any, **kwargs: Any) -> Any:
+        """The runner's."""
+        return self._runner(forward_batch).execute(forward_batch, *args, **kwargs)
+
+
+def add_decode_graphs(model_runner: Any, backend: Any, takes: Callable[[Any], bool]) -> None:
+    """Capture decode graphs with a second attention backend too, once SGLang has captured its own.
+
+    Parameters
+    ----------
+    model_runner : ModelRunner
+        SGLang's runner; its method ``init_cuda_graphs`` is wrapped.
+    backend : AttentionBackend
+        What the second graphs run.
+    takes : callable
+        Whether a ``ForwardBatch`` goes to the second graphs.
+    """
+    original = getattr(model_runner, "init_cuda_graphs", None)
+    if original is None:
+        return
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        first = model_runner.decode_cuda_graph_runner
+        if first is not None:
+            logger.info("vattention: capturing decode graphs of batches that are read whole")
+            # Runners share these, and a dummy batch takes its contexts from them.
+            for lengths in (first.buffers.seq_lens, first.buffers.seq_lens_cpu):
+                lengths.fill_(backend.get_cuda_graph_seq_len_fill_value())
+            second = type(first)(model_runner, attn_backend=backend)
+            model_runner.decode_cuda_graph_runner = DecodeGraphs(first, second, takes)
+        return result
 
     model_runner.init_cuda_graphs = wrapped
 

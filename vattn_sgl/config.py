@@ -129,6 +129,9 @@ class Settings(BaseModel):
         Prefilled tokens after which an uncalibrated server calibrates itself.
     prefill_backend : str or None
         SGLang backend that computes new tokens; None takes our own on a CPU and ``triton`` on a GPU.
+    dense_backend : str or None
+        SGLang backend that decodes a batch whose contexts are all read whole, on a GPU; None takes ``flashinfer`` where
+        it is installed, else ``triton``. A CPU reads them with our own kernel.
     layers : dict
         Overrides of epsilon and delta by layer, ``"3"`` or ``"0-4"``.
     """
@@ -156,6 +159,7 @@ class Settings(BaseModel):
     audit_rate: Share = 0.0
     calibration_tokens: Annotated[StrictInt, Field(ge=512, le=MOST_TOKENS)] = 2048
     prefill_backend: str | None = None
+    dense_backend: str | None = None
     layers: dict[Annotated[str, BeforeValidator(_layer_key)], LayerOverride] = Field(default_factory=dict)
 
     @model_validator(mode="before")
@@ -300,6 +304,7 @@ ALLOWED = {
     "audit_rate": "a share from 0 to 1",
     "calibration_tokens": f"a whole number of tokens from 512 to {MOST_TOKENS}",
     "prefill_backend": "the name of an SGLang attention backend, or null",
+    "dense_backend": "the name of an SGLang attention backend, or null",
     "layers": f"a mapping from {_LAYERS_ALLOWED}, to epsilon and delta",
 }
 

@@ -86,18 +86,22 @@ def findings(model_path: Path | None) -> Iterator[Finding]:
         )
     except ConfigError as error:
         yield Finding(False, f"settings: {error}", "vattn config check FILE shows every mistake with its line")
-    if settings.prefill_backend is not None:
-        yield _guard(_prefill, settings.prefill_backend)
-    yield from _on_gpu(settings)
+    for setting in ("prefill_backend", "dense_backend"):
+        if getattr(settings, setting) is not None:
+            yield _guard(_delegate, setting, getattr(settings, setting))
+    yield from _device_settings(settings)
     yield from _model(model_path, settings)
 
 
-def _on_gpu(settings: Settings) -> Iterator[Finding]:
+def _device_settings(settings: Settings) -> Iterator[Finding]:
     import torch
 
     if torch.cuda.is_available():
         for reason in support.gpu_reasons(SimpleNamespace(), settings):
             yield Finding(False, f"settings on a GPU: {reason}", "mend what the message names, or serve on a CPU")
+    else:
+        for reason in support.cpu_reasons(settings):
+            yield Finding(False, f"settings on a CPU: {reason}", "mend what the message names")
 
 
 def _guard(check: Callable[..., Finding], *arguments: Any) -> Finding:
@@ -141,11 +145,11 @@ def _kernels() -> Finding:
     return Finding(True, f"CPU kernels compiled by {build.compiler()}: {build.build()}")
 
 
-def _prefill(name: str) -> Finding:
+def _delegate(setting: str, name: str) -> Finding:
     from vattn_sgl import prefill
 
-    prefill.check_name(name)
-    return Finding(True, f"SGLang's {name} computes new tokens")
+    prefill.check_name(setting, name)
+    return Finding(True, f"{setting}: SGLang has {name}")
 
 
 def _memory() -> Finding:

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 GPU_BACKEND = "triton"
 
 
-class PrefillError(ValueError):
-    """The setting ``prefill_backend`` names no backend of SGLang."""
+class BackendError(ValueError):
+    """The setting ``prefill_backend`` or ``dense_backend`` names no backend of SGLang."""
 
 
 class Prefill(Protocol):
@@ -45,24 +45,45 @@ class Prefill(Protocol):
         ...
 
 
-def check_name(name: str) -> None:
-    """Refuse a ``prefill_backend`` that SGLang does not have.
+def check_name(setting: str, name: str) -> None:
+    """Refuse a backend that SGLang does not have.
 
     Parameters
     ----------
-    name : str
-        The setting.
+    setting, name : str
+        Of the setting, and its value.
 
     Raises
     ------
-    PrefillError
+    BackendError
         With the names that there are.
     """
     from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
 
     if name not in ATTENTION_BACKENDS or name == "vattention":
         known = ", ".join(sorted(set(ATTENTION_BACKENDS) - {"vattention"}))
-        raise PrefillError(f"prefill_backend {name!r} is not a backend of SGLang; known are {known}")
+        raise BackendError(f"{setting} {name!r} is not a backend of SGLang; known are {known}")
+
+
+def delegate(model_runner: ModelRunner, setting: str, name: str) -> Any:
+    """Another attention backend of SGLang on this runner's pools.
+
+    Parameters
+    ----------
+    model_runner : ModelRunner
+        SGLang's runner.
+    setting, name : str
+        Of the setting that asks for it, and its value.
+
+    Raises
+    ------
+    BackendError
+        If SGLang has no such backend.
+    """
+    from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
+
+    check_name(setting, name)
+    return ATTENTION_BACKENDS[name](model_runner)
 
 
 class OwnPrefill:
@@ -97,10 +118,7 @@ class DelegatedPrefill:
     """Another attention backend of SGLang."""
 
     def __init__(self, model_runner: ModelRunner, name: str) -> None:
-        from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
-
-        check_name(name)
-        self.backend = ATTENTION_BACKENDS[name](model_runner)
+        self.backend = delegate(model_runner, "prefill_backend", name)
 
     def begin(self, forward_batch: ForwardBatch) -> None:
         """The backend's own metadata."""
@@ -132,7 +150,7 @@ def create(model_runner: ModelRunner, settings: Settings) -> Prefill:
 
     Raises
     ------
-    PrefillError
+    BackendError
         If SGLang has no such backend.
     """
     on_gpu = torch.device(model_runner.device).type == "cuda"

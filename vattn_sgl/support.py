@@ -56,6 +56,7 @@ def check(model_runner: Any, settings: Settings) -> None:
         reasons += gpu_model_reasons(model_runner.model_config)
         reasons += gpu_pool_reasons(model_runner.token_to_kv_pool)
     else:
+        reasons += cpu_reasons(settings)
         reasons += cpu_pool_reasons(model_runner.token_to_kv_pool)
     model = getattr(model_runner, "model", None)
     if model is not None:
@@ -182,6 +183,18 @@ def gpu_pool_reasons(pool: Any) -> Iterator[str]:
     dtype = getattr(pool, "dtype", GPU_DTYPES[0])
     if dtype not in GPU_DTYPES:
         yield f"KV cache of {dtype}: the GPU kernels of this version read bfloat16 and float16; use --dtype bfloat16"
+
+
+def cpu_reasons(settings: Settings) -> Iterator[str]:
+    """Reasons in settings that only a GPU obeys.
+
+    Parameters
+    ----------
+    settings : Settings
+        In force at start.
+    """
+    if settings.dense_backend is not None:
+        yield f"dense_backend {settings.dense_backend}: a CPU reads whole contexts with our own kernel; set it to null"
 
 
 def cpu_pool_reasons(pool: Any) -> Iterator[str]:

@@ -43,6 +43,8 @@ class Telemetry:
         self.counters = self.layout.allocate(geometry.device)
         self.edges = self.layout.edge_tensors(geometry.device)
         self.offsets = list(self.layout.offsets)
+        self._heads = geometry.num_qo_heads or 0
+        self._dense_token, self._dense_step = self.layout.dense_units(geometry.device)
         self.selector = selector
         self.control = control
         self._generation = -1
@@ -94,6 +96,18 @@ class Telemetry:
         if covered != self._covered:
             self._covered = covered
             self.collector.set_gauge("calibrated_positions", covered)
+
+    def count_whole(self, lengths: list[int]) -> None:
+        """Count a step of every layer in which all contexts were read; without a copy from the host.
+
+        Parameters
+        ----------
+        lengths : list of int
+            Contexts, the new tokens included; a padded row has one at most and is not counted.
+        """
+        real = [n for n in lengths if n > 1]
+        self.counters.add_(self._dense_token, alpha=self._heads * sum(real))
+        self.counters.add_(self._dense_step, alpha=self._heads * len(real))
 
     def status(self) -> dict[str, Any]:
         """State for ``GET /vattention/status``: per-layer figures since start and the calibration."""

@@ -93,6 +93,20 @@ class CounterLayout:
         """
         return torch.zeros(self.num_layers, self.width, dtype=torch.float64, device=device)
 
+    def dense_units(self, device: torch.device | str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Make the rows that are added where the host counts what a dense kernel read.
+
+        Returns
+        -------
+        tuple of torch.Tensor
+            For a token of a context that was read, and for a head's step: each ``[width]``, float64.
+        """
+        token, step = torch.zeros(2, self.width, dtype=torch.float64)
+        token[self.block("context")] = 1
+        token[self.block("read").start + READ_KINDS.index("dense")] = 1
+        step[self.block("outcome").start + OUTCOMES.index("dense")] = 1
+        return token.to(device), step.to(device)
+
     def edge_tensors(self, device: torch.device | str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Make the histogram edges as the op takes them.
 

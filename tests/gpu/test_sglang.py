@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from vattn_sgl import texts
+from vattn_sgl.config import Settings
 from vattn_sgl.eval.capture import token_ids
 from vattn_sgl.eval.served import forced_runs, totals
 from vattn_sgl.server import Server
@@ -39,6 +40,7 @@ SHORTEST, LONGEST = 4000, 8000
 RUN, SKIPPED = 12, 1
 LEAST_AGREEMENT = 0.99
 ADMIN_KEY = "an-admin-key"
+DENSE_BELOW, WHOLE_STEPS = Settings().dense_below, 10
 EPSILON = 0.05
 
 
@@ -53,10 +55,24 @@ def prompts() -> list[list[int]]:
 
 
 @pytest.fixture(scope="module")
-def dense(prompts: list[list[int]]) -> list[list[int]]:
-    """Greedy continuations by SGLang's triton backend."""
+def short(prompts: list[list[int]]) -> list[int]:
+    """A prompt of which the first steps are read whole."""
+    return prompts[0][: DENSE_BELOW - WHOLE_STEPS - 1]
+
+
+@pytest.fixture(scope="module")
+def dense_runs(prompts: list[list[int]], short: list[int]) -> tuple[list[list[int]], list[int]]:
+    """Greedy continuations by SGLang's triton backend: of the prompts, and of the short one."""
     with Server(MODEL, "triton", COMMON + NO_PREFILL_GRAPHS) as server, ThreadPoolExecutor(len(prompts)) as pool:
-        return list(pool.map(lambda prompt: server.generate(prompt, POSITIONS + RUN + SKIPPED)["output_ids"], prompts))
+        tokens = POSITIONS + RUN + SKIPPED
+        continued = list(pool.map(lambda prompt: server.generate(prompt, tokens)["output_ids"], prompts))
+        return continued, server.generate(short, 2 * WHOLE_STEPS)["output_ids"]
+
+
+@pytest.fixture(scope="module")
+def dense(dense_runs: tuple[list[list[int]], list[int]]) -> list[list[int]]:
+    """Of the prompts."""
+    return dense_runs[0]
 
 
 @pytest.fixture(scope="module")
@@ -142,6 +158,20 @@ def test_counters_move_and_padded_rows_are_not_counted(server, prompts):
     assert sum(moved.values()) >= 3 * 31 * layers * heads
     # The first step of a request is a dense one; a padded row would be one too.
     assert moved["dense"] == 3 * layers * heads
+
+
+def test_a_short_context_is_decoded_by_a_dense_backend_until_it_is_sampled(server, dense_runs, short):
+    server.generate(short, 2)
+    before = outcomes(server)
+    found = server.generate(short, 2 * WHOLE_STEPS)["output_ids"]
+    after = outcomes(server)
+    moved = {name: after[name] - before[name] for name in after}
+    layers, heads = len(status(server)["layers"]), 9
+    # The first step of what is sampled is read whole too.
+    assert moved["dense"] == (WHOLE_STEPS + 1) * layers * heads
+    assert sum(moved.values()) == (2 * WHOLE_STEPS - 1) * layers * heads
+    assert found[: WHOLE_STEPS + 1] == dense_runs[1][: WHOLE_STEPS + 1]
+    assert "whole" in server.log.read_text(errors="replace")
 
 
 def test_equal_requests_give_equal_tokens(server, prompts):

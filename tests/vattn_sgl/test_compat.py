@@ -57,6 +57,54 @@ def test_foreign_writes_are_told_after_the_fact():
     assert calls == ["moved", [1], "moved", [3]]
 
 
+class GraphRunner:
+    """Stands for SGLang's runner of decode graphs; says who replayed."""
+
+    def __init__(self, model_runner, attn_backend=None):
+        self.attn_backend = attn_backend
+        self.buffers = SimpleNamespace(seq_lens=torch.zeros(4), seq_lens_cpu=torch.zeros(4))
+        self.bs = 8
+
+    def can_run_graph(self, forward_batch):
+        return forward_batch != "eager"
+
+    def execute(self, forward_batch, pp_proxy_tensors=None):
+        return self.attn_backend, forward_batch, pp_proxy_tensors
+
+
+def graphed_runner(first):
+    """A model runner whose method of that name captures ``first``."""
+    runner = SimpleNamespace(decode_cuda_graph_runner=None)
+
+    def init_cuda_graphs():
+        runner.decode_cuda_graph_runner = first
+
+    runner.init_cuda_graphs = init_cuda_graphs
+    return runner
+
+
+def test_a_batch_goes_to_the_graphs_that_take_it():
+    backend = SimpleNamespace(get_cuda_graph_seq_len_fill_value=lambda: 1)
+    first = GraphRunner(None)
+    runner = graphed_runner(first)
+    compat.add_decode_graphs(runner, backend, lambda batch: batch.startswith("short"))
+    runner.init_cuda_graphs()
+    graphs = runner.decode_cuda_graph_runner
+    assert first.buffers.seq_lens.tolist() == first.buffers.seq_lens_cpu.tolist() == [1] * 4
+    assert graphs.execute("short", pp_proxy_tensors=3) == (backend, "short", 3)
+    assert graphs.execute("long") == (None, "long", None)
+    assert graphs.can_run_graph("short")
+    assert not graphs.can_run_graph("eager")
+    assert graphs.bs == 8
+
+
+def test_without_decode_graphs_none_are_added():
+    runner = graphed_runner(None)
+    compat.add_decode_graphs(runner, None, lambda batch: True)
+    runner.init_cuda_graphs()
+    assert runner.decode_cuda_graph_runner is None
+
+
 def test_captures_at_start_run_within_the_context():
     order = []
 

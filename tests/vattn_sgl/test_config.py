@@ -55,6 +55,7 @@ VALID = {
     "audit_rate": st.floats(0, 1),
     "calibration_tokens": st.integers(512, 1 << 20),
     "prefill_backend": st.sampled_from([None, "torch_native"]),
+    "dense_backend": st.sampled_from([None, "flashinfer"]),
     "layers": st.dictionaries(
         st.sampled_from(["0", "3", "4-9"]), st.fixed_dictionaries({"epsilon": st.floats(1e-6, 1)})
     ),
@@ -81,6 +82,7 @@ WRONG = {
     "audit_rate": [-0.1, 1.1, False],
     "calibration_tokens": [511, 2**31, 10**23],
     "prefill_backend": [1],
+    "dense_backend": [1],
     "layers": [{"a": {}}, {"4-2": {}}, {"10000": {}}, {"0-99999999999": {}}, 3, {"3": {"sink": 4}}],
 }
 quick = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=50)

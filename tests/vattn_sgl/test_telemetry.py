@@ -11,7 +11,8 @@ from vattn_sgl import control, telemetry
 from vattn_sgl.config import PatchError, Settings
 from vattn_sgl.selectors.base import CacheGeometry
 
-GEOMETRY = CacheGeometry(2, 100, 1, 16, torch.device("cpu"))
+QO_HEADS = 3
+GEOMETRY = CacheGeometry(2, 100, 1, 16, torch.device("cpu"), num_qo_heads=QO_HEADS)
 
 
 class Recorder:
@@ -73,6 +74,15 @@ def test_changes_are_counted_and_the_gauge_follows(parts):
     assert values[("config_changes", "rejected")] == 1
     assert values[("epsilon", "all")] == 0.3
     assert values[("config_generation",)] == 1
+
+
+def test_a_step_read_whole_is_counted_in_every_layer(parts):
+    made, current, _ = parts
+    made.count_whole([100, 7, 1, 0])
+    for row in current.status()["layers"]:
+        assert row["context_tokens"] == row["read"]["dense"] == 107 * QO_HEADS
+        assert row["outcome"] == {"certified": 0, "uncertified": 0, "capped": 0, "dense": 2 * QO_HEADS}
+        assert row["density"] == 1
 
 
 def test_status_holds_every_layer(parts):
