@@ -45,6 +45,10 @@ _LIBRARY.define(
     "Tensor(a!) codes, Tensor(b!) norms, Tensor(c!) valid) -> ()"
 )
 _LIBRARY.define(
+    "encode_layers(Tensor[] k_caches, Tensor[] v_caches, Tensor slots, Tensor mean, Tensor key_basis, Tensor steps, "
+    "Tensor fields, Tensor(a!) codes, Tensor(b!) norms, Tensor(c!) valid) -> ()"
+)
+_LIBRARY.define(
     "encode_signature(Tensor k_cache, Tensor slots, Tensor mean, Tensor nets, Tensor widths, "
     "Tensor(a!) codes, Tensor(b!) norms, Tensor(c!) valid, bool centred) -> ()"
 )
@@ -203,6 +207,39 @@ def encode(
     torch.ops.vattn.encode(k_cache, v_cache, slots, mean, key_basis, steps, fields, codes, norms, valid)
 
 
+def encode_layers(
+    k_caches: list[torch.Tensor],
+    v_caches: list[torch.Tensor],
+    slots: torch.Tensor,
+    mean: torch.Tensor,
+    key_basis: torch.Tensor,
+    steps: torch.Tensor,
+    fields: torch.Tensor,
+    codes: torch.Tensor,
+    norms: torch.Tensor,
+    valid: torch.Tensor,
+) -> None:
+    """Compute the sketch of the same slots in several layers, as `encode` does in one.
+
+    Parameters
+    ----------
+    k_caches, v_caches : list of torch.Tensor
+        One layer's each, as for `encode`; of equal strides.
+    slots : torch.Tensor
+        int64 ``[num_new]`` slots to encode.
+    mean, key_basis, steps, fields : torch.Tensor
+        `vattn_kernels.sketch.SketchTables` of as many layers.
+    codes, norms, valid : torch.Tensor
+        ``[num_layers, ...]`` side data as in `decode`; the given slots are overwritten.
+
+    Raises
+    ------
+    ValueError
+        If a shape or dtype is not supported.
+    """
+    torch.ops.vattn.encode_layers(k_caches, v_caches, slots, mean, key_basis, steps, fields, codes, norms, valid)
+
+
 def encode_signature(
     k_cache: torch.Tensor,
     slots: torch.Tensor,
@@ -278,10 +315,12 @@ def encode_pages(
 
 _LIBRARY.impl("decode", cpu.decode, "CPU")
 _LIBRARY.impl("encode", cpu.encode, "CPU")
+_LIBRARY.impl("encode_layers", cpu.encode_layers, "CPU")
 _LIBRARY.impl("encode_signature", cpu.encode_signature, "CPU")
 _LIBRARY.impl("encode_pages", cpu.encode_pages, "CPU")
 _LIBRARY.impl("decode", lambda *args, **kwargs: _gpu().decode(*args, **kwargs), "CUDA")
 _LIBRARY.impl("encode", lambda *args: _gpu().encode(*args), "CUDA")
+_LIBRARY.impl("encode_layers", lambda *args: _gpu().encode_layers(*args), "CUDA")
 
 
 @torch.library.register_fake("vattn::decode", lib=_LIBRARY)
@@ -291,6 +330,11 @@ def _decode_fake(*args: Any, **kwargs: Any) -> None:
 
 @torch.library.register_fake("vattn::encode", lib=_LIBRARY)
 def _encode_fake(*args: Any, **kwargs: Any) -> None:
+    return None
+
+
+@torch.library.register_fake("vattn::encode_layers", lib=_LIBRARY)
+def _encode_layers_fake(*args: Any, **kwargs: Any) -> None:
     return None
 
 

@@ -33,12 +33,32 @@ def test_opcheck_encode(selector):
     torch.library.opcheck(getattr(torch.ops.vattn, ENCODERS[selector]).default, case.encode_arguments)
 
 
+def test_layers_are_encoded_as_one_by_one():
+    case = DecodeCase(context=111, settings={"selector": "sketch"})
+    k, v, slots, *rest = case.encode_arguments
+    tables, side = (
+        [torch.stack([t, t.flip(0)]) for t in rest[:4]],
+        [torch.zeros(2, *t.shape, dtype=t.dtype) for t in rest[4:]],
+    )
+    arguments = ([k, v], [v, k], slots, *tables, *side)
+    torch.library.opcheck(torch.ops.vattn.encode_layers.default, arguments)
+    for one in side:
+        one.zero_()
+    ops.encode_layers(*arguments)
+    for layer, (keys, values) in enumerate(((k, v), (v, k))):
+        alone = [torch.zeros_like(t[layer]) for t in side]
+        ops.encode(keys, values, slots, *(t[layer] for t in tables), *alone)
+        assert all(torch.equal(a, t[layer]) for a, t in zip(alone, side, strict=True))
+        assert alone[2][slots].all()
+
+
 def test_schema_states_every_mutation():
     def mutated(op):
         return {a.name for a in op.default._schema.arguments if a.alias_info and a.alias_info.is_write}
 
     assert mutated(torch.ops.vattn.decode) == {"out", "stats", "counters", "state"}
     assert mutated(torch.ops.vattn.encode) == {"codes", "norms", "valid"}
+    assert mutated(torch.ops.vattn.encode_layers) == {"codes", "norms", "valid"}
     assert mutated(torch.ops.vattn.encode_signature) == {"codes", "norms", "valid"}
     assert mutated(torch.ops.vattn.encode_pages) == {"bounds", "norms", "valid"}
 

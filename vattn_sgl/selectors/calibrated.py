@@ -58,7 +58,8 @@ class CalibratedSelector:
         self._observing = False
         # A captured graph cannot learn later that there is a calibration. Codes of empty tables are harmless: nothing
         # is covered until the first calibration, which clears them.
-        self._always_encodes = geometry.device.type == "cuda"
+        # One launch after the last layer serves them all: a step reads a new token whole, for it lies in the window.
+        self._encodes_at_once = geometry.device.type == "cuda"
         self._arguments = [self.side_arguments(layer) for layer in range(geometry.num_layers)]
         if calibration.tables is not None:
             self._adopt()
@@ -73,6 +74,10 @@ class CalibratedSelector:
 
     def encode(self, layer: int, k_cache: torch.Tensor, v_cache: torch.Tensor, slots: torch.Tensor) -> None:
         """Index ``slots`` of one layer from what the pool holds, and mark them valid."""
+        raise NotImplementedError
+
+    def encode_layers(self, pool: Any, slots: torch.Tensor) -> None:
+        """Index ``slots`` of every layer at once, where the device has a kernel for it."""
         raise NotImplementedError
 
     def side_arguments(self, layer: int) -> SideArguments:
@@ -122,8 +127,11 @@ class CalibratedSelector:
             self.positions[slots] = positions
         if self._observing:
             self.calibration.observe(layer, q, k_cache[slots], positions)
-        if self._always_encodes or self.calibration.tables is not None:
-            self.encode(layer, k_cache, v_cache, slots)
+        if not self._encodes_at_once:
+            if self.calibration.tables is not None:
+                self.encode(layer, k_cache, v_cache, slots)
+        elif layer == self.geometry.num_layers - 1:
+            self.encode_layers(pool, slots)
 
     def arguments(self, layer: int) -> SideArguments:
         """The op's side-data arguments of one layer."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -49,6 +50,14 @@ class SketchSelector(CalibratedSelector):
         t = self.tables
         tables = (t.mean[layer], t.key_basis[layer], t.steps[layer], t.fields[layer])
         ops.encode(k_cache, v_cache, slots, *tables, *(side[layer] for side in self.side.values()))
+
+    def encode_layers(self, pool: Any, slots: torch.Tensor) -> None:
+        """Code ``slots`` of every layer; see `vattn_kernels.ops.encode_layers`."""
+        t = self.tables
+        k_caches, v_caches = zip(*(pool.get_kv_buffer(layer_id) for layer_id in self.layer_ids), strict=True)
+        ops.encode_layers(
+            list(k_caches), list(v_caches), slots, t.mean, t.key_basis, t.steps, t.fields, *self.side.values()
+        )
 
     def side_arguments(self, layer: int) -> SideArguments:
         """Codes, norms, valid bytes and the tables that read them."""

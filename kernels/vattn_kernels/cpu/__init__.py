@@ -188,6 +188,17 @@ def encode(
     build.library().vattn_encode(ctypes.byref(args))
 
 
+def encode_layers(
+    k_caches: list[Tensor], v_caches: list[Tensor], slots: Tensor, mean: Tensor, key_basis: Tensor, steps: Tensor,
+    fields: Tensor, codes: Tensor, norms: Tensor, valid: Tensor,
+) -> None:  # fmt: skip
+    """CPU implementation of `vattn_kernels.ops.encode_layers`."""
+    for k_cache, v_cache, *one in zip(
+        k_caches, v_caches, mean, key_basis, steps, fields, codes, norms, valid, strict=True
+    ):
+        encode(k_cache, v_cache, slots, *one)
+
+
 def encode_signature(
     k_cache: Tensor, slots: Tensor, mean: Tensor, nets: Tensor, widths: Tensor, codes: Tensor, norms: Tensor,
     valid: Tensor, centred: bool,

@@ -8,6 +8,8 @@ once where nothing is left to do. From sm_90 on a launch starts while the one ah
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -29,6 +31,8 @@ WORDS = (1, 2, 4)
 # Steps after which what was learnt of a request row is no longer trusted.
 MOST_AGE = 64
 LEAST_ROWS = 1024
+# Sets of pools whose addresses are kept: every layer's own, and all layers' together.
+MOST_POOLS = 1024
 
 
 def _power_of_two(x: int) -> int:
@@ -200,14 +204,33 @@ def encode(
     codes: Tensor, norms: Tensor, valid: Tensor,
 ) -> None:  # fmt: skip
     """GPU implementation of `vattn_kernels.ops.encode`."""
-    _check_cache(k_cache, v_cache)
-    _check_codes(codes, norms, steps)
+    tables, side = (mean, key_basis, steps, fields), (codes, norms, valid)
+    encode_layers([k_cache], [v_cache], slots, *(t[None] for t in (*tables, *side)))
+
+
+@functools.lru_cache(maxsize=MOST_POOLS)
+def _addresses(device: torch.device, *addresses: int) -> Tensor:
+    """On the device; made before a graph is captured, which no copy from the host may enter."""
+    return torch.tensor(addresses, dtype=torch.int64, device=device)
+
+
+def encode_layers(
+    k_caches: list[Tensor], v_caches: list[Tensor], slots: Tensor, mean: Tensor, key_basis: Tensor, steps: Tensor,
+    fields: Tensor, codes: Tensor, norms: Tensor, valid: Tensor,
+) -> None:  # fmt: skip
+    """GPU implementation of `vattn_kernels.ops.encode_layers`: one launch."""
+    k_cache, v_cache = k_caches[0], v_caches[0]
+    for k, v in zip(k_caches, v_caches, strict=True):
+        _check_cache(k, v)
+        require(k.stride() == k_cache.stride(), "K caches of strides {} and {}", k.stride(), k_cache.stride())
+    _check_codes(codes[0], norms[0], steps)
     if not slots.numel():
         return
-    words, head_dim = codes.shape[-1], k_cache.shape[2]
-    update_fwd_kernel[(-(-slots.numel() // 16), k_cache.shape[1])](
-        k_cache, v_cache, slots, mean, key_basis, steps, fields, codes, norms, valid,
-        slots.numel(), k_cache.stride(0), codes.stride(1), norms.stride(1),
-        D=head_dim, DP=_power_of_two(head_dim), R=steps.shape[-1], C=_power_of_two(4 * GROUPS_PER_WORD * words),
-        WORDS=words, BT=16, num_warps=4,
+    words, (_, heads, head_dim) = codes.shape[-1], k_cache.shape
+    pools = _addresses(k_cache.device, *(t.data_ptr() for t in (*k_caches, *v_caches)))
+    update_fwd_kernel[(-(-slots.numel() // 16), heads, len(k_caches))](
+        k_cache, v_cache, pools, slots, mean, key_basis, steps, fields, codes, norms, valid,
+        slots.numel(), k_cache.stride(0), codes.stride(0), codes.stride(2), norms.stride(0), norms.stride(2),
+        valid.stride(0), HKV=heads, D=head_dim, DP=_power_of_two(head_dim), R=steps.shape[-1],
+        C=_power_of_two(4 * GROUPS_PER_WORD * words), WORDS=words, BT=16, num_warps=4,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Stage ``update``: code the keys of new slots; the math is `vattn_kernels.reference.sketch.encode`."""
+"""Stage ``update``: code the keys of new slots in all layers; the math is `vattn_kernels.reference.sketch.encode`."""
 
 from __future__ import annotations
 
@@ -15,28 +15,33 @@ def level_of(square):
 
 @triton.jit
 def update_fwd_kernel(
-    p_k, p_v, p_new, p_mean, p_key_basis, p_steps, p_fields, p_codes, p_norms, p_valid,
-    num_new, k_stride, code_head, norm_head,
-    D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, C: tl.constexpr, WORDS: tl.constexpr, BT: tl.constexpr,
+    p_k, p_v, p_pools, p_new, p_mean, p_key_basis, p_steps, p_fields, p_codes, p_norms, p_valid,
+    num_new, k_stride, code_layer, code_head, norm_layer, norm_head, valid_layer,
+    HKV: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, C: tl.constexpr, WORDS: tl.constexpr,
+    BT: tl.constexpr,
 ):  # fmt: skip
-    i_block, h = tl.program_id(0), tl.program_id(1)
+    """Pools are addresses, K's of every layer and then V's; ``p_k`` and ``p_v``, one layer's, only give their types."""
+    i_block, h, i_layer = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    p_k = tl.load(p_pools + i_layer).to(p_k.dtype)
+    p_v = tl.load(p_pools + tl.num_programs(2) + i_layer).to(p_v.dtype)
+    row = i_layer * HKV + h
     o_t, o_d, o_r = i_block * BT + tl.arange(0, BT), tl.arange(0, DP), tl.arange(0, C)
     m_t, m_d, m_r = o_t < num_new, o_d < D, o_r < R
     slot = tl.load(p_new + o_t, mask=m_t, other=0)
     at = slot[:, None] * k_stride + h * D + o_d[None, :]
     mask = m_t[:, None] & m_d[None, :]
-    mean = tl.load(p_mean + h * D + o_d, mask=m_d, other=0.0)
+    mean = tl.load(p_mean + row * D + o_d, mask=m_d, other=0.0)
     k = tl.load(p_k + at, mask=mask, other=0.0).to(tl.float32)
     offset = tl.where(mask, k - mean[None, :], 0.0)  # [BT, DP]
     v = tl.load(p_v + at, mask=mask, other=0.0).to(tl.float32)
-    basis = p_key_basis + h * D * D
+    basis = p_key_basis + row.to(tl.int64) * D * D
     first = tl.load(basis + o_d[:, None] * D + o_r[None, :], mask=m_d[:, None] & m_r[None, :], other=0.0)
     z = tl.dot(offset, first, input_precision="tf32x3")  # [BT, C]
-    p_field = p_fields + (h * R + o_r) * 3
+    p_field = p_fields + (row * R + o_r) * 3
     which = tl.load(p_field, mask=m_r, other=0)
     shift = tl.load(p_field + 1, mask=m_r, other=0)
     width = tl.load(p_field + 2, mask=m_r, other=0)
-    step = tl.load(p_steps + h * R + o_r, mask=m_r, other=1.0)
+    step = tl.load(p_steps + row * R + o_r, mask=m_r, other=1.0)
     half = (1 << tl.maximum(width - 1, 0)).to(tl.float32)
     scaled = tl.minimum(tl.maximum(z / step[None, :], -64.0), 64.0)
     code = tl.minimum(tl.maximum(tl.floor(scaled), -half[None, :]), half[None, :] - 1.0)
@@ -49,11 +54,12 @@ def update_fwd_kernel(
         rest = tl.dot(offset, part, input_precision="tf32x3")
         error += tl.sum(rest * rest, 1)
     bits = tl.where(coded, (code + half[None, :]).to(tl.int32) << shift[None, :], 0)
+    p_code = p_codes + i_layer.to(tl.int64) * code_layer + h.to(tl.int64) * code_head
     for w in tl.static_range(WORDS):
         word = tl.sum(tl.where((which == w)[None, :], bits, 0), 1)
-        tl.store(p_codes + slot * WORDS + h.to(tl.int64) * code_head + w, word, mask=m_t)
-    p_norm = p_norms + slot * 2 + h.to(tl.int64) * norm_head
+        tl.store(p_code + slot * WORDS + w, word, mask=m_t)
+    p_norm = p_norms + slot * 2 + i_layer.to(tl.int64) * norm_layer + h.to(tl.int64) * norm_head
     tl.store(p_norm, level_of(error), mask=m_t)
     tl.store(p_norm + 1, level_of(tl.sum(v * v, 1)), mask=m_t)
     if h == 0:
-        tl.store(p_valid + slot, tl.full([BT], 1, tl.uint8), mask=m_t)
+        tl.store(p_valid + i_layer.to(tl.int64) * valid_layer + slot, tl.full([BT], 1, tl.uint8), mask=m_t)

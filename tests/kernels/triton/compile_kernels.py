@@ -33,7 +33,7 @@ CACHE = {"p_q", "p_k", "p_v", "p_out"}
 TYPES = {
     "p_kv_indices": "i32", "p_seq_lens": "i64", "p_fields": "i32", "p_covered": "i32", "p_state_rows": "i64",
     "p_mode": "i32", "p_valid": "u8", "p_norms": "u8", "p_slots": "i32", "p_counts": "i32", "p_counters": "fp64",
-    "p_new": "i64", "p_arrivals": "i32", "p_used": "i32",
+    "p_new": "i64", "p_arrivals": "i32", "p_used": "i32", "p_pools": "i64",
 }  # fmt: skip
 
 
@@ -72,7 +72,7 @@ def shapes(arch: int, dtype: str, head_dim: int, group: int, words: int):
         "BN": launch.exact_block, "STAGES": launch.exact_stages
     }  # fmt: skip
     yield update_fwd_kernel, 4, {
-        "D": head_dim, "DP": power, "R": head_dim, "C": coded, "WORDS": words, "BT": 16
+        "HKV": 8, "D": head_dim, "DP": power, "R": head_dim, "C": coded, "WORDS": words, "BT": 16
     }  # fmt: skip
 
 

@@ -100,6 +100,24 @@ def test_codes_are_the_references(slots, bits):
         assert not b[untouched].any()
 
 
+def test_one_launch_codes_every_layer():
+    cases = [Step(batch=1, context=200, bits=64, head_dim=64, seed=seed) for seed in range(3)]
+    new = torch.tensor([0, 3, 199])
+    tables = [torch.stack(one) for one in zip(*(case.encode_arguments[3:7] for case in cases), strict=True)]
+    kv = list(zip(*(case.encode_arguments[:2] for case in cases), strict=True))
+    side = [
+        torch.zeros(3, *(t.shape[1], t.shape[0], *t.shape[2:]) if t.dim() > 1 else t.shape, dtype=t.dtype)
+        for t in cases[0].encode_arguments[7:]
+    ]
+    side = [t.transpose(1, 2) if t.dim() > 2 else t for t in side]
+    gpu.encode_layers(list(kv[0]), list(kv[1]), new, *tables, *side)
+    for layer, case in enumerate(cases):
+        alone = [torch.zeros_like(t[layer]) for t in side]
+        gpu.encode(*case.encode_arguments[:2], new, *case.encode_arguments[3:7], *alone)
+        assert all(torch.equal(a, t[layer]) for a, t in zip(alone, side, strict=True))
+        assert alone[2].sum() == 3
+
+
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("context", [1, 63, 80, 111])
 def test_first_step_of_a_request_is_exact_and_starts_the_state(context, heads):
