@@ -92,18 +92,24 @@ def watch_foreign_writes(pool: Any, invalidate: Callable[[torch.Tensor], None]) 
     invalidate : callable
         Receives the slots written.
     """
-    for name, position in (("move_kv_cache", 0), ("load_cpu_copy", 1)):
+    for name, position, keyword in (("move_kv_cache", 0, "tgt_loc"), ("load_cpu_copy", 1, "indices")):
         original = getattr(pool, name, None)
         if original is None:
             continue
 
-        def wrapped(*args: Any, _original: Any = original, _position: int = position, **kwargs: Any) -> Any:
-            result = _original(*args, **kwargs)
-            slots = args[_position] if len(args) > _position else next(iter(kwargs.values()))
-            invalidate(slots)
-            return result
+        setattr(pool, name, _telling(original, position, keyword, invalidate))
 
-        setattr(pool, name, wrapped)
+
+def _telling(original: Any, position: int, keyword: str, told: Callable[[torch.Tensor], None]) -> Any:
+    """A method that tells one of its arguments after the fact."""
+
+    @functools.wraps(original)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        told(args[position] if len(args) > position else kwargs[keyword])
+        return result
+
+    return wrapped
 
 
 def host_seq_lens(forward_batch: ForwardBatch) -> list[int]:

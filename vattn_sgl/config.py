@@ -116,8 +116,7 @@ class Settings(BaseModel):
         Size of a token's code per KV head; selectors ``sketch`` and ``sign``.
     group_score : {"max", "mean"}
         How the query heads of a KV head share one sample. ``max``: a token's chance is the largest that any head gives
-        it, each head with a scale of its own where the bound allows that; ``mean``: one score and one scale, which on
-        SmolLM2-135M reads 9-12 % more.
+        it, each head with a scale of its own where the bound allows that; ``mean``: one score and one scale.
     floor : float
         Least score, as a share of the mean score; keeps every inclusion probability above 0. `FLOORS` has the
         defaults of selectors that want another.

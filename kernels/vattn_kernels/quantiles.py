@@ -19,7 +19,8 @@ TARGETS = tuple(BOUNDS_OF_TARGET)
 # Selectors that bound every logit from above, which bernstein rests on: signatures of keys bound nothing.
 PROVABLE_SELECTORS = ("sketch", "oracle", "quest")
 # Selectors whose scores are off by more than the norms of values differ. The tokens that matter most have short values,
-# so a norm would push them down; and what a cap leaves uncertified is too noisy to serve unshrunk (docs/fidelity.md).
+# so a norm would push them down; and what a cap leaves uncertified is too noisy to serve unshrunk (RESULTS.md of the
+# benchmarks).
 COARSE_SELECTORS = ("quest", "sign", "hash")
 # Those whose scores rank tokens better than they weigh them, so that a cap gives most of its reads to the best.
 RANKING_SELECTORS = ("quest", "hash")
@@ -54,7 +55,7 @@ def quantile(bound: str, delta: float, nu: float) -> float:
         ``clt``: two-sided normal quantile, ``Phi^-1(1 - delta/2)`` (paper, Lemma 4.1).
         ``student``: ``t_nu(1 - delta/2)``, Stein's two-stage argument.
         ``f8``: ``sqrt(F(8, nu)^-1(1 - delta))``, the norm of an error with eight effective dimensions; values that
-        vary in fewer break it (12 % violations in one dimension, ``tests/kernels/test_violations.py``).
+        vary in fewer break it (15-16 % violations in one dimension, ``tests/kernels/test_violations.py``).
         ``bernstein``: ``sqrt(2 L)`` with L of `log_term`, the factor of the variance term of
         `vattn_kernels.reference.bernstein`; the range term comes on top.
     delta : float

@@ -81,7 +81,7 @@ def test_a_graph_older_than_the_calibration_indexes_by_it(selector, pool):
     slots.copy_(new)
     positions.fill_(PROMPT)
     graph.replay()
-    assert selector.valid[:, new].all() and selector.written[new].all() and (selector.positions[new] == PROMPT).all()
+    assert selector.valid[:, new].all() and (selector.positions[new] == PROMPT).all()
     replayed = {name: side[:, new].clone() for name, side in selector.side.items()}
     assert replayed["codes"].unique().numel() > BATCH
     for side in selector.side.values():

@@ -50,11 +50,16 @@ def test_foreign_writes_are_told_after_the_fact():
         def move_kv_cache(self, tgt_loc, src_loc):
             calls.append("moved")
 
+        def load_cpu_copy(self, kv_cache_cpu, indices):
+            calls.append("loaded")
+
     pool = Pool()
     compat.watch_foreign_writes(pool, lambda slots: calls.append(slots))
     pool.move_kv_cache([1], [2])
     pool.move_kv_cache(tgt_loc=[3], src_loc=[4])
-    assert calls == ["moved", [1], "moved", [3]]
+    pool.move_kv_cache(src_loc=[6], tgt_loc=[5])
+    pool.load_cpu_copy(kv_cache_cpu=[8], indices=[7])
+    assert calls == ["moved", [1], "moved", [3], "moved", [5], "loaded", [7]]
 
 
 class GraphRunner:

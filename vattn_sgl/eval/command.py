@@ -110,6 +110,8 @@ def run(
 def _check_places(folder: Path, out: Path | None, json_file: Path | None) -> None:
     """Refuse before the long run what would fail it at its start or end."""
     model.check_folder(folder)
+    if json_file is not None and json_file.is_dir():
+        raise FidelityError(f"cannot write to {json_file} (it is a folder): give the name of a file")
     for place in (out, json_file.parent if json_file else None):
         try:
             if place is not None:

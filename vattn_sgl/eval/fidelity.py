@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from vattn_kernels import ops
 from vattn_sgl import texts
 from vattn_sgl.eval import capture, forced, methods, selectors
 from vattn_sgl.eval.inefficiency import inefficiency
@@ -31,6 +30,9 @@ MAIN_SELECTORS = (methods.DEFAULTS.selector, "oracle")
 DEFAULT_SELECTOR = (methods.DEFAULTS.selector, methods.DEFAULTS.sketch_bits)
 # Those told apart by more queries: the product's own, and methods that have none.
 COMPARED_TARGETS = ("output", "")
+# Targets that differ once a cap ends the sample: ``sdpa`` draws as ``numerator``, and ``uniform`` always alike; but
+# ``output`` shrinks its estimate.
+CAPPED_TARGETS = {"proportional": ("output", "denominator", "numerator"), "uniform": ("output", "denominator")}
 PUBLISHED_EPSILONS = (0.05, 0.1, 0.2)
 PUBLISHED_SETTINGS = {"sink": 128, "window": 128, "top_k": 0.025}
 Step = Callable[[str], None]
@@ -102,7 +104,11 @@ class Plan:
     inefficiency_positions: int = 4
     seed: int = 0
     text: str = texts.EVALUATION
-    other_texts: tuple[tuple[str, ...], ...] = (texts.EVALUATION_LEGAL, (texts.DEMONSTRATION,))
+    other_texts: tuple[tuple[str, ...], ...] = (
+        texts.EVALUATION_LEGAL,
+        (texts.DEMONSTRATION,),
+        (texts.EVALUATION_CODE,),
+    )
     hash_weights: str | None = None
 
     @property
@@ -112,8 +118,8 @@ class Plan:
 
 
 QUICK = Plan((2048,), 1, 12, 6, (0.05, 0.2), densities=(), compared_densities=(0.1,), sweep_context=2048,
-             sweep_pieces=1, compared_positions=4, forced_positions=6, agreement_positions=8, prompts=1,
-             prompt_tokens=2048, continuation=8, inefficiency_positions=1)  # fmt: skip
+             sweep_pieces=1, sweep_positions=4, compared_positions=4, forced_positions=6, agreement_positions=8,
+             prompts=1, prompt_tokens=2048, continuation=8, inefficiency_positions=1)  # fmt: skip
 
 
 @dataclass
@@ -155,7 +161,9 @@ class Cell:
             "delta": None if m.density else m.delta,
             "context": self.context,
             "bits": None if blind else self.adapter.bits,
-            **self.tally.row(0.0 if m.density else m.delta),
+            **self.tally.row(m.delta),
+            # Nothing is claimed where no epsilon decides.
+            **(dict.fromkeys(("violation_rate", "binding_violation_rate", "heads_over_delta")) if m.density else {}),
             "kl": kl,
             "agreement": agreement,
         }
@@ -164,6 +172,12 @@ class Cell:
         """Mean KL to dense and share of equal next tokens."""
         kl, agrees = (torch.cat([getattr(f, name) for f in self.forced]).double() for name in ("kl", "agrees"))
         return float(kl.mean()), float(agrees.mean())
+
+    def kl_less(self, other: Cell) -> dict[str, float]:
+        """Mean difference of the KL to dense at the same positions, with its standard error."""
+        ours, others = (torch.cat([f.kl for f in cell.forced]).double() for cell in (self, other))
+        less = ours - others
+        return {"kl": float(less.mean()), "kl_standard_error": float(less.std() / math.sqrt(less.numel()))}
 
     def decoded(self) -> dict[str, Any]:
         """What the positions decoded through the whole model add to the row."""
@@ -217,6 +231,7 @@ class Fidelity:
         self.geometry = capture.geometry(self.model)
         self.step("calibrating on another text")
         calibration = capture.token_ids(self.path, texts.CALIBRATION, texts.CALIBRATION_MORE)[: plan.longest]
+        self.calibration_tokens = len(calibration)
         calibrator = selectors.Calibrator(self.model, self.geometry, calibration)
         self.adapters = selectors.adapters(self.geometry, calibrator, self.plan.hash_weights)
         tokens = capture.token_ids(self.path, plan.text)
@@ -302,12 +317,14 @@ class Fidelity:
             adapter.attach(captured)
         return Attention(captured, self.geometry, seed)
 
+    def _least_agreement(self) -> int:
+        return min(LEAST_AGREEMENT, self.plan.longest // 2)
+
     def _piece(self, piece: int, tokens: list[int]) -> None:
         plan = self.plan
         positions = self._positions()
         first = len(positions)
-        least = min(LEAST_AGREEMENT, plan.longest // 2)
-        positions += torch.linspace(least, plan.longest - 2, plan.agreement_positions).long().tolist()
+        positions += torch.linspace(self._least_agreement(), plan.longest - 2, plan.agreement_positions).long().tolist()
         attention = self._captured(tokens, positions, plan.seed + piece)
         for index, context in enumerate(plan.contexts):
             chosen = self._chosen(index)
@@ -373,11 +390,11 @@ class Fidelity:
             yield methods.baseline(kind, density, **fixed), self.adapters[0]
         for adapter in self.adapters:
             yield methods.baseline("top_k", density, **fixed), adapter
-            for target in ops.TARGETS:
-                settings = fixed | small
-                yield methods.capped("proportional", target, density, cap=share, **settings), adapter
+            for target in CAPPED_TARGETS["proportional"]:
+                yield methods.capped("proportional", target, density, cap=share, **fixed, **small), adapter
+            for target in CAPPED_TARGETS["uniform"]:
                 halves = {"cap": share / 2, "top_k": share / 2}
-                yield methods.capped("uniform", target, density, **halves, **settings), adapter
+                yield methods.capped("uniform", target, density, **halves, **fixed, **small), adapter
 
     def _result(self, pieces: int, seconds: float) -> dict[str, Any]:
         groups = {"main": self.cells, "published": self.published, "sweep": [cell for _, cell in self.sweep]}
@@ -385,6 +402,7 @@ class Fidelity:
             "rows": [cell.row() | {"group": name} for name, cells in groups.items() for cell in cells],
             "decoded": [cell.decoded() for cells in groups.values() for cell in cells],
             "sweep_density": [density for density, _ in self.sweep],
+            "sweep_pairs": list(self._pairs()),
             "other_texts": [
                 {"text": list(names), "rows": [cell.row() for cell in cells]}
                 for names, cells in zip(self.plan.other_texts, self.others, strict=True)
@@ -402,10 +420,38 @@ class Fidelity:
             "agreement": [c.next_tokens() for c in self.agreement],
             "layer_density": self._layer_density(),
             "left_out": selectors.missing(self.plan.hash_weights),
-            "plan": self.plan.__dict__ | {"pieces": pieces, "calibration": [texts.CALIBRATION, texts.CALIBRATION_MORE]},
+            "plan": self.plan.__dict__
+            | {
+                "pieces": pieces,
+                "calibration": [texts.CALIBRATION, texts.CALIBRATION_MORE],
+                "calibration_tokens": self.calibration_tokens,
+                "least_agreement": self._least_agreement(),
+            },
             "seconds": round(seconds),
             "machine": machine(),
         }
+
+    def _pairs(self) -> Iterator[dict[str, Any]]:
+        """``proportional`` less another method by the same scores, position by position, where both have many."""
+        found = {
+            (at, c.adapter.name, c.adapter.bits, c.method.sampler): c for at, c in self.sweep if self._is_output(c)
+        }
+        for (density, name, bits, sampler), other in found.items():
+            if density not in self.plan.compared_densities or sampler not in ("top_k", "uniform"):
+                continue
+            ours = found[density, name, bits, "proportional"]
+            yield {
+                "density": density,
+                "selector": name,
+                "bits": bits,
+                "against": sampler,
+                "mean_error": ours.tally.mean_error() - other.tally.mean_error(),
+                **ours.kl_less(other),
+            }
+
+    @staticmethod
+    def _is_output(cell: Cell) -> bool:
+        return cell.method.target in COMPARED_TARGETS
 
     def _layer_density(self) -> list[float]:
         """Density of each layer at the product's default, longest context."""

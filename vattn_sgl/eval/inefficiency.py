@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from vattn_kernels.quantiles import COARSE_SELECTORS
 from vattn_sgl.config import Settings
 from vattn_sgl.eval.capture import Captured, Geometry
 from vattn_sgl.eval.methods import DEFAULTS
@@ -15,7 +16,8 @@ def inefficiency(captured: Captured, geometry: Geometry, adapter: Adapter, chose
 
     With ``a_i = y_i |v_i - o|`` and inclusion probabilities proportional to ``s_i`` the variance of a sample of m is
     ``sum(s) sum(a^2 / s) / m`` (target ``output``, few enough samples that none is certain), so the ratio does not
-    depend on m. Scores are those of the sampler: ``exp(lhat + variance / 2) |v|`` plus the floor, of one query head.
+    depend on m. Scores are those of the sampler, of one query head: ``exp(lhat + variance / 2) |v|``, without the norm
+    for a coarse selector, plus the floor. The exact ones have the norm and no floor.
 
     Parameters
     ----------
@@ -49,13 +51,14 @@ def inefficiency(captured: Captured, geometry: Geometry, adapter: Adapter, chose
                 a = (weight * deviation)[:, inner]
                 norm = values[inner].norm(dim=-1)
                 estimated = adapter.logits(layer, h, q, slots)[:, inner]
-                ours = spread(torch.softmax(estimated, -1) * norm, a, Settings.default_floor(adapter.name))
-                exact = spread(torch.softmax(logits[:, inner], -1) * norm, a)
+                scores = torch.softmax(estimated, -1) * (1 if adapter.name in COARSE_SELECTORS else norm)
+                ours = spread(scores, a, Settings.default_floor(adapter.name))
+                exact = spread(torch.softmax(logits[:, inner], -1) * norm, a, 0.0)
                 result[layer, heads, index] = ours / exact
     return result
 
 
-def spread(scores: torch.Tensor, a: torch.Tensor, floor: float = DEFAULTS.floor) -> torch.Tensor:
+def spread(scores: torch.Tensor, a: torch.Tensor, floor: float) -> torch.Tensor:
     """``sum(s) sum(a^2 / s)`` over the last axis, with the sampler's floor under the scores."""
     s = scores + floor * scores.mean(-1, keepdim=True)
     return s.sum(-1) * (a.square() / s).sum(-1)

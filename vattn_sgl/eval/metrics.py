@@ -52,7 +52,8 @@ class Tally:
             ``[batch, num_qo_heads, 6]``, columns `vattn_kernels.ops.STATS`.
         """
         error = (out.double() - exact).norm(dim=-1) / exact.norm(dim=-1)  # [B, H]
-        over = error > self.epsilon
+        # A NaN violates.
+        over = ~(error <= self.epsilon)
         self.violations[layer] += over.sum(0)
         self.steps[layer] += over.shape[0]
         binding = binding_heads(stats[..., HALF_WIDTH], self.geometry.group, self.epsilon)
@@ -72,6 +73,10 @@ class Tally:
         """Mean share of the context that was read."""
         return self.density_sum / self.head_steps
 
+    def mean_error(self) -> float:
+        """Mean relative error."""
+        return float(torch.cat(self.errors).mean())
+
     def row(self, delta: float) -> dict[str, float | int]:
         """The row's figures."""
         errors = torch.cat(self.errors)
@@ -81,7 +86,7 @@ class Tally:
             "violation_rate": int(self.violations.sum()) / self.head_steps,
             "binding_violation_rate": self.binding_violations / max(1, self.binding_steps),
             "heads_over_delta": heads_over(self.violations, self.steps, delta),
-            "mean_error": float(errors.mean()),
+            "mean_error": self.mean_error(),
             "p95_error": float(errors.kthvalue(max(1, round(0.95 * errors.numel()))).values),
         }
 

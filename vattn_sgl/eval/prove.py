@@ -7,12 +7,14 @@ import datetime
 import platform
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
 
 from vattn_kernels import ops
 from vattn_sgl.eval import proof, proof_plots
@@ -36,15 +38,18 @@ NOTES = """What to know about these rows:
 def main(arguments: list[str] | None = None) -> int:
     """Run the study, write the report, and return 1 if a violation is unexplained or a sum is biased."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--calls", type=int, default=CALLS, help=f"calls a cell, {proof.HEADS} trials each")
+    parser.add_argument("--calls", type=_positive, default=CALLS, help=f"calls a cell, {proof.HEADS} trials each")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("docs"), help="folder of proof.md and proof/*.png")
     options = parser.parse_args(arguments)
+    try:
+        options.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"cannot write to {options.output} ({error.strerror}): give a folder that may be made")
     command = f"python -m vattn_sgl.eval.prove --calls {options.calls} --seed {options.seed}"
     start = time.monotonic()
     results, biases = study(options.calls, options.seed)
     minutes = (time.monotonic() - start) / 60
-    options.output.mkdir(parents=True, exist_ok=True)
     proof_plots.draw(results, options.output / "proof")
     text = report(results, biases, command, minutes)
     (options.output / "proof.md").write_text(text, encoding="utf-8")
@@ -52,6 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
     biased = [b for b in biases if b.biased]
     console = Console()
     above = sum(r.exceeds for r in results.values())
+    console.print(_summary(results))
     console.print(
         f"{len(results)} cells, {above} above delta, {len(bad)} unexplained; "
         f"{len(biases)} sums, {len(biased)} biased; {minutes:.1f} min; {options.output / 'proof.md'}"
@@ -61,6 +67,30 @@ def main(arguments: list[str] | None = None) -> int:
     for bias in biased:
         console.print(f"biased: {bias}", style="red")
     return 1 if bad or biased else 0
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number}, expected a whole number of 1 or more")
+    return number
+
+
+def _summary(results: dict[Cell, Result]) -> Table:
+    """Cells above delta by sampler and bound, and why."""
+    table = Table("sampler", "bound", "cells", "above delta", "why", "unexplained", "worst rate without a needle")
+    for sampler in ops.SAMPLERS:
+        for bound in BOUND_COLUMNS:
+            found = [r for r in results.values() if (r.cell.sampler, r.cell.bound) == (sampler, bound)]
+            above = [r for r in found if r.exceeds]
+            why = Counter(proof.explain(r, results) for r in above)
+            bad = why.pop(None, 0)
+            rest = [r.rate for r in found if r.cell.population != "needle"]
+            reasons = ", ".join(f"{reason} {count}" for reason, count in why.most_common())
+            table.add_row(
+                sampler, bound, str(len(found)), str(len(above)), reasons, str(bad), _share(max(rest, default=0))
+            )
+    return table
 
 
 def study(calls: int, seed: int) -> tuple[dict[Cell, Result], list[Bias]]:
@@ -107,7 +137,7 @@ def _share(x: float) -> str:
 
 
 def _name(cell: Cell) -> list[str]:
-    values = "" if cell.value_dims == 8 else f" (values of {cell.value_dims} dimension)"
+    values = "" if cell.value_dims == proof.VALUE_DIMS else f" (values of {cell.value_dims} dimension)"
     return [cell.population + values, cell.selector, cell.sampler, cell.target]
 
 
@@ -234,7 +264,7 @@ def _key(cell: Cell) -> tuple[str, str, str, str]:
 
 def _worst(results: dict[Cell, Result]) -> str:
     def entry(test: Callable[[Cell], bool]) -> str:
-        found = [r for c, r in results.items() if c.value_dims == 8 and test(c)]
+        found = [r for c, r in results.items() if c.value_dims == proof.VALUE_DIMS and test(c)]
         worst = max(found, key=lambda r: r.rate)
         low, high = min(r.density for r in found), max(r.density for r in found)
         return f"{_share(worst.rate)} ({low:.2f}-{high:.2f})"

@@ -78,7 +78,8 @@ def markdown(result: dict[str, Any], name: str) -> str:
         f"{result['seconds']} s.",
         "",
         f"Model: {result['model']}, float32, {heads} (layer, query head) pairs. Codes are calibrated on "
-        f"{' and '.join(plan['calibration'])}; measured on {plan['pieces']} disjoint piece(s) of `{plan['text']}`, "
+        f"{plan['calibration_tokens']:,} tokens of {' and '.join(plan['calibration'])}; measured on "
+        f"{plan['pieces']} disjoint piece(s) of `{plan['text']}`, "
         f"{plan['positions']} positions each from the last eighth of every context ({plan['other_positions']} with "
         "selectors other than `oracle` and `sketch`). Every figure is the real op against float64 dense attention over "
         "the same cache; contexts below `dense_below` are sampled here too.",
@@ -104,7 +105,8 @@ def markdown(result: dict[str, Any], name: str) -> str:
     lines += ["", "## Scores", "", *_inefficiency_table(result["inefficiency"], plan)]
     if parts["sweep"]:
         lines += ["", f"## Error at equal density, {plan['sweep_context']} tokens", ""]
-        lines += [f"![error against density]({name}-density.png)", "", *_sweep_table(parts["sweep"], result)]
+        lines += [f"![error against density]({name}-density.png)", "", *_pairs_table(result["sweep_pairs"]), ""]
+        lines += _sweep_table(parts["sweep"], result)
     lines += ["", "## The published table", "", *_published_table(parts["published"])]
     if result["agreement"]:
         lines += ["", "## Next tokens", "", *_agreement_table(result)]
@@ -185,8 +187,9 @@ def _sweep_table(pairs: list[tuple[Row, Row]], result: dict[str, Any]) -> list[s
     text = (
         "Every KV group reads the same share of every request, as top-k does: a cap, with an epsilon out of reach; "
         "`uniform` spends half of it on its top-k. Targets differ in their scores only (`denominator` leaves the "
-        "values' norms out), and in that `output` shrinks the estimate of a coarse selector; `quest` and `hash` give "
-        "two thirds of the cap to their best scores. KL, agreement and perplexity over *positions*."
+        "values' norms out), and in that `output` shrinks the estimate of a coarse selector; `sdpa` draws as "
+        "`numerator` does, and `uniform` alike for all. Other targets than `output` have fewer positions. `quest` and "
+        "`hash` give two thirds of the cap to their best scores. KL, agreement and perplexity over *positions*."
     )
     head = ["asked", "sampler", "selector", "target", "head-steps", "density", "mean error", "p95", "KL", "agreement",
             "positions", "perplexity"]  # fmt: skip
@@ -201,6 +204,19 @@ def _sweep_table(pairs: list[tuple[Row, Row]], result: dict[str, Any]) -> list[s
             for asked, (r, d) in zip(result["sweep_density"], pairs, strict=True)
         ],
     )]  # fmt: skip
+
+
+def _pairs_table(pairs: list[Row]) -> list[str]:
+    text = (
+        "`proportional` with target `output` less the other method by the same scores: below 0 it is the better. KL "
+        "position by position, with its standard error."
+    )
+    rows = [
+        [f"{p['density']:.0%}", label(p), p["against"], f"{p['mean_error']:+.4f}",
+         f"{p['kl']:+.5f} ± {p['kl_standard_error']:.5f}"]
+        for p in pairs
+    ]  # fmt: skip
+    return [text, "", *_table(["asked", "selector", "less", "mean error", "KL"], rows)]
 
 
 def _published_table(pairs: list[tuple[Row, Row]]) -> list[str]:
@@ -221,7 +237,10 @@ def _published_table(pairs: list[tuple[Row, Row]]) -> list[str]:
 
 def _agreement_table(result: dict[str, Any]) -> list[str]:
     plan = result["plan"]
-    text = "The product's default, offline as above, at positions all over the text from 1,536 tokens on"
+    text = (
+        "The product's default, offline as above, at positions all over the text from "
+        f"{plan['least_agreement']:,} tokens on"
+    )
     forced = [("the text", e) for e in result["agreement"]]
     if result.get("continued"):
         forced.append(("dense's tokens", result["continued"]))

@@ -16,6 +16,8 @@ from vattn_sgl.config import Settings
 MaybeTensor = torch.Tensor | None
 SideArguments = tuple[MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor]
 UNCOVERED = 0
+# One for all layers, kept beside the side data: where the key stands that was last written to a slot.
+POSITION_DTYPE = torch.int32
 UNLIMITED = 2**31 - 1
 
 
@@ -97,9 +99,9 @@ class SideTensor:
 
 
 def bytes_per_token(layout: Sequence[SideTensor], num_layers: int) -> int:
-    """Side data of one slot over all layers, in bytes, rounded up."""
-    shares = (Fraction(math.prod(t.shape) * t.dtype.itemsize, t.slots) for t in layout)
-    return math.ceil(num_layers * sum(shares))
+    """Side data of one slot over all layers and its position, in bytes, rounded up; 0 without side data."""
+    shares = [Fraction(math.prod(t.shape) * t.dtype.itemsize, t.slots) for t in layout]
+    return math.ceil(num_layers * sum(shares)) + (POSITION_DTYPE.itemsize if shares else 0)
 
 
 class Selector(Protocol):
@@ -133,7 +135,7 @@ class Selector(Protocol):
         ...
 
     def bytes_per_token(self) -> int:
-        """Side data of one slot over all layers, in bytes."""
+        """As the function of that name says."""
         ...
 
     def upper_bound(self, layer: int, q: torch.Tensor, slots: torch.Tensor) -> torch.Tensor | None:

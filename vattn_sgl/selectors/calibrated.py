@@ -9,12 +9,20 @@ from typing import Any
 import torch
 
 from vattn_sgl.config import Settings
-from vattn_sgl.selectors.base import UNCOVERED, CacheGeometry, SideArguments, SideTensor, bytes_per_token
+from vattn_sgl.selectors.base import (
+    POSITION_DTYPE,
+    UNCOVERED,
+    CacheGeometry,
+    SideArguments,
+    SideTensor,
+    bytes_per_token,
+)
 from vattn_sgl.selectors.calibration import Calibration, even_sample
 
 logger = logging.getLogger(__name__)
 
 ENCODE_BLOCK = 4096
+NEVER_WRITTEN = -1
 
 
 class CalibratedSelector:
@@ -29,10 +37,9 @@ class CalibratedSelector:
         uint8 ``[num_layers, num_slots]``: the slot's side data belong to the K it holds.
     norms : torch.Tensor
         uint8 ``[num_layers, num_slots, num_kv_heads, 1 or 2]``.
-    written : torch.Tensor
-        bool ``[num_slots]``: the backend has seen a write, so the slot can be indexed again.
     positions : torch.Tensor
-        int64 ``[num_slots]``: position of the key that was last written.
+        int32 ``[num_slots]``: position of the key that was last written, or `NEVER_WRITTEN`; other slots can be indexed
+        again.
     """
 
     name = ""
@@ -52,8 +59,7 @@ class CalibratedSelector:
         self.side = {t.name: t.allocate(geometry) for t in self.layout(settings, geometry)}
         self.side_bytes = bytes_per_token(self.layout(settings, geometry), geometry.num_layers)
         self.norms, self.valid = self.side["norms"], self.side["valid"]
-        self.written = torch.zeros(geometry.num_slots, dtype=torch.bool, device=geometry.device)
-        self.positions = torch.zeros(geometry.num_slots, dtype=torch.int64, device=geometry.device)
+        self.positions = torch.full((geometry.num_slots,), NEVER_WRITTEN, dtype=POSITION_DTYPE, device=geometry.device)
         self.covered = torch.zeros(1, dtype=torch.int32, device=geometry.device)
         self._observing = False
         # A captured graph cannot learn later that there is a calibration. Codes of empty tables are harmless: nothing
@@ -122,9 +128,7 @@ class CalibratedSelector:
         """
         k_cache, v_cache = pool.get_kv_buffer(self.layer_ids[layer])
         if layer == 0:
-            # Assigning a Python value would copy it from the host, which no capture allows.
-            self.written.index_fill_(0, slots, True)
-            self.positions[slots] = positions
+            self.positions[slots] = positions.to(POSITION_DTYPE)
         if self._observing:
             self.calibration.observe(layer, q, k_cache[slots], positions)
         if not self._encodes_at_once:
@@ -137,12 +141,16 @@ class CalibratedSelector:
         """The op's side-data arguments of one layer."""
         return self._arguments[layer]
 
+    def written(self) -> torch.Tensor:
+        """Slots that hold a key, int64; waits for the device."""
+        return (self.positions > NEVER_WRITTEN).nonzero()[:, 0]
+
     def invalidate(self, slots: torch.Tensor) -> None:
         """Clear the valid bits of ``slots`` in every layer."""
         self.valid[:, slots] = 0
 
     def bytes_per_token(self) -> int:
-        """Side data and valid bits of one slot over all layers."""
+        """See `vattn_sgl.selectors.base.bytes_per_token`."""
         return self.side_bytes
 
     def covered_positions(self) -> int:
@@ -154,7 +162,7 @@ class CalibratedSelector:
         return None
 
     def _solve(self, pool: Any, longest: int) -> None:
-        slots = self.written.nonzero()[:, 0]
+        slots = self.written()
         self.calibration.solve(
             lambda layer, sample: pool.get_key_buffer(self.layer_ids[layer])[sample],
             slots,

@@ -330,7 +330,7 @@ class Calibration:
         slots : torch.Tensor
             Slots that hold keys.
         positions : torch.Tensor
-            int64 ``[num_slots]``, position of each slot's key.
+            ``[num_slots]``, position of each slot's key.
         longest : int
             Longest context of the coming pass, in tokens.
         choose : callable
@@ -344,7 +344,7 @@ class Calibration:
             self.longest = max(self.longest, self._span(max(longest, self._new_longest)))
             moments = moments.at_positions(self.rope, self.longest)
             elsewhere = spread_positions(sample.numel(), self.longest).to(sample.device)
-            stacked = self.rope.rotate(self.rope.unrotate(stacked, positions[sample]), elsewhere)
+            stacked = self.rope.rotate(self.rope.unrotate(stacked, positions[sample].long()), elsewhere)
         else:
             self.longest = self._new_longest
         self.tables = self.solver(moments, stacked, torch.stack(kept) if kept else stacked[:, :0])

@@ -60,13 +60,18 @@ def _refuse(path: str, found: str, expected: str) -> ConfigError:
     return ConfigError(f"hash_weights {path}", [Mistake("hash_weights", found, expected)])
 
 
+def _load_storage(data: bytes) -> Any:
+    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+
+
 class _SafeUnpickler(pickle.Unpickler):
     """Knows tensors and plain containers only."""
 
     def find_class(self, module: str, name: str) -> Any:
         known = {
             ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
-            ("torch.storage", "_load_from_bytes"): lambda data: torch.load(io.BytesIO(data), weights_only=True),
+            ("torch.storage", "_load_from_bytes"): _load_storage,
+            ("torch._utils", "_rebuild_parameter"): torch._utils._rebuild_parameter,
             ("collections", "OrderedDict"): collections.OrderedDict,
         }
         if (module, name) not in known:
@@ -182,6 +187,7 @@ def nets(weights: Weights, path: str, geometry: CacheGeometry, layer_ids: Sequen
     mistakes: list[Mistake] = []
     packed: list[Nets] = []
     bits: set[int] = set()
+    key_nets: set[int] = set()
     missing = [layer for layer in layer_ids if layer not in weights]
     if missing:
         have = f"missing, the file has layers {min(weights)} to {max(weights)}"
@@ -195,11 +201,14 @@ def nets(weights: Weights, path: str, geometry: CacheGeometry, layer_ids: Sequen
             continue
         query, query_widths = signature.pack(entry["query_matrix"], entry["query_bias"])
         key, key_widths = signature.pack(entry["key_matrix"], entry["key_bias"])
+        key_nets.add(key.shape[0])
         bits |= {int(query_widths[-1]), int(key_widths[-1])}
         packed.append(Nets(query, key, query_widths, key_widths).to(geometry.device))
     if len(bits) > 1:
         expected = "one number of bits for the queries and keys of all layers"
         mistakes.append(Mistake("bits", sorted(bits), expected))
+    if len(key_nets) > 1:
+        mistakes.append(Mistake("key nets", sorted(key_nets), "as many in every layer"))
     if mistakes:
         raise ConfigError(f"hash_weights {path}", mistakes)
     return packed

@@ -96,6 +96,7 @@ def test_what_would_fail_late_is_refused_at_once(measured, tmp_path):
         (("--model", str(tmp_path / "none"), "--out", str(tmp_path / "out")), "holds no config.json"),
         (("--model", str(tmp_path), "--out", str(tmp_path / "file")), "cannot write to"),
         (("--model", str(tmp_path), "--json", str(tmp_path / "file" / "f.json")), "cannot write to"),
+        (("--model", str(tmp_path), "--json", str(tmp_path)), "it is a folder"),
     ):
         refused = RUNNER.invoke(app, ["eval", "fidelity", *arguments])
         assert refused.exit_code and told in " ".join(refused.output.split()), arguments

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import torch
 from vattn_kernels import ops, quantiles
 from vattn_sgl.config import ConfigError
 from vattn_sgl.eval import capture, fidelity, report
-from vattn_sgl.eval.fidelity import Fidelity, Plan
+from vattn_sgl.eval.fidelity import CAPPED_TARGETS, Fidelity, Plan
 
 NUMBER, RATE = {"type": "number"}, {"type": "number", "minimum": 0, "maximum": 1}
 SCHEMA = {
@@ -39,9 +40,9 @@ SCHEMA = {
                     "head_steps": {"type": "integer", "minimum": 1},
                     "bits": {"type": ["integer", "null"]},
                     "density": RATE,
-                    "violation_rate": RATE,
-                    "binding_violation_rate": RATE,
-                    "heads_over_delta": {"type": "integer", "minimum": 0},
+                    "violation_rate": RATE | {"type": ["number", "null"]},
+                    "binding_violation_rate": RATE | {"type": ["number", "null"]},
+                    "heads_over_delta": {"type": ["integer", "null"], "minimum": 0},
                     "mean_error": NUMBER,
                     "p95_error": NUMBER,
                     "kl": NUMBER,
@@ -86,19 +87,44 @@ def test_rows_are_complete_and_follow_the_schema(result, tmp_path):
 
 def test_every_method_is_compared_at_every_density(result):
     sweep = [r for r, _ in report.groups(result)["sweep"]]
-    coded, targets = len({(r["selector"], r["bits"]) for r in sweep if r["sampler"] == "top_k"}), len(ops.TARGETS)
+    coded = len({(r["selector"], r["bits"]) for r in sweep if r["sampler"] == "top_k"})
     assert coded >= 3
-    samplers = ["window", "random"] + coded * (["top_k"] + targets * ["proportional", "uniform"])
+    targets = [(sampler, target) for sampler, targets in CAPPED_TARGETS.items() for target in targets]
+    methods = [("window", None), ("random", None)] + coded * [("top_k", None), *targets]
     for density, compared in ((0.2, 3), (0.4, 5)):
         rows = [r for r, asked in zip(sweep, result["sweep_density"], strict=True) if asked == density]
-        assert sorted(r["sampler"] for r in rows) == sorted(samplers)
+        assert Counter((r["sampler"], r["target"]) for r in rows) == Counter(methods)
         assert [r["density"] for r in rows] == pytest.approx([density] * len(rows), abs=0.02)
         for r in rows:
             assert r["head_steps"] == 2 * 6 * (compared if r["target"] in (None, "output") else 3)
-        assert {r["epsilon"] for r in rows} == {None}
+        for nothing_claimed in ("epsilon", "delta", "violation_rate", "binding_violation_rate", "heads_over_delta"):
+            assert {r[nothing_claimed] for r in rows} == {None}
 
 
-@pytest.mark.parametrize("index", [0, 1])
+def test_the_product_is_compared_in_pairs_of_the_same_positions(result):
+    pairs = result["sweep_pairs"]
+    coded = {(p["selector"], p["bits"]) for p in pairs}
+    assert {"oracle", "sketch", "quest", "sign"} == {name for name, _ in coded}
+    assert len(pairs) == 2 * len(coded)
+    rows = [
+        r | {"asked": at} for (r, _), at in zip(report.groups(result)["sweep"], result["sweep_density"], strict=True)
+    ]
+    for p in pairs:
+        assert p["density"] == 0.4
+        ours, other = (
+            next(
+                r for r in rows
+                if (r["asked"], r["selector"], r["bits"], r["sampler"]) == (0.4, p["selector"], p["bits"], sampler)
+                and r["target"] in ("output", None)
+            )
+            for sampler in ("proportional", p["against"])
+        )  # fmt: skip
+        for name in ("kl", "mean_error"):
+            assert p[name] == pytest.approx(ours[name] - other[name], abs=1e-9)
+        assert p["kl_standard_error"] > 0
+
+
+@pytest.mark.parametrize("index", [0, 1, 2])
 def test_the_products_rows_are_measured_on_other_texts(index, result):
     other = result["other_texts"][index]
     assert tuple(other["text"]) == PLAN.other_texts[index]

@@ -58,6 +58,27 @@ def test_every_container_holds_the_same(suffix, tmp_path):
     assert hash_weights.words_per_kv_head(path, 2) == 4
 
 
+@pytest.mark.parametrize("suffix", [".pt", ".old", ".pkl"])
+def test_weights_saved_on_a_gpu_are_read_without_one(suffix, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
+        path = write(tmp_path / f"weights{suffix}", layers())
+    assert hash_weights.load(path)[0]["key_matrix"][0].device.type == "cpu"
+
+
+def test_a_pickle_may_hold_parameters(tmp_path):
+    weights = layers()
+    weights[0]["key_matrix"] = [torch.nn.Parameter(matrix) for matrix in weights[0]["key_matrix"]]
+    path = write(tmp_path / "weights.pkl", weights)
+    assert hash_weights.load(path)[0]["key_matrix"][0].shape == (4, 16, 24)
+
+
+def test_layers_of_unlike_key_nets_are_refused(tmp_path):
+    weights = layers()
+    weights[1] = layers(key_heads=2)[1]
+    assert "key nets: got [2, 4]; expected as many in every layer" in refusal(write(tmp_path / "w.pt", weights))
+
+
 def test_key_nets_of_kv_heads_share_a_signature(tmp_path):
     path = write(tmp_path / "weights.pt", layers(key_heads=2))
     assert hash_weights.words_per_kv_head(path, 2) == 2

@@ -99,7 +99,7 @@ def test_dense_until_calibrated_then_what_is_cached_is_indexed(build, pool):
 def test_pages_are_weighed_without_the_sinks(build, pool):
     selector = build()
     forward(selector, pool, torch.arange(1, 601), 600)
-    sample = selector.sample(selector.written.nonzero()[:, 0])
+    sample = selector.sample(selector.written())
     assert sample.numel() >= 512
     assert int(selector.positions[sample].min()) >= 16
 
@@ -174,13 +174,16 @@ def test_a_loaded_calibration_marks_nothing_valid(build, calibrated, pool):
 
 
 # 8 bytes of code and 2 norms a head (a head's share of 16 slots' bounds and 1 norm), 1 valid byte.
+POSITION_BYTES = 4
 BYTES = {"sketch": 2 * 10 + 1, "sign": 2 * 9 + 1, "hash": 2 * (2 * 8 + 1) + 1, "quest": 2 * (2 * 16 * 4 // 16 + 1) + 1}
 
 
 def test_bytes_per_token_are_what_is_allocated(build):
     selector = build()
-    assert selector.bytes_per_token() == NUM_LAYERS * BYTES[selector.name]
-    held = sum(t.numel() * t.element_size() for t in selector.side.values())
+    assert selector.bytes_per_token() == NUM_LAYERS * BYTES[selector.name] + POSITION_BYTES
+    tensors = {id(t): t for t in vars(selector).values() if isinstance(t, torch.Tensor)}
+    tensors |= {id(t): t for t in selector.side.values()}
+    held = sum(t.nbytes for t in tensors.values())
     assert held == pytest.approx(selector.bytes_per_token() * NUM_SLOTS, rel=0.02)
 
 
