@@ -279,7 +279,7 @@ class Population:
                     estimated = signatures.logits(q, *read, basis, steps[0], fields, angular, 1.0)
         norm = norm if with_norm else torch.ones_like(norm)
         usable = torch.ones(slots.numel(), dtype=torch.bool)
-        return scores.shares(estimated, variance, self.logits[head][outside][None], norm, usable)[0]
+        return scores.shares(estimated, variance, self.logits[head][outside][None], norm, usable)[0][0]
 
 
 @functools.lru_cache(maxsize=2)

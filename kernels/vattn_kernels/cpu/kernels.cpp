@@ -27,7 +27,7 @@ constexpr float kLeastGrowth = 1.05f, kImpatientGrowth = 2.0f;
 constexpr float kTiny = 1e-30f;
 constexpr float kForced = 1e30f, kMostScale = 1e29f;
 constexpr float kUnusable = -1.0f;
-constexpr float kMaxExponent = 60.0f;
+constexpr float kMaxExponent = 60.0f, kMostHalfVariance = 8.0f;
 constexpr float kRounding = 1e-6f;
 constexpr double kLeastUnit = 1e-15;
 constexpr float kMostHalfWidth = 1e3f;
@@ -368,6 +368,8 @@ template <typename T> struct Decode {
     // Least score of each row, added to every score; sum of the largest share of each token.
     float floors[kMaxGroup];
     double share_sum = 0;
+    // Denominator of each head by the scores, relative to the fixed maximum; their shares are relative to it.
+    double mass[kMaxGroup];
   };
 
   int64_t seq_len(int64_t b) const {
@@ -609,7 +611,7 @@ template <typename T> struct Decode {
   bool is_ranking() const { return a.selector == kQuest || a.selector == kHash; }
 
   // Estimated weights of positions [from, to) relative to the fixed maximum; adds their sum per head to `sums`. Where the
-  // value counts they are left times its norm. A token without valid side data gets kUnusable, and is read for certain.
+  // value counts they are left times its norm. A token of which the code says nothing gets kUnusable, and is read for certain.
   void score(Item &item, int64_t from, int64_t to, double *sums) const {
     Estimates e;
     const bool with_norm = a.target != kDenominator && !a.is_uniform && !is_coarse();
@@ -625,8 +627,9 @@ template <typename T> struct Decode {
 #pragma omp simd reduction(+ : sum)
         for (int j = 0; j < count; ++j) {
           const float weight = fast_exp(std::min(e.lhat[g][j] + kappa * e.variance[j] - m, kMaxExponent));
-          out[j] = e.usable[j] != 0 ? weight * norms[j] : kUnusable;
-          sum += e.usable[j] != 0 ? weight : 0;
+          const bool known = e.usable[j] != 0 && kappa * e.variance[j] <= kMostHalfVariance;
+          out[j] = known ? weight * norms[j] : kUnusable;
+          sum += known ? weight : 0;
         }
         sums[g] += sum;
       }
@@ -1156,7 +1159,9 @@ template <typename T> struct Decode {
           wants[g].gain[p] = factor * (round == 0 ? kFirstRoundQuantile : z) / unit;
         }
         h.half_width = bounded(width);
-        wants[g].guard = kGuardShare * factor / (epsilon * (a.target == kDenominator ? 1.0 : std::max(h.norm, 1e-30)));
+        const double log_overrated = std::log(item.mass[g]) + item.fixed[g].max - std::log(double(h.sum)) - h.max;
+        const double overrated = std::exp(std::min(std::max(log_overrated, 0.0), double(kMaxExponent)));
+        wants[g].guard = overrated * kGuardShare * factor / (epsilon * (a.target == kDenominator ? 1.0 : std::max(h.norm, 1e-30)));
         wants[g].grows = round == 0 || !(h.half_width <= epsilon);
         certified = certified && h.half_width <= epsilon;
       }
@@ -1456,6 +1461,9 @@ template <typename T> struct Decode {
           add_chunks(shares_, i, sum);
           for (int r = 0; r < score_rows; ++r) item.floors[r] = std::max(float(a.floor * sum[r] / item.range), kTiny);
           item.share_sum = sum[kMaxGroup];
+          double scored[kTotals] = {0};
+          add_chunks(sums_, i, scored);
+          for (int g = 0; g < group; ++g) item.mass[g] = item.fixed[g].sum + scored[g];
           sample(item, scratch);
         }
       }

@@ -125,10 +125,14 @@ pilot_min, cap, floor, group_score
             coarse = selector in COARSE_SELECTORS
             if target == "denominator" or sampler == "uniform" or coarse:
                 value_norm = torch.ones_like(value_norm)
-            share = scores.shares(estimated, variance, logits[:, fixed], value_norm, usable)
+            usable = scores.usable_codes(usable, variance)
+            share, log_mass = scores.shares(estimated, variance, logits[:, fixed], value_norm, usable)
+            for head, estimated_mass in zip(heads, log_mass.tolist(), strict=True):
+                head.estimated_mass = estimated_mass
             # One scale for the group: its looks must not depend on the sample, or the score is not a head's own.
             if sampler == "uniform" or provable or group_score == "mean":
                 share = scores.combined(share, group_score)
+                usable = usable.all(0, keepdim=True)
             key = rng.stream_key(seed, layer_id, h, n)
             if sampler == "proportional":
                 score, draws = scores.floored(share, usable, floor), rng.uniform(torch.arange(low, high), key)
@@ -136,7 +140,7 @@ pilot_min, cap, floor, group_score
                 ranks = selector in RANKING_SELECTORS
                 drawn = proportional.sample(heads, score, draws, low, params, target, begin, cap, ranks)
             else:
-                ranking = torch.where(usable, share[0], -1.0)
+                ranking = torch.where(usable[0], share[0], -1.0)
                 size = uniform.top_k_size(top_k_count, top_k_share, total)
                 drawn = uniform.sample(heads, ranking, size, low, key, params, target, pilot, pilot_min, cap)
             read = n - total + drawn.read.numel()

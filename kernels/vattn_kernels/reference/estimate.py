@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -35,6 +36,8 @@ class Head:
         float64 ``[N]`` provable upper bounds on the range's logits; bound ``bernstein`` only.
     upper_norm : torch.Tensor, optional
         float64 ``[N]`` provable upper bounds on ``|v|`` of the range; bound ``bernstein`` only.
+    estimated_mass : float
+        Logarithm of D as the scores have it, which their shares are relative to.
     """
 
     logits: torch.Tensor
@@ -42,6 +45,7 @@ class Head:
     fixed: torch.Tensor
     upper: torch.Tensor | None = None
     upper_norm: torch.Tensor | None = None
+    estimated_mass: float = -math.inf
 
 
 @dataclass
@@ -78,6 +82,8 @@ class Estimate:
         Errors that are bounded, by name.
     maximum : float
         ``m`` of ``y_i = exp(l_i - m)``.
+    log_mass : float
+        Logarithm of D.
     residual : float
         Share of the mass that does not come from the fixed set.
     """
@@ -85,6 +91,7 @@ class Estimate:
     out: torch.Tensor
     parts: dict[str, Part]
     maximum: float
+    log_mass: float
     residual: float
 
 
@@ -131,7 +138,7 @@ def estimate(head: Head, read: torch.Tensor, weight: torch.Tensor, target: str, 
         name: Part(mass[:, None] * gaps[name], max(float(units[name]), LEAST_UNIT))
         for name in parts_of(target, bernstein)
     }
-    return Estimate(out, parts, float(m), 1 - float(fixed.sum() / denominator))
+    return Estimate(out, parts, float(m), float(m + denominator.log()), 1 - float(fixed.sum() / denominator))
 
 
 def shrunk(head: Head, unbiased: Estimate, read: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,7 @@ import torch
 from vattn_kernels import params as layout
 from vattn_kernels.reference import bernstein, budget
 from vattn_kernels.reference.estimate import FACTOR, Estimate, Head, estimate
-from vattn_kernels.reference.scores import INFINITE, intensity
+from vattn_kernels.reference.scores import INFINITE, MAX_EXPONENT, intensity
 
 # Nearly every step is certified in two or three rounds. One that is not reads on, in the end everything.
 ROUNDS = 48
@@ -128,10 +128,12 @@ def sample(
             half_widths.append(FACTOR[target] * sum(f * math.sqrt(s) for f, s in zip(factors, spreads, strict=True)))
             used = [budget.FIRST_ROUND_QUANTILE] * len(factors) if round_ == 0 else factors
             norm = 1.0 if target == "denominator" else max(float(e.out.norm()), 1e-30)
+            # Shares are relative to the scores' own mass, which a few tokens that they overrate may multiply.
+            overrated = math.exp(min(max(head.estimated_mass - e.log_mass, 0.0), MAX_EXPONENT))
             wants.append(
                 Want(
                     [d * (FACTOR[target] * f) ** 2 for d, f in zip(deviations2, used, strict=True)],
-                    budget.GUARD_SHARE * FACTOR[target] / (epsilon * norm),
+                    overrated * budget.GUARD_SHARE * FACTOR[target] / (epsilon * norm),
                     round_ == 0 or half_widths[-1] > epsilon,
                 )
             )

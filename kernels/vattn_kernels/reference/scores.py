@@ -7,6 +7,9 @@ import torch
 TINY = 1e-30
 INFINITE = 1e30
 MAX_EXPONENT = 60.0
+# In nats, of half the variance of what a code misses. Beyond it a code says nothing of its token, whose estimated weight
+# would outgrow all others: whitespace in program text has codes that miss by 100 nats.
+MOST_HALF_VARIANCE = 8.0
 # Rounding of a float32 logit against the exact one; an upper bound must lie above it.
 MARGIN = 1e-4
 
@@ -22,8 +25,8 @@ def shares(
     fixed_logits: torch.Tensor,
     value_norm: torch.Tensor,
     usable: torch.Tensor,
-) -> torch.Tensor:
-    """``s_hi = exp(lhat_hi + half the variance) / (D_fixed + sum exp lhat) * |v_i|`` of every head h.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``s_hi = exp(lhat_hi + half the variance) / Dhat_h * |v_i|`` of every head h, ``Dhat_h = D_fixed + sum exp lhat``.
 
     Parameters
     ----------
@@ -34,17 +37,32 @@ def shares(
     value_norm : torch.Tensor
         float64 ``[N]``; ones where the target or the sampler does not use it.
     usable : torch.Tensor
-        bool ``[N]``; other tokens enter no sum.
+        bool ``[group, N]`` from `usable_codes`, or ``[N]``; other tokens enter no sum.
 
     Returns
     -------
     torch.Tensor
         float64 ``[group, N]``; 0 where not usable.
+    torch.Tensor
+        float64 ``[group]``, ``log Dhat_h``.
     """
     m = fixed_logits.max(-1, keepdim=True).values
     weights = (estimated + variance / 2 - m).clamp(max=MAX_EXPONENT).exp() * usable
     denominator = (fixed_logits - m).exp().sum(-1) + weights.sum(-1)
-    return weights / denominator[:, None] * value_norm
+    return weights / denominator[:, None] * value_norm, m[:, 0] + denominator.log()
+
+
+def usable_codes(valid: torch.Tensor, variance: torch.Tensor) -> torch.Tensor:
+    """Tokens of which a head's estimate says something; the others are read for certain, bool ``[group, N]``.
+
+    Parameters
+    ----------
+    valid : torch.Tensor
+        bool ``[N]``: the side data belong to the key.
+    variance : torch.Tensor
+        float64 ``[group, N]`` of what the code misses.
+    """
+    return valid & (variance / 2 <= MOST_HALF_VARIANCE)
 
 
 def combined(share: torch.Tensor, group_score: str) -> torch.Tensor:
@@ -68,7 +86,7 @@ def floored(share: torch.Tensor, usable: torch.Tensor, floor: float) -> torch.Te
     share : torch.Tensor
         float64 ``[R, N]`` from `shares` or `combined`.
     usable : torch.Tensor
-        bool ``[N]``; other tokens get `INFINITE`, so they are read for certain.
+        bool ``[R, N]`` or ``[N]``; other tokens get `INFINITE`, so they are read for certain.
     floor : float
         Least score as a share of the row's mean.
     """
