@@ -85,6 +85,17 @@ class DecodeCase:
         if self.step["selector"] in make:
             self.side = make[self.step["selector"]]()
 
+    def plant_wild_keys(self) -> None:
+        """Three keys orthogonal to the queries, so of no weight, but ten times as long as what the codes reach."""
+        draw = torch.Generator().manual_seed(0)
+        middle = self.context // 2
+        for request, slots in enumerate(self.kv_indices[:, middle : middle + 3].long()):
+            for head, queries in enumerate(self.q[request].unflatten(0, (self.num_kv_heads, -1))):
+                wild = 40 * torch.randn(3, self.head_dim, generator=draw)
+                basis = torch.linalg.qr(queries.T).Q
+                self.k_cache[slots, head] = wild - wild @ basis @ basis.T
+        ops.encode(*self.encode_arguments)
+
     def moments(self) -> sketch.Moments:
         """Of one layer, from the case's own queries and keys."""
         moments = sketch.Moments.zeros(1, self.num_kv_heads, self.head_dim, "cpu")

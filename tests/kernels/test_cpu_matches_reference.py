@@ -54,6 +54,16 @@ def test_decode_with_a_provable_bound(sampler, selector, target, epsilon):
     assert_matches(case)
 
 
+@pytest.mark.parametrize("bound", [None, "bernstein"])
+@pytest.mark.parametrize("group_score", ["max", "mean"])
+@pytest.mark.parametrize("sampler", ops.SAMPLERS)
+def test_decode_with_codes_that_miss_by_far(sampler, group_score, bound):
+    settings = {"sampler": sampler, "selector": "sketch", "group_score": group_score}
+    case = DecodeCase(batch=1, context=3000, epsilon=0.2, chosen_bound=bound, bits=128, settings=settings)
+    case.plant_wild_keys()
+    assert_matches(case)
+
+
 def assert_matches(case: DecodeCase) -> None:
     """Sample, output and stats of both, where rounding lets the samples be equal."""
     out, stats, _ = case.run()

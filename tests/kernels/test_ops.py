@@ -255,6 +255,9 @@ def test_invalid_slots_are_read_for_certain_and_their_codes_never_used():
     assert torch.equal(out, again)
     assert torch.equal(stats, stats_again)
     valid[stale] = 1
+    # An error of which a code would say nothing is no better than no code.
+    assert torch.equal(case.run()[0], out)
+    norms[stale] = 120
     assert not torch.equal(case.run()[0], out)
 
 
@@ -373,3 +376,12 @@ def test_a_sample_of_the_whole_range_is_exact_and_certified():
         assert (case.errors(out)[read_all] < 1e-5).all()
         assert (stats[read_all][:, 2:4] == 0).all()
     assert whole >= 3
+
+
+def test_keys_that_their_codes_miss_by_far_leave_the_other_scores_alone():
+    case = DecodeCase(context=8000, epsilon=0.05, settings={"selector": "sketch"})
+    usual = case.run()[1][..., 0].mean()
+    case.plant_wild_keys()
+    out, stats, _ = case.run()
+    assert case.errors(out).max() < case.epsilon
+    assert stats[..., 0].mean() < 1.2 * usual

@@ -628,7 +628,7 @@ template <typename T> struct Decode {
         for (int j = 0; j < count; ++j) {
           const float weight = fast_exp(std::min(e.lhat[g][j] + kappa * e.variance[j] - m, kMaxExponent));
           const bool known = e.usable[j] != 0 && kappa * e.variance[j] <= kMostHalfVariance;
-          out[j] = known ? weight * norms[j] : kUnusable;
+          out[j] = known ? weight * norms[j] : a.is_uniform && e.usable[j] != 0 ? 0.0f : kUnusable;
           sum += known ? weight : 0;
         }
         sums[g] += sum;

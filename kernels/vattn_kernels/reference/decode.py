@@ -125,7 +125,7 @@ pilot_min, cap, floor, group_score
             coarse = selector in COARSE_SELECTORS
             if target == "denominator" or sampler == "uniform" or coarse:
                 value_norm = torch.ones_like(value_norm)
-            usable = scores.usable_codes(usable, variance)
+            valid_here, usable = usable, scores.usable_codes(usable, variance)
             share, log_mass = scores.shares(estimated, variance, logits[:, fixed], value_norm, usable)
             for head, estimated_mass in zip(heads, log_mass.tolist(), strict=True):
                 head.estimated_mass = estimated_mass
@@ -140,7 +140,7 @@ pilot_min, cap, floor, group_score
                 ranks = selector in RANKING_SELECTORS
                 drawn = proportional.sample(heads, score, draws, low, params, target, begin, cap, ranks)
             else:
-                ranking = torch.where(usable[0], share[0], -1.0)
+                ranking = torch.where(valid_here, share[0], -1.0)
                 size = uniform.top_k_size(top_k_count, top_k_share, total)
                 drawn = uniform.sample(heads, ranking, size, low, key, params, target, pilot, pilot_min, cap)
             read = n - total + drawn.read.numel()

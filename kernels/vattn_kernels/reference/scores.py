@@ -7,8 +7,8 @@ import torch
 TINY = 1e-30
 INFINITE = 1e30
 MAX_EXPONENT = 60.0
-# In nats, of half the variance of what a code misses. Beyond it a code says nothing of its token, whose estimated weight
-# would outgrow all others: whitespace in program text has codes that miss by 100 nats.
+# In nats, of half the variance of what a code misses. Beyond it a code says nothing of its token, whose estimated
+# weight would outgrow all others: whitespace in program text has codes that miss by 100 nats.
 MOST_HALF_VARIANCE = 8.0
 # Rounding of a float32 logit against the exact one; an upper bound must lie above it.
 MARGIN = 1e-4
@@ -26,7 +26,7 @@ def shares(
     value_norm: torch.Tensor,
     usable: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``s_hi = exp(lhat_hi + half the variance) / Dhat_h * |v_i|`` of every head h, ``Dhat_h = D_fixed + sum exp lhat``.
+    """``s_hi = exp(lhat_hi + half the variance) / Dhat_h * |v_i|``, ``Dhat_h`` the fixed set's mass and all ``exp``.
 
     Parameters
     ----------
@@ -53,7 +53,7 @@ def shares(
 
 
 def usable_codes(valid: torch.Tensor, variance: torch.Tensor) -> torch.Tensor:
-    """Tokens of which a head's estimate says something; the others are read for certain, bool ``[group, N]``.
+    """Tokens of which a head's estimate says something, bool ``[group, N]``; ``proportional`` reads the others.
 
     Parameters
     ----------
