@@ -40,7 +40,7 @@ BACKENDS = {
     "vattention": ("vattention", {}),
 }
 BASELINE = "torch_native"
-TURNS = 5
+TURNS = 3
 console = Console(stderr=True)
 
 

@@ -1160,7 +1160,8 @@ template <typename T> struct Decode {
         }
         h.half_width = bounded(width);
         const double log_overrated = std::log(item.mass[g]) + item.fixed[g].max - std::log(double(h.sum)) - h.max;
-        const double overrated = std::exp(std::min(std::max(log_overrated, 0.0), double(kMaxExponent)));
+        // Coarse scores are no weights, so their sum is no mass.
+        const double overrated = is_coarse() ? 1.0 : std::exp(std::min(std::max(log_overrated, 0.0), double(kMaxExponent)));
         wants[g].guard = overrated * kGuardShare * factor / (epsilon * (a.target == kDenominator ? 1.0 : std::max(h.norm, 1e-30)));
         wants[g].grows = round == 0 || !(h.half_width <= epsilon);
         certified = certified && h.half_width <= epsilon;

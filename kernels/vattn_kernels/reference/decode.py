@@ -128,7 +128,8 @@ pilot_min, cap, floor, group_score
             valid_here, usable = usable, scores.usable_codes(usable, variance)
             share, log_mass = scores.shares(estimated, variance, logits[:, fixed], value_norm, usable)
             for head, estimated_mass in zip(heads, log_mass.tolist(), strict=True):
-                head.estimated_mass = estimated_mass
+                # Coarse scores are no weights, so their sum is no mass.
+                head.estimated_mass = -math.inf if coarse else estimated_mass
             # One scale for the group: its looks must not depend on the sample, or the score is not a head's own.
             if sampler == "uniform" or provable or group_score == "mean":
                 share = scores.combined(share, group_score)
