@@ -131,6 +131,18 @@ def host_seq_lens(forward_batch: ForwardBatch) -> list[int]:
     return [int(n) for n in lengths.tolist()]
 
 
+def decode_seq_lens(forward_batch: ForwardBatch) -> torch.Tensor:
+    """Contexts of a decode batch on the host, the new tokens included, int64 ``[batch]``; empty if only a device knows.
+
+    Parameters
+    ----------
+    forward_batch : ForwardBatch
+        The batch.
+    """
+    lengths = forward_batch.seq_lens_cpu
+    return torch.empty(0, dtype=torch.int64) if lengths is None else lengths
+
+
 def new_tokens(forward_batch: ForwardBatch) -> tuple[torch.Tensor, torch.Tensor]:
     """Slots and positions of the tokens that a pass computes, int64 ``[num_tokens]``.
 

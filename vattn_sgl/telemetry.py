@@ -15,6 +15,7 @@ from vattn_telemetry.metrics import CONFIG_CHANGES
 from vattn_telemetry.otel import OtelExporter, otel_enabled
 
 if TYPE_CHECKING:
+    import torch
     from sglang.srt.model_executor.model_runner import ModelRunner
 
 
@@ -97,17 +98,17 @@ class Telemetry:
             self._covered = covered
             self.collector.set_gauge("calibrated_positions", covered)
 
-    def count_whole(self, lengths: list[int]) -> None:
+    def count_whole(self, lengths: torch.Tensor) -> None:
         """Count a step of every layer in which all contexts were read; without a copy from the host.
 
         Parameters
         ----------
-        lengths : list of int
-            Contexts, the new tokens included; a padded row has one at most and is not counted.
+        lengths : torch.Tensor
+            int64 ``[batch]`` on the host, the new tokens included; a padded row has one at most and is not counted.
         """
-        real = [n for n in lengths if n > 1]
-        self.counters.add_(self._dense_token, alpha=self._heads * sum(real))
-        self.counters.add_(self._dense_step, alpha=self._heads * len(real))
+        real = lengths > 1
+        self.counters.add_(self._dense_token, alpha=self._heads * int(lengths[real].sum()))
+        self.counters.add_(self._dense_step, alpha=self._heads * int(real.sum()))
 
     def status(self) -> dict[str, Any]:
         """State for ``GET /vattention/status``: per-layer figures since start and the calibration."""

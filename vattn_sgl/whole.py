@@ -53,9 +53,9 @@ class WholeDecode(AttentionBackend):
 
     def reads(self, forward_batch: ForwardBatch) -> bool:
         """Whether every context of a decode batch is read whole, by what the host knows."""
-        lengths = compat.host_seq_lens(forward_batch)
+        n = compat.decode_seq_lens(forward_batch)
         covered, below = self.ours.selector.covered_positions(), self.ours.settings.dense_below
-        return bool(lengths) and all(0 < n < below or n > covered for n in lengths)
+        return n.numel() > 0 and bool(((n < below) | (n > covered)).all())
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         """Before an eager batch; the caller has begun the step."""
@@ -100,4 +100,4 @@ class WholeDecode(AttentionBackend):
 
     def _count(self, forward_batch: ForwardBatch) -> None:
         if not self.ours.capturing:
-            self.ours.telemetry.count_whole(compat.host_seq_lens(forward_batch))
+            self.ours.telemetry.count_whole(compat.decode_seq_lens(forward_batch))

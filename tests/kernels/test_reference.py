@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from decode_case import DecodeCase
@@ -234,3 +236,26 @@ def test_ratio_estimate_with_everything_read_is_exact():
     fixed = torch.arange(50) < 10
     result = estimate(Head(logits, values, fixed), torch.arange(10, 50), torch.ones(40).double(), "output")
     assert torch.allclose(result.out, torch.softmax(logits, 0) @ values)
+
+
+@pytest.mark.parametrize("overrated", [0.0, 6.0])
+def test_the_guard_is_relative_to_the_mass_that_was_read(overrated):
+    """However much the scores overrate their own mass, every token above the guard's share is read for certain."""
+    n, epsilon = 4000, 0.1
+    g = torch.Generator().manual_seed(2)
+    logits, values = 1.5 * torch.randn(n, generator=g).double(), 1 + torch.randn(n, 8, generator=g).double()
+    fixed = torch.zeros(n, dtype=torch.bool)
+    fixed[:4] = True
+    inner, log_mass = slice(4, n), float(logits.logsumexp(0))
+    head = Head(logits, values, fixed, estimated_mass=log_mass + overrated)
+    share = (logits[inner] - log_mass - overrated).exp() * values[inner].norm(dim=-1)
+    score = scores.floored(share[None], torch.ones(n - 4, dtype=torch.bool), 0.01)
+    draws = rng.uniform(torch.arange(4, n), rng.stream_key(0, 0, 0, n))
+    row = torch.tensor(params.pack(epsilon, 0.05, "f8"))
+    drawn = proportional.sample([head], score, draws, 4, row, "output", 80 / float(share.sum()), 1.0)
+    norm = float((logits.softmax(0) @ values).norm())
+    above = (share * math.exp(overrated) > 1.1 * epsilon / budget.GUARD_SHARE * norm).nonzero()[:, 0] + 4
+    assert above.numel() > 5
+    assert torch.isin(above, drawn.read).all()
+    assert (drawn.weight[torch.isin(drawn.read, above)] == 1).all()
+    assert drawn.read.numel() < n / 2

@@ -78,7 +78,7 @@ def test_changes_are_counted_and_the_gauge_follows(parts):
 
 def test_a_step_read_whole_is_counted_in_every_layer(parts):
     made, current, _ = parts
-    made.count_whole([100, 7, 1, 0])
+    made.count_whole(torch.tensor([100, 7, 1, 0]))
     for row in current.status()["layers"]:
         assert row["context_tokens"] == row["read"]["dense"] == 107 * QO_HEADS
         assert row["outcome"] == {"certified": 0, "uncertified": 0, "capped": 0, "dense": 2 * QO_HEADS}

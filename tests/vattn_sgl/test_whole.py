@@ -81,19 +81,22 @@ def whole(monkeypatch):
         (0, (5, 500), True),
         (1000, (1000,), False),
         (1000, (), False),
-        # Nobody told the lengths.
-        (1000, (0,), False),
     ],
 )
 def test_only_batches_that_are_read_whole_are_taken(whole, covered, lengths, taken):
     assert whole(covered).reads(batch(*lengths)) is taken
 
 
+def test_a_batch_of_unknown_lengths_is_not_taken(whole):
+    unknown = SimpleNamespace(forward_mode=ForwardMode.DECODE, seq_lens_cpu=None, seq_lens=torch.tensor([5]))
+    assert not whole().reads(unknown)
+
+
 def test_a_replay_begins_a_step_and_counts_it(whole):
     made = whole()
     made.init_forward_metadata_out_graph(batch(5, 99, 1))
     assert made.ours.begun == [False]
-    assert made.ours.counted == [[5, 99, 1]]
+    assert [n.tolist() for n in made.ours.counted] == [[5, 99, 1]]
     assert made.dense.calls == [("out_graph", False)]
 
 
