@@ -84,8 +84,8 @@ def argument_reasons(args: Any) -> Iterator[str]:
     device = _device(args)
     if device not in DEVICES:
         yield f"device {device}: there are kernels for CPUs and NVIDIA GPUs; start with --device cpu or --device cuda"
-    if (given("page_size") or 1) != 1:
-        yield f"--page-size {given('page_size')}: slots are addressed one by one; use --page-size 1"
+    if (given("page_size") or 1) != 1 and device == "cpu":
+        yield f"--page-size {given('page_size')}: SGLang's allocator of pages needs a GPU; use --page-size 1"
     if given("kv_cache_dtype") not in (None, "auto", "bfloat16", "bf16", "float32"):
         yield f"--kv-cache-dtype {given('kv_cache_dtype')}: only float32 and bfloat16 caches are read; leave it at auto"
     for phase in ("prefill", "decode"):

@@ -39,6 +39,14 @@ SHORTEST, LONGEST = 4000, 8000
 # A run's first decode step is exact, and the last ones have met more of what a scale needs.
 RUN, SKIPPED = 12, 1
 LEAST_AGREEMENT = 0.99
+# A few prompts allow for chance: .99 less three standard deviations of 600 positions.
+FEW, LEAST_AGREEMENT_OF_FEW = 6, 0.977
+# One batch size, and no search for the fastest products: torch.compile takes minutes for each.
+WORKERS, COMPILE_MODE = 1, "default"
+OTHER_ARGUMENTS = {
+    "pages-of-16": ("--page-size", "16"),
+    "torch-compile": ("--enable-torch-compile", "--max-running-requests", str(WORKERS)),
+}
 ADMIN_KEY = "an-admin-key"
 DENSE_BELOW, WHOLE_STEPS = Settings().dense_below, 10
 EPSILON = 0.05
@@ -80,9 +88,14 @@ def server(dense: object, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     """This backend, calibrated on another text; dense's server is gone by now."""
     env = {"VATTN_CACHE": str(tmp_path_factory.mktemp("cache"))}
     with Server(MODEL, "vattention", COMMON + NO_PREFILL_GRAPHS, env, admin_key=ADMIN_KEY) as started:
-        started.generate(token_ids(MODEL, texts.CALIBRATION)[: CONTEXT - 10], 4)
-        started.generate(token_ids(MODEL, texts.CALIBRATION_MORE)[:2000], 4)
+        calibrate(started)
         yield started
+
+
+def calibrate(server: Server) -> None:
+    """On texts that no test asks for."""
+    server.generate(token_ids(MODEL, texts.CALIBRATION)[: CONTEXT - 10], 4)
+    server.generate(token_ids(MODEL, texts.CALIBRATION_MORE)[:2000], 4)
 
 
 @pytest.fixture
@@ -105,12 +118,14 @@ def density(server: Server, run) -> float:
     return (after[0] - before[0]) / (after[1] - before[1])
 
 
-def agreement(server: Server, prompts: list[list[int]], dense: list[list[int]]) -> tuple[float, int]:
+def agreement(
+    server: Server, prompts: list[list[int]], dense: list[list[int]], workers: int = BUCKET
+) -> tuple[float, int]:
     """Share of dense's next tokens that the backend's sampled decode steps give, and their number."""
     same: list[bool] = []
     for prompt, tokens in zip(prompts, dense, strict=True):
         server.generate(prompt, 1)
-        same += forced_runs(server, prompt, tokens, POSITIONS, RUN, SKIPPED, workers=BUCKET)
+        same += forced_runs(server, prompt, tokens, POSITIONS, RUN, SKIPPED, workers)
     return sum(same) / len(same), len(same)
 
 
@@ -193,3 +208,20 @@ def test_graphs_of_prefill_stay_on(dense, server, prompts, tmp_path):
             started.generate(prompts[-1][500 * i + 1 :][:900], 4)
         assert status(started)["calibrated_positions"] >= CONTEXT
         assert "Paris" in started.chat("What is the capital of France?")
+
+
+@pytest.mark.parametrize("arguments", OTHER_ARGUMENTS.values(), ids=OTHER_ARGUMENTS.keys())
+def test_other_servers_agree_with_dense(dense, prompts, arguments, tmp_path):
+    env = {"VATTN_CACHE": str(tmp_path), "SGLANG_TORCH_COMPILE_MODE": COMPILE_MODE}
+    with Server(MODEL, "vattention", COMMON + NO_PREFILL_GRAPHS + arguments, env, admin_key=ADMIN_KEY) as started:
+        calibrate(started)
+        assert "Paris" in started.chat("What is the capital of France?")
+        found = []
+        read = density(started, lambda: found.append(agreement(started, prompts[:FEW], dense[:FEW], WORKERS)))
+        ((share, compared),) = found
+        print(f"{arguments}: agreement {share:.4f} of {compared} positions, density {read:.3f}")
+        assert compared >= 0.8 * FEW * POSITIONS
+        assert share >= LEAST_AGREEMENT_OF_FEW
+        assert read < 0.6
+        first, second = (started.generate(prompts[0], 48)["output_ids"] for _ in range(2))
+        assert first == second

@@ -116,7 +116,7 @@ def test_settings_on_a_gpu(fields, expected):
 
 def test_a_plain_server_is_served_on_a_gpu(monkeypatch):
     graphs = SimpleNamespace(prefill=SimpleNamespace(backend="breakable"))
-    args = SimpleNamespace(device="cuda", dp_size=2, cuda_graph_config=graphs)
+    args = SimpleNamespace(device="cuda", dp_size=2, page_size=16, cuda_graph_config=graphs)
     assert list(support.argument_reasons(args)) == []
     for selector in support.GPU_SELECTORS:
         assert list(support.gpu_reasons(args, Settings(selector=selector))) == []
