@@ -145,12 +145,9 @@ def _show(result: dict[str, Any]) -> None:
     for column in ("layer", "density", "budget (tokens)", "estimated error", "certified"):
         table.add_column(column, justify="right")
     for row in result["layers"]:
-        cells = (
-            f"{row['density']:.3f}",
-            f"{row['budget']:.0f}",
-            f"{row['estimated_error']:.4f}",
-            f"{row['certified']:.1%}",
-        )
+        formats = {"density": ".3f", "budget": ".0f", "estimated_error": ".4f", "certified": ".1%"}
+        # A layer whose steps were all dense has no budget.
+        cells = ("-" if row[name] is None else format(row[name], how) for name, how in formats.items())
         table.add_row(str(row["layer"]), *cells)
     console.print(table)
     console.print(

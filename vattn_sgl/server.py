@@ -96,8 +96,10 @@ class Server:
         Raises
         ------
         ServerError
-            If it exits or is not ready in time.
+            If another program listens on the port, or the server exits or is not ready in time.
         """
+        if not _is_free(self.port):
+            raise ServerError(f"port {self.port} of 127.0.0.1 is in use: give another one, or leave it out")
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 self.command, stdout=log, stderr=subprocess.STDOUT, env=self.env, start_new_session=True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import signal
+import socket
 import subprocess
 import sys
 
@@ -11,7 +12,8 @@ import psutil
 import pytest
 from sglang.srt.server_args import ServerArgs
 
-from vattn_sgl.server import Server
+from vattn_sgl import demo
+from vattn_sgl.server import Server, ServerError
 
 
 def test_a_key_that_begins_with_a_dash_is_still_a_key(tmp_path):
@@ -20,6 +22,22 @@ def test_a_key_that_begins_with_a_dash_is_still_a_key(tmp_path):
     program, verb, *arguments = Server(tmp_path, "torch_native", admin_key="-k3y").command
     assert (program.rpartition("/")[2], verb) == ("sglang", "serve")
     assert parser.parse_args(arguments).admin_api_key == "-k3y"
+
+
+def test_a_port_in_use_is_refused_before_anything_starts(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        server = Server(tmp_path, "torch_native", port=taken.getsockname()[1])
+        with pytest.raises(ServerError, match="in use: give another"):
+            server.start()
+    assert server.process is None
+
+
+def test_the_demonstration_shows_layers_that_were_read_whole(capsys):
+    figures = dict.fromkeys(("density", "budget", "estimated_error", "certified"))
+    about = {"epsilon_before": 0.05, "epsilon_after": 0.2, "agreement_with_dense": 1.0, "positions_compared": 3}
+    about |= {"density": 1.0, "density_after": 1.0, "tokens_per_second": 9.0, "prompt_tokens": 100}
+    demo._show(about | {"layers": [{"layer": 0} | figures | {"density": 1.0}]})
+    assert "1.000" in capsys.readouterr().err
 
 
 STAND_IN = """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ ROW_KEYS = (
 # vAttention (arXiv 2510.05688), Llama-3.1-8B, oracle top-k, RULER qa_1 at 32K, delta .05: epsilon -> density, error.
 PUBLISHED = {0.05: (0.104, 0.054), 0.1: (0.061, 0.095), 0.2: (0.038, 0.189)}
 DPI = 90
+DOTS: dict[str, Any] = {"marker": "o", "markersize": 3}
 Row = dict[str, Any]
 
 
@@ -278,13 +280,20 @@ def _figure(columns: int) -> tuple[Any, Any]:
     return figure, figure.subplots(1, columns, squeeze=False)[0]
 
 
+def _colors(names: list[str]) -> dict[str, str]:
+    """One color a name, in the order of their first mention."""
+    return {name: f"C{i % 10}" for i, name in enumerate(dict.fromkeys(names))}
+
+
 def _plot_violations(result: dict[str, Any], file: Path) -> Path:
     figure, (left, right) = _figure(2)
     delta = result["plan"]["delta"]
     chosen = [r for r, _ in groups(result)["main"] if (r["sampler"], r["target"]) == ("proportional", "output")]
+    colors = _colors([label(r) for r in chosen])
+    lines = dict(zip(sorted({r["context"] for r in chosen}), cycle((":", "--", "-")), strict=False))
     for key in dict.fromkeys((label(r), r["context"]) for r in chosen):
         rows = [r for r in chosen if (label(r), r["context"]) == key]
-        style = {"marker": "o", "markersize": 3, "label": f"{key[0]}, {key[1]}"}
+        style = {"color": colors[key[0]], "linestyle": lines[key[1]], "label": f"{key[0]}, {key[1]}"} | DOTS
         left.plot([r["epsilon"] for r in rows], [r["density"] for r in rows], **style)
         right.plot([r["epsilon"] for r in rows], [r["binding_violation_rate"] for r in rows], **style)
     right.axhline(delta, color="black", linestyle="--", linewidth=1, label="delta")
@@ -293,7 +302,7 @@ def _plot_violations(result: dict[str, Any], file: Path) -> Path:
         axes.set_xticks(result["plan"]["epsilons"], [f"{e:g}" for e in result["plan"]["epsilons"]])
         axes.minorticks_off()
         axes.grid(alpha=0.3)
-    left.legend(*right.get_legend_handles_labels(), fontsize=6)
+    figure.legend(*right.get_legend_handles_labels(), fontsize=6, loc="outside right center")
     figure.savefig(file, dpi=DPI)
     return file
 
@@ -303,9 +312,12 @@ def _plot_sweep(result: dict[str, Any], file: Path) -> Path:
     pairs = groups(result)["sweep"]
     lines = {"window": ":", "random": ":", "top_k": "--", "uniform": "-.", "proportional": "-"}
     chosen = [r for r, _ in pairs if r["target"] in (None, "output")]
+    # The baselines without a selector differ in their color alone.
+    colors = _colors([label(r) if label(r) != "-" else r["sampler"] for r in chosen])
     for key in dict.fromkeys((r["sampler"], label(r)) for r in chosen):
         rows = [r for r in chosen if (r["sampler"], label(r)) == key]
-        style = {"linestyle": lines[key[0]], "marker": "o", "markersize": 3, "label": " ".join(key)}
+        color = colors[key[1] if key[1] != "-" else key[0]]
+        style = {"color": color, "linestyle": lines[key[0]], "label": " ".join(key)} | DOTS
         left.plot([r["density"] for r in rows], [r["mean_error"] for r in rows], **style)
         right.plot([r["density"] for r in rows], [r["kl"] for r in rows], **style)
     for axes, what in ((left, "mean relative output error"), (right, "KL to dense, nats")):
