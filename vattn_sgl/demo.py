@@ -144,8 +144,8 @@ def _show(result: dict[str, Any]) -> None:
     table = Table(title=f"Cost of the bound, per layer, at epsilon {result['epsilon_before']}")
     for column in ("layer", "density", "budget (tokens)", "estimated error", "certified"):
         table.add_column(column, justify="right")
+    formats = {"density": ".3f", "budget": ".0f", "estimated_error": ".4f", "certified": ".1%"}
     for row in result["layers"]:
-        formats = {"density": ".3f", "budget": ".0f", "estimated_error": ".4f", "certified": ".1%"}
         # A layer whose steps were all dense has no budget.
         cells = ("-" if row[name] is None else format(row[name], how) for name, how in formats.items())
         table.add_row(str(row["layer"]), *cells)

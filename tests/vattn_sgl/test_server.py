@@ -12,7 +12,6 @@ import psutil
 import pytest
 from sglang.srt.server_args import ServerArgs
 
-from vattn_sgl import demo
 from vattn_sgl.server import Server, ServerError
 
 
@@ -30,14 +29,6 @@ def test_a_port_in_use_is_refused_before_anything_starts(tmp_path):
         with pytest.raises(ServerError, match="in use: give another"):
             server.start()
     assert server.process is None
-
-
-def test_the_demonstration_shows_layers_that_were_read_whole(capsys):
-    figures = dict.fromkeys(("density", "budget", "estimated_error", "certified"))
-    about = {"epsilon_before": 0.05, "epsilon_after": 0.2, "agreement_with_dense": 1.0, "positions_compared": 3}
-    about |= {"density": 1.0, "density_after": 1.0, "tokens_per_second": 9.0, "prompt_tokens": 100}
-    demo._show(about | {"layers": [{"layer": 0} | figures | {"density": 1.0}]})
-    assert "1.000" in capsys.readouterr().err
 
 
 STAND_IN = """
