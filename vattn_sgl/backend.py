@@ -175,9 +175,11 @@ class VAttentionBackend(AttentionBackend):
     def _capture(self) -> Iterator[None]:
         """While SGLang captures graphs: its batches are dummies, and a read of the counters would break a capture."""
         self.capturing = True
-        with self.telemetry.collector.paused():
-            yield
-        self.capturing = False
+        try:
+            with self.telemetry.collector.paused():
+                yield
+        finally:
+            self.capturing = False
 
     def begin(self, forward_batch: ForwardBatch, in_capture: bool = False) -> int:
         """Between batches: apply staged parameters and advance calibration; the longest context, or 0 if not known."""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from vattn_sgl import texts
+from vattn_sgl import model_folder, texts
 from vattn_sgl.server import Server
 
 RESERVE = 8
@@ -45,12 +45,12 @@ def run(model_path: Path, arguments: tuple[str, ...] | None = None) -> int:
     ------
     CalibrationError
         If nothing was calibrated.
+    vattn_sgl.model.ModelError
+        If the model's folder cannot be read.
     """
-    from transformers import AutoConfig, AutoTokenizer
-
     began = time.monotonic()
-    limit = AutoConfig.from_pretrained(model_path).max_position_embeddings - RESERVE
-    ids = AutoTokenizer.from_pretrained(model_path)(texts.load(texts.CALIBRATION), verbose=False).input_ids[:limit]
+    limit = model_folder.positions(model_path) - RESERVE
+    ids = model_folder.load_tokenizer(model_path)(texts.load(texts.CALIBRATION), verbose=False).input_ids[:limit]
     server = Server(model_path, "vattention", arguments or default_arguments(), admin_key=secrets.token_urlsafe(12))
     with console.status("starting SGLang") as status:
         server.start(lambda seconds: status.update(f"starting SGLang: {seconds:.0f} s"))

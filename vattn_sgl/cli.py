@@ -33,11 +33,22 @@ def _fail(error: Exception, status: int = 1) -> NoReturn:
 
 
 def _check_folder(folder: Path) -> None:
-    from vattn_sgl import model
+    from vattn_sgl import model_folder
+    from vattn_sgl.model import ModelError
 
     try:
-        model.check_folder(folder)
-    except model.ModelError as error:
+        model_folder.check(folder)
+    except ModelError as error:
+        _fail(error, MISTAKE)
+
+
+def _check_settings() -> None:
+    # Else the server would tell it, in its log, after half a minute.
+    from vattn_sgl.config import ConfigError, load_settings
+
+    try:
+        load_settings()
+    except ConfigError as error:
         _fail(error, MISTAKE)
 
 
@@ -109,6 +120,7 @@ def demo(
     from vattn_sgl.model import ModelError
     from vattn_sgl.server import ServerError
 
+    _check_settings()
     if model is not None:
         _check_folder(model)
     try:
@@ -130,12 +142,14 @@ def doctor(model: Annotated[Path | None, typer.Argument(help="Folder of a model.
 def calibrate(model: Annotated[Path, typer.Argument(help="Folder of a model.")]) -> None:
     """Calibrate the selector for a model ahead of its first traffic."""
     from vattn_sgl import calibrate as calibration
+    from vattn_sgl.model import ModelError
     from vattn_sgl.server import ServerError
 
+    _check_settings()
     _check_folder(model)
     try:
         calibration.run(model)
-    except (ServerError, calibration.CalibrationError) as error:
+    except (ModelError, ServerError, calibration.CalibrationError) as error:
         _fail(error)
 
 
@@ -158,6 +172,10 @@ def eval_fidelity(
 
     if out is None and json is None:
         _fail(ValueError("nothing would be written: pass --out DIR or --json FILE"), MISTAKE)
+    if server:
+        _check_settings()
+    if model is not None:
+        _check_folder(model)
     try:
         command.run(quick, tuple(context or ()), text and text.value, out, json, server, model, hash_weights)
     except (ModelError, ServerError, ConfigError, command.FidelityError) as error:

@@ -11,7 +11,7 @@ import os
 import re
 import reprlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -217,9 +217,13 @@ class Settings(BaseModel):
             ranges[key] = range(int(match[1]), int(match[2] or match[1]) + 1)
         return ranges
 
-    def layer_overrides(self) -> dict[int, LayerOverride]:
-        """Overrides by layer number; a later entry wins over an earlier one."""
-        return {layer: self.layers[key] for key, layers in self.layer_ranges().items() for layer in layers}
+    def layer_overrides(self) -> dict[int, dict[str, float]]:
+        """Overrides by layer number; a field of a later entry wins over an earlier one's."""
+        merged: dict[int, dict[str, float]] = {}
+        for key, layers in self.layer_ranges().items():
+            for layer in layers:
+                merged[layer] = merged.get(layer, {}) | self.layers[key].model_dump(exclude_none=True)
+        return merged
 
 
 @dataclass(frozen=True)
@@ -235,7 +239,7 @@ class Mistake:
     allowed : str
         What is allowed.
     line : int or None
-        Line of the file, from 1; None for an environment variable.
+        Line of the file, from 1; None for an environment variable or the file as a whole.
     """
 
     key: str
@@ -361,6 +365,11 @@ def _parse(text: str) -> tuple[Any, yaml.Node | None]:
         raise yaml.YAMLError("it is nested too deeply") from error
 
 
+def _key(node: yaml.Node) -> str:
+    """A key as `_parse` reads it, so that ``3`` and ``03`` are one."""
+    return str(_Loader("").construct_object(node, deep=True))
+
+
 def _lines(node: yaml.Node | None, prefix: str = "", depth: int = 3) -> tuple[dict[str, int], list[Mistake]]:
     """Line of every key of a mapping node, and keys that stand twice, down to the deepest setting."""
     lines: dict[str, int] = {}
@@ -368,7 +377,7 @@ def _lines(node: yaml.Node | None, prefix: str = "", depth: int = 3) -> tuple[di
     if not isinstance(node, yaml.MappingNode) or depth == 0:
         return lines, twice
     for key_node, value_node in node.value:
-        key = f"{prefix}{key_node.value}"
+        key = f"{prefix}{_key(key_node)}"
         line = key_node.start_mark.line + 1
         if key in lines:
             twice.append(Mistake(key, "a second entry", f"one entry; the first is on line {lines[key]}", line))
@@ -384,7 +393,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, int], list[Mistake]]:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        return {}, {}, [Mistake("file", str(path), f"a readable UTF-8 text file ({error})", 1)]
+        return {}, {}, [Mistake("file", str(path), f"a readable UTF-8 text file ({error})")]
     try:
         values, node = _parse(text)
     except yaml.MarkedYAMLError as error:
@@ -400,8 +409,12 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, int], list[Mistake]]:
     return {str(k): v for k, v in values.items()}, lines, twice
 
 
+def _at_line(mistake: Mistake, lines: dict[str, int]) -> Mistake:
+    return replace(mistake, line=lines.get(mistake.key, lines.get(mistake.key.split(".")[0])))
+
+
 def check_file(path: str | Path) -> list[Mistake]:
-    """Everything wrong with a settings file, in the order of its lines.
+    """Everything wrong with a settings file taken alone, in the order of its lines.
 
     Parameters
     ----------
@@ -417,9 +430,7 @@ def check_file(path: str | Path) -> list[Mistake]:
     try:
         Settings.model_validate(values)
     except ValidationError as error:
-        for mistake in _mistakes(error):
-            line = lines.get(mistake.key, lines.get(mistake.key.split(".")[0], 1))
-            mistakes.append(Mistake(mistake.key, mistake.value, mistake.allowed, line))
+        mistakes += [_at_line(mistake, lines) for mistake in _mistakes(error)]
     return sorted(mistakes, key=lambda m: m.line or 0)
 
 
@@ -440,7 +451,7 @@ def load_settings(path: str | Path | None = None, env: Mapping[str, str] | None 
     Raises
     ------
     ConfigError
-        With every mistake of the file, or else of the environment.
+        With every mistake of the file and of the environment; what a variable overrides in the file is not looked at.
     """
     return load_with_sources(path, env)[0]
 
@@ -451,18 +462,13 @@ def load_with_sources(
     """As `load_settings`, with where each value came from: ``default``, a file's name or a variable's."""
     env = os.environ if env is None else env
     path = path or env.get("VATTN_CONFIG") or None
-    values: dict[str, Any] = {}
-    sources = dict.fromkeys(Settings.model_fields, "default")
-    if path is not None:
-        wrong = check_file(path)
-        if wrong:
-            raise ConfigError(str(path), wrong)
-        values = _read(Path(path))[0]
-        sources |= dict.fromkeys(values, str(path))
-    mistakes = []
+    values, lines, mistakes = _read(Path(path)) if path is not None else ({}, {}, [])
+    sources = dict.fromkeys(Settings.model_fields, "default") | dict.fromkeys(values, str(path))
+    overridden = False
     for name in sorted(env):
         if not name.startswith(PREFIX) or name in NOT_SETTINGS:
             continue
+        overridden = True
         field = name.removeprefix(PREFIX).lower()
         if field not in Settings.model_fields:
             known = [PREFIX + f.upper() for f in Settings.model_fields] + list(NOT_SETTINGS)
@@ -473,17 +479,22 @@ def load_with_sources(
         except yaml.YAMLError:
             values[field] = env[name]
         sources[field] = name
+    settings = Settings()
     try:
         settings = Settings.model_validate(values)
     except ValidationError as error:
         for mistake in _mistakes(error):
-            field, *below = mistake.key.split(".")
-            source = sources.get(field, "default")
-            name = source if source.startswith(PREFIX) else field
-            where = f" (of {path})" if source == str(path) else ""
-            mistakes.append(Mistake(".".join([name, *below]) + where, mistake.value, mistake.allowed))
+            field, _, below = mistake.key.partition(".")
+            source = sources[field]
+            if source == str(path):
+                mistakes.append(_at_line(mistake, lines))
+            else:
+                # An empty variable is null in YAML.
+                value = env[source] if mistake.value is None else mistake.value
+                mistakes.append(Mistake(f"{source}.{below}".rstrip("."), value, mistake.allowed))
     if mistakes:
-        raise ConfigError("the environment", mistakes)
+        places = [str(path)] * (path is not None) + ["the environment"] * overridden
+        raise ConfigError(" and ".join(places), sorted(mistakes, key=lambda m: m.line or 0))
     return settings, sources
 
 

@@ -69,10 +69,7 @@ class RuntimeControl:
         self._lock = threading.Lock()
         self._values = {field: float(getattr(settings, field)) for field in RUNTIME_FIELDS}
         check_layers(settings, num_layers)
-        self._overrides = {
-            layer: {f: v for f in RUNTIME_FIELDS if (v := getattr(override, f)) is not None}
-            for layer, override in settings.layer_overrides().items()
-        }
+        self._overrides = settings.layer_overrides()
         self._staged: dict[str, float] = {}
         self.params = torch.empty(num_layers, params.PARAMS_WIDTH, dtype=torch.float32, device=device)
         self.params.copy_(self._table())

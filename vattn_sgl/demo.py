@@ -11,8 +11,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from vattn_sgl import model, texts
-from vattn_sgl.eval.served import ARGUMENTS, forced_steps, started, totals
+from vattn_sgl import model, model_folder, texts
+from vattn_sgl.eval.served import ARGUMENTS, check_positions, forced_steps, started, totals
 from vattn_sgl.server import Server
 
 PROMPT_TOKENS = 4000
@@ -38,8 +38,16 @@ def run(once: bool, as_json: bool, model_path: Path | None, port: int | None, ep
         Of the server that stays up.
     epsilon : float
         Bound before the change.
+
+    Raises
+    ------
+    vattn_sgl.model.ModelError
+        If the model cannot be made, or has fewer positions than the servers' context.
+    vattn_sgl.server.ServerError
+        If a server does not start or fails.
     """
     path = model_path or model.fetch()
+    check_positions(path)
     prompt = prompt_tokens(path)
     dense = _dense_text(path, prompt)
     env = {"VATTN_EPSILON": str(epsilon)}
@@ -55,10 +63,7 @@ def run(once: bool, as_json: bool, model_path: Path | None, port: int | None, ep
 
 def prompt_tokens(path: Path) -> list[int]:
     """First `PROMPT_TOKENS` tokens of the demonstration text."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    ids = tokenizer(texts.load(texts.DEMONSTRATION), verbose=False).input_ids
+    ids = model_folder.load_tokenizer(path)(texts.load(texts.DEMONSTRATION), verbose=False).input_ids
     return [int(i) for i in ids[:PROMPT_TOKENS]]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -14,14 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from vattn_sgl import compat, control, model, support
+from vattn_sgl import compat, control, model, model_folder, support
 from vattn_sgl.config import ConfigError, Settings, load_settings
 
 if TYPE_CHECKING:
     from vattn_sgl.selectors import CacheGeometry
 
 LEAST_MEMORY_GIB = 6.0
-WEIGHTS = (".safetensors", ".bin", ".pt", ".gguf")
 
 
 @dataclass(frozen=True)
@@ -35,7 +33,7 @@ class Finding:
     what : str
         What was looked at and found.
     mend : str
-        What to do, when not ok or when a server needs an argument.
+        What to do, when not ok or when a server needs an argument; empty where ``what`` says it.
     """
 
     ok: bool
@@ -107,6 +105,8 @@ def _device_settings(settings: Settings) -> Iterator[Finding]:
 def _guard(check: Callable[..., Finding], *arguments: Any) -> Finding:
     try:
         return check(*arguments)
+    except model.ModelError as error:
+        return Finding(False, str(error))
     except Exception as error:
         return Finding(False, f"{check.__name__.strip('_')}: {error}", "mend what the message names")
 
@@ -172,16 +172,22 @@ def _model(path: Path | None, settings: Settings) -> Iterator[Finding]:
             yield Finding(False, f"model {model.NAME} is not in the cache", "vattn model fetch")
             return
     try:
-        model.check_folder(path)
+        model_folder.check_config(path)
     except model.ModelError as error:
         yield Finding(False, str(error), "give a model's folder")
         return
+    mend = "give the folder of a decoder model with attention"
     try:
-        config, described = _read(path)
-    except Exception as error:
-        reason = " ".join(str(error).split())
-        yield Finding(False, f"{path / 'config.json'}: {reason}", "give the folder of a decoder model with attention")
+        config = model_folder.load_config(path)
+    except model.ModelError as error:
+        yield Finding(False, str(error), mend)
         return
+    try:
+        described = describe(config)
+    except Exception as error:
+        yield Finding(False, f"{path / 'config.json'}: {error}", mend)
+        return
+    yield _guard(_tokenizer, path)
     yield _guard(_weights, path)
     reasons = [*support.argument_reasons(SimpleNamespace(device="cpu")), *support.model_reasons(described)]
     if torch.cuda.is_available():
@@ -204,38 +210,13 @@ def _model(path: Path | None, settings: Settings) -> Iterator[Finding]:
         yield _guard(_calibration, path, geometry, settings)
 
 
-def _read(path: Path) -> tuple[Any, Any]:
-    """A model's configuration, and what `describe` makes of it."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(path)
-    return config, describe(config)
+def _tokenizer(path: Path) -> Finding:
+    return Finding(True, f"tokenizer of {len(model_folder.load_tokenizer(path))} tokens")
 
 
 def _weights(path: Path) -> Finding:
-    """Whether there are files of weights, all that an index names, and none of safetensors cut short."""
-    from safetensors import SafetensorError, safe_open
-
-    found = {file.name for file in path.iterdir() if file.suffix in WEIGHTS and file.stat().st_size}
-    mend = "give a folder with the model's weights"
-    named: set[str] = set()
-    for index in path.glob("*.safetensors.index.json"):
-        try:
-            named |= set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            return Finding(False, f"{index} is no index of weights: {error}", "copy or download it again")
-    if missing := sorted(named - found):
-        return Finding(False, f"{path} lacks {', '.join(missing)}", mend)
-    if not found:
-        return Finding(False, f"{path} holds no weights ({', '.join(WEIGHTS)})", mend)
-    for name in sorted(found):
-        if name.endswith(".safetensors"):
-            try:
-                with safe_open(path / name, "pt"):
-                    pass
-            except SafetensorError as error:
-                return Finding(False, f"{path / name} is broken or cut short: {error}", "copy or download it again")
-    return Finding(True, f"weights in {len(found)} file{'s' * (len(found) > 1)}")
+    count = model_folder.check_weights(path)
+    return Finding(True, f"weights in {count} file{'s' * (count > 1)}")
 
 
 def describe(config: Any) -> Any:

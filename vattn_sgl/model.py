@@ -38,36 +38,12 @@ _TOP_TENSORS = {"token_embd": "model.embed_tokens", "output_norm": "model.norm"}
 
 
 class ModelError(RuntimeError):
-    """The model could not be made, or its folder is none."""
+    """The model could not be made, or a folder holds none that can be read."""
 
 
 def folder() -> Path:
     """Where the model stands once it is made."""
     return cache_dir() / "models" / NAME
-
-
-def check_folder(path: Path) -> None:
-    """Refuse what is not a model's folder.
-
-    Parameters
-    ----------
-    path : pathlib.Path
-        Folder that a person named.
-
-    Raises
-    ------
-    ModelError
-        If it holds no ``config.json``, or one that is no JSON object.
-    """
-    file = path / "config.json"
-    if not file.is_file():
-        raise ModelError(f"{path} is not a model's folder: it holds no config.json")
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"{file}: {error}") from error
-    if not isinstance(content, dict):
-        raise ModelError(f"{file}: a mapping was expected, not a {type(content).__name__}")
 
 
 def is_whole(path: Path) -> bool:

@@ -22,10 +22,12 @@ START_LIMIT_S = 300.0
 REQUEST_LIMIT_S = 600.0
 # SGLang takes further ports near the one it is given.
 PORT_SPAN = 20
+# Characters of an answer in a message.
+MOST_SHOWN = 500
 
 
 class ServerError(RuntimeError):
-    """The server did not start or died; the message ends with the last lines of its log."""
+    """The server did not start, died or did not answer; the message ends with the last lines of its log."""
 
 
 def free_port() -> int:
@@ -167,16 +169,22 @@ class Server:
             Tokens to generate.
         **fields
             Further fields of the request, such as ``return_logprob``.
+
+        Raises
+        ------
+        ServerError
+            If the server refuses or does not answer; so for the other requests.
         """
         body = _request(input_ids, max_new_tokens) | fields
-        answer = requests.post(f"{self.url}/generate", json=body, timeout=REQUEST_LIMIT_S)
-        answer.raise_for_status()
-        return dict(answer.json())
+        with self._answering(), requests.post(f"{self.url}/generate", json=body, timeout=REQUEST_LIMIT_S) as answer:
+            answer.raise_for_status()
+            return dict(answer.json())
 
     def stream(self, input_ids: list[int], max_new_tokens: int) -> Iterator[float]:
         """Times at which the tokens of a greedy continuation arrive, in seconds of `time.perf_counter`."""
         body = _request(input_ids, max_new_tokens) | {"stream": True}
-        with requests.post(f"{self.url}/generate", json=body, stream=True, timeout=REQUEST_LIMIT_S) as answer:
+        url = f"{self.url}/generate"
+        with self._answering(), requests.post(url, json=body, stream=True, timeout=REQUEST_LIMIT_S) as answer:
             answer.raise_for_status()
             for line in answer.iter_lines():
                 if line.startswith(b"data:") and not line.endswith(b"[DONE]"):
@@ -190,16 +198,27 @@ class Server:
             "max_tokens": max_tokens,
             "temperature": 0,
         }
-        answer = requests.post(f"{self.url}/v1/chat/completions", json=body, timeout=REQUEST_LIMIT_S)
-        answer.raise_for_status()
-        return str(answer.json()["choices"][0]["message"]["content"])
+        url = f"{self.url}/v1/chat/completions"
+        with self._answering(), requests.post(url, json=body, timeout=REQUEST_LIMIT_S) as answer:
+            answer.raise_for_status()
+            return str(answer.json()["choices"][0]["message"]["content"])
 
     def admin(self, method: str, route: str, body: Any = None) -> dict[str, Any]:
         """Call ``/vattention/<route>`` with the admin key."""
         headers = {"Authorization": f"Bearer {self.admin_key}"}
-        answer = requests.request(method, f"{self.url}/vattention/{route}", headers=headers, json=body, timeout=60)
-        answer.raise_for_status()
-        return dict(answer.json())
+        url = f"{self.url}/vattention/{route}"
+        with self._answering(), requests.request(method, url, headers=headers, json=body, timeout=60) as answer:
+            answer.raise_for_status()
+            return dict(answer.json())
+
+    @contextlib.contextmanager
+    def _answering(self) -> Iterator[None]:
+        """Turn what goes wrong with a request into a `ServerError`."""
+        try:
+            yield
+        except requests.RequestException as error:
+            said = "" if error.response is None else f": {error.response.text[:MOST_SHOWN]}"
+            raise ServerError(f"{error}{said}\nend of the server's log:\n{self.tail()}") from error
 
 
 def _request(input_ids: list[int], max_new_tokens: int) -> dict[str, Any]:

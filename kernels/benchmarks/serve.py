@@ -25,7 +25,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import requests
 from rich.console import Console
 
 from vattn_sgl.eval.served import totals
@@ -143,8 +142,6 @@ def running(server: Server, limit: float) -> Iterator[None]:
     timer.start()
     try:
         yield
-    except requests.RequestException as error:
-        raise ServerError(f"{error}\n{server.tail()}") from error
     finally:
         timer.cancel()
         timer.join()
@@ -159,7 +156,7 @@ def stream_all(server: Server, work: list[list[int]], tokens: int) -> list[list[
     def one(index: int) -> None:
         try:
             arrivals[index] = list(server.stream(work[index], tokens))
-        except requests.RequestException as error:
+        except ServerError as error:
             failures.append(error)
 
     threads = [threading.Thread(target=one, args=(i,)) for i in range(len(work))]

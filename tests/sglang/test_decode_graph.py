@@ -137,3 +137,11 @@ def test_dummy_batches_teach_nothing(fixture, monkeypatch):
     assert told == [(0, 0)]
     backend.init_forward_metadata(fixture.forward_batch)
     assert told[1:] == [(max(PREFIXES) + 1, 0), "telemetry"]
+
+
+def test_a_capture_that_fails_does_not_leave_the_backend_capturing(fixture):
+    backend = fixture.backend
+    with pytest.raises(RuntimeError, match="out of memory"), backend._capture():
+        assert backend.capturing
+        raise RuntimeError("out of memory")
+    assert not backend.capturing

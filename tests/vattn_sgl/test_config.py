@@ -168,6 +168,11 @@ def test_a_file_that_is_no_mapping(tmp_path, text, expected):
         (f"epsilon: 0x{'f' * 5000}\n", ["line 1: epsilon: got an integer too large to show"]),
         ("[" * 3000, ["line 1: file: got 'it is nested too deeply'; expected valid YAML"]),
         ("layers: &a {3: *a}\n", ["line 1: layers.3."]),
+        ("sink: 1\nno: 1\n", ["line 2: False: got 1; expected one of"]),
+        (
+            "layers:\n  3: {epsilon: 0.1}\n  03: {delta: 0.1}\n",
+            ["line 3: layers.3: got 'a second entry'; expected one"],
+        ),
         ("epsilon: &a [*a]\n", ["line 1: epsilon: got [["]),
         (
             "layers:\n  a: {}\n  3: {epsilon: 2}\n  4-2: {delta: 0.1}\n  5: 7\n",
@@ -235,7 +240,33 @@ def test_a_value_of_the_file_that_a_variable_makes_wrong_names_its_field(tmp_pat
     file = write(tmp_path, "bound: f8\n")
     with pytest.raises(ConfigError) as caught:
         load_settings(file, {"VATTN_TARGET": "denominator"})
-    assert [(m.key, m.value) for m in caught.value.mistakes] == [(f"bound (of {file})", "f8")]
+    assert [(m.key, m.value, m.line) for m in caught.value.mistakes] == [("bound", "f8", 1)]
+    assert f"1 mistake(s) in {file} and the environment:" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "env"),
+    [
+        ("selector: hash\n", {"VATTN_HASH_WEIGHTS": "w.pt"}),
+        ("target: denominator\nbound: f8\n", {"VATTN_BOUND": "student"}),
+        ("target: denominator\nbound: f8\n", {"VATTN_TARGET": "output"}),
+        ("epsilon: 7\n", {"VATTN_EPSILON": "0.1"}),
+    ],
+)
+def test_a_file_that_the_environment_makes_right(tmp_path, text, env):
+    file = write(tmp_path, text)
+    assert check_file(file)
+    load_settings(file, env)
+
+
+def test_mistakes_of_the_file_and_the_environment_are_told_together(tmp_path):
+    file = write(tmp_path, "sink: 8\nwindow: 0\nwindo: 1\n")
+    with pytest.raises(ConfigError) as caught:
+        load_settings(file, {"VATTN_EPSILON": "", "VATTN_BOUND": "", "VATTN_NO": "1"})
+    found = {(m.key, m.value, m.line) for m in caught.value.mistakes}
+    assert found == {("window", 0, 2), ("windo", 1, 3), ("VATTN_EPSILON", "", None), ("VATTN_NO", "1", None)}
+    with pytest.raises(ConfigError, match=r"  file: got .*none\.yaml.*readable"):
+        load_settings(tmp_path / "none.yaml", {})
 
 
 def test_a_variable_of_layers_names_the_layer_and_the_field():
@@ -267,12 +298,10 @@ def test_hash_without_weights_is_told_where_it_is_asked_for():
     assert load_settings(env={"VATTN_SELECTOR": "hash", "VATTN_HASH_WEIGHTS": "w.pt"}).hash_weights == "w.pt"
 
 
-def test_layer_ranges_and_the_later_entry_wins():
-    found = Settings(layers={"0-2": {"epsilon": 0.1}, "2": {"delta": 0.01}})
-    overrides = found.layer_overrides()
-    assert sorted(overrides) == [0, 1, 2]
-    assert overrides[1].epsilon == 0.1
-    assert (overrides[2].epsilon, overrides[2].delta) == (None, 0.01)
+def test_layer_ranges_are_merged_and_a_later_value_wins():
+    found = Settings(layers={"0-2": {"epsilon": 0.1}, "2": {"delta": 0.01}, "1-1": {"epsilon": 0.2}})
+    only = {"epsilon": 0.1}
+    assert found.layer_overrides() == {0: only, 1: {"epsilon": 0.2}, 2: only | {"delta": 0.01}}
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,8 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import psutil
 import pytest
@@ -29,6 +31,52 @@ def test_a_port_in_use_is_refused_before_anything_starts(tmp_path):
         with pytest.raises(ServerError, match="in use: give another"):
             server.start()
     assert server.process is None
+
+
+def refuse(self):
+    self.send_error(503, "the scheduler is gone")
+
+
+def hang_up(self):
+    self.send_response(200)
+    self.send_header("Content-Length", "100")
+    self.end_headers()
+    self.wfile.write(b"data: {}\n\n")
+
+
+def answer_no_json(self):
+    self.send_response(200)
+    self.end_headers()
+    self.wfile.write(b"<html>")
+
+
+CALLS = {
+    "generate": lambda server: server.generate([1], 1),
+    "stream": lambda server: list(server.stream([1], 1)),
+    "chat": lambda server: server.chat("?"),
+    "admin": lambda server: server.admin("POST", "config"),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "answer"),
+    # A stream is not parsed.
+    [(n, a) for n in CALLS for a in (refuse, hang_up, answer_no_json, None) if (n, a) != ("stream", answer_no_json)],
+)
+def test_a_request_that_fails_is_told_with_the_log(name, answer, tmp_path):
+    server = Server(tmp_path, "torch_native", admin_key="key")
+    server.log.write_text("why it failed\n")
+    handler = type("Handler", (BaseHTTPRequestHandler,), {"do_POST": answer, "log_message": lambda *a: None})
+    if answer is not None:
+        http = HTTPServer(("127.0.0.1", server.port), handler)
+        threading.Thread(target=http.serve_forever, daemon=True).start()
+    with pytest.raises(ServerError, match="why it failed") as caught:
+        CALLS[name](server)
+    if answer is refuse:
+        assert "503" in str(caught.value) and "the scheduler is gone" in str(caught.value)
+    if answer is not None:
+        http.shutdown()
+        http.server_close()
 
 
 STAND_IN = """

@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional
 
 from vattn_kernels.rope import Rope
-from vattn_sgl import texts
+from vattn_sgl import model_folder, texts
 
 # ``attend(layer, q, k, v)`` with ``[T, heads, head_dim]`` tensors gives ``[T, num_qo_heads, head_dim]``.
 Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -119,9 +119,7 @@ def token_ids(path: Path, *names: str) -> list[int]:
     *names : str
         See `vattn_sgl.texts.load`.
     """
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer = model_folder.load_tokenizer(path)
     return [int(i) for name in names for i in tokenizer(texts.load(name), verbose=False).input_ids]
 
 

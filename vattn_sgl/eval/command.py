@@ -69,7 +69,11 @@ def run(
         sweep = plan.sweep_context if plan.sweep_context in contexts else min(contexts)
         plan = replace(plan, contexts=tuple(sorted(set(contexts))), sweep_context=sweep)
     folder = path or model.fetch()
-    _check_places(folder, out, json_file)
+    _check_places(out, json_file)
+    if server:
+        from vattn_sgl.eval import served
+
+        served.check_positions(folder)
     if text is not None:
         held = len(capture.token_ids(folder, text)) // plan.longest
         plan = replace(plan, text=text, pieces=max(1, min(plan.pieces, held)))
@@ -96,8 +100,6 @@ def run(
 
         result = fidelity.Fidelity(folder, plan, step, keep).run()
     if server:
-        from vattn_sgl.eval import served
-
         result["server"] = served.run(folder, quick)
     if json_file is not None:
         report.write_json(result, json_file)
@@ -107,9 +109,8 @@ def run(
             console.print(f"wrote {file}")
 
 
-def _check_places(folder: Path, out: Path | None, json_file: Path | None) -> None:
+def _check_places(out: Path | None, json_file: Path | None) -> None:
     """Refuse before the long run what would fail it at its start or end."""
-    model.check_folder(folder)
     if json_file is not None and json_file.is_dir():
         raise FidelityError(f"cannot write to {json_file} (it is a folder): give the name of a file")
     for place in (out, json_file.parent if json_file else None):

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from vattn_sgl import texts
+from vattn_sgl import model_folder, texts
 from vattn_sgl.eval import capture, forced, methods, selectors
 from vattn_sgl.eval.inefficiency import inefficiency
 from vattn_sgl.eval.methods import Attention, Method, certified
@@ -521,11 +521,9 @@ def check(path: Path, plan: Plan) -> None:
     vattn_sgl.config.ConfigError
         If the weights cannot be read.
     """
-    from transformers import AutoConfig
-
     if plan.hash_weights is not None:
         hash_weights.load(plan.hash_weights)
-    limit = AutoConfig.from_pretrained(path).max_position_embeddings
+    limit = model_folder.positions(path)
     if plan.longest > limit:
         raise ValueError(f"context {plan.longest} is longer than the model's {limit} positions")
     for names, needed in (

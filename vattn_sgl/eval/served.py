@@ -13,10 +13,12 @@ from typing import Any
 
 from rich.console import Console
 
-from vattn_sgl import texts
+from vattn_sgl import model_folder, texts
+from vattn_sgl.model import ModelError
 from vattn_sgl.server import Server, ServerError
 
-ARGUMENTS = ("--dtype", "float32", "--context-length", "8192")
+CONTEXT = 8192
+ARGUMENTS = ("--dtype", "float32", "--context-length", str(CONTEXT))
 PROMPT_TOKENS = 4000
 POSITIONS = 96
 QUICK_POSITIONS = 16
@@ -44,6 +46,24 @@ class Step:
     index: int
     token: int
     log_probs: dict[int, float]
+
+
+def check_positions(path: Path) -> None:
+    """Refuse a model that `ARGUMENTS` do not suit.
+
+    Parameters
+    ----------
+    path : pathlib.Path
+        Folder of the model.
+
+    Raises
+    ------
+    vattn_sgl.model.ModelError
+        If it has fewer positions than the servers' context.
+    """
+    positions = model_folder.positions(path)
+    if positions < CONTEXT:
+        raise ModelError(f"{path} has {positions} positions: give a model of at least {CONTEXT}, the servers' context")
 
 
 def forced_steps(

@@ -36,19 +36,19 @@ def measured(monkeypatch):
     return plans
 
 
-def invoke(tmp_path, *arguments):
-    (tmp_path / "config.json").write_text("{}")
-    return RUNNER.invoke(app, ["eval", "fidelity", "--model", str(tmp_path), *arguments])
+@pytest.fixture
+def invoke(small_folder):
+    return lambda *arguments: RUNNER.invoke(app, ["eval", "fidelity", "--model", str(small_folder), *arguments])
 
 
-def test_nowhere_to_write_is_a_mistake(tmp_path):
-    answer = invoke(tmp_path)
+def test_nowhere_to_write_is_a_mistake(invoke, tmp_path):
+    answer = invoke()
     assert answer.exit_code == 2
     assert "--out" in answer.output
 
 
-def test_json_holds_the_result_and_how_it_was_made(measured, tmp_path):
-    answer = invoke(tmp_path, "--quick", "--server", "--json", str(tmp_path / "made" / "f.json"))
+def test_json_holds_the_result_and_how_it_was_made(invoke, measured, tmp_path):
+    answer = invoke("--quick", "--server", "--json", str(tmp_path / "made" / "f.json"))
     assert answer.exit_code == 0, answer.output
     read = json.loads((tmp_path / "made" / "f.json").read_text())
     assert read["rows"] == [] and read["server"] == [{"epsilon": 0.05}]
@@ -56,42 +56,41 @@ def test_json_holds_the_result_and_how_it_was_made(measured, tmp_path):
     assert measured == [fidelity.QUICK]
 
 
-def test_contexts_and_text_change_the_plan(measured, tmp_path):
+def test_contexts_and_text_change_the_plan(invoke, measured, tmp_path):
     wanted = ["--context", "4096", "--context", "1024", "--text", "us-constitution", "--json", str(tmp_path / "f.json")]
-    assert invoke(tmp_path, *wanted).exit_code == 0
+    assert invoke(*wanted).exit_code == 0
     (plan,) = measured
     assert (plan.contexts, plan.sweep_context, plan.text, plan.pieces) == ((1024, 4096), 4096, "us-constitution", 2)
-    assert invoke(tmp_path, "--context", "8192", "--text", "us-constitution", *wanted[6:]).exit_code == 0
+    assert invoke("--context", "8192", "--text", "us-constitution", *wanted[6:]).exit_code == 0
     assert (measured[1].pieces, measured[1].sweep_context) == (1, 8192)
 
 
-def test_hash_weights_are_part_of_the_plan_and_named_when_they_are_wrong(measured, tmp_path, monkeypatch):
+def test_hash_weights_are_part_of_the_plan_and_named_when_they_are_wrong(invoke, measured, tmp_path, monkeypatch):
     wanted = ["--quick", "--hash-weights", "w.pt", "--json", str(tmp_path / "f.json")]
-    assert invoke(tmp_path, *wanted).exit_code == 0
+    assert invoke(*wanted).exit_code == 0
     assert measured[0].hash_weights == "w.pt"
 
     def refuse(self):
         raise ConfigError("hash_weights w.pt", [Mistake("layer 0", "missing", "weights of this very model")])
 
     monkeypatch.setattr(fidelity.Fidelity, "run", refuse)
-    answer = invoke(tmp_path, *wanted)
+    answer = invoke(*wanted)
     assert answer.exit_code == 1
     assert "weights of this very model" in answer.output
 
 
-def test_a_model_that_is_too_short_is_named(monkeypatch, tmp_path):
+def test_a_model_that_is_too_short_is_named(invoke, monkeypatch, tmp_path):
     def refuse(path, plan):
         raise ValueError("context 8192 is longer than the model's 2048 positions")
 
     monkeypatch.setattr(fidelity, "check", refuse)
-    answer = invoke(tmp_path, "--json", str(tmp_path / "f.json"))
+    answer = invoke("--json", str(tmp_path / "f.json"))
     assert answer.exit_code == 1
     assert "2048 positions" in answer.output
 
 
-def test_what_would_fail_late_is_refused_at_once(measured, tmp_path):
+def test_what_would_fail_late_is_refused_at_once(measured, small_folder, tmp_path):
     (tmp_path / "file").touch()
-    (tmp_path / "config.json").write_text("{}")
     for arguments, told in (
         (("--model", str(tmp_path / "none"), "--out", str(tmp_path / "out")), "holds no config.json"),
         (("--model", str(tmp_path), "--out", str(tmp_path / "file")), "cannot write to"),
