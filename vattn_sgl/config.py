@@ -475,7 +475,8 @@ def load_with_sources(
             mistakes.append(Mistake(name, env[name], _unknown(name, known)))
             continue
         try:
-            values[field] = _parse(env[name])[0]
+            values[field], node = _parse(env[name])
+            mistakes += [replace(twice, line=None) for twice in _lines(node, f"{name}.")[1]]
         except yaml.YAMLError:
             values[field] = env[name]
         sources[field] = name

@@ -277,6 +277,11 @@ def test_a_variable_of_layers_names_the_layer_and_the_field():
     assert [mistake.key for mistake in caught.value.mistakes] == keys
 
 
+def test_a_layer_that_a_variable_names_twice():
+    with pytest.raises(ConfigError, match=r"VATTN_LAYERS\.3: got 'a second entry'"):
+        load_settings(env={"VATTN_LAYERS": "{3: {epsilon: 0.1}, 3: {epsilon: 0.2}}"})
+
+
 def test_show_prints_settings_that_can_be_read_again(monkeypatch):
     monkeypatch.setenv("VATTN_EPSILON", "0.25")
     result = CliRunner().invoke(app, ["config", "show"])
