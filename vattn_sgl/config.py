@@ -123,7 +123,8 @@ class Settings(BaseModel):
     seed : int
         Of the sample; equal seeds and inputs give equal outputs.
     audit_rate : float
-        Share of (request, layer, KV head, step) whose exact output is computed too and compared.
+        Share of (request, layer, KV head, step) whose exact output is computed too and compared; on a GPU with the
+        output as it is served, rounded to the model's dtype.
     calibration_tokens : int
         Prefilled tokens after which an uncalibrated server calibrates itself.
     prefill_backend : str or None

@@ -149,8 +149,6 @@ def gpu_reasons(args: Any, settings: Settings) -> Iterator[str]:
         yield f"group_score {settings.group_score}: {here} share scores by their maximum; set group_score to max"
     if settings.effective_bound == "bernstein":
         yield f"bound bernstein: {here} bound no single logit; leave bound at null, or serve on a CPU"
-    if settings.audit_rate > 0:
-        yield f"audit_rate {settings.audit_rate}: {here} do not audit; set audit_rate to 0"
     prefill = getattr(getattr(args, "cuda_graph_config", None), "prefill", None)
     if getattr(prefill, "backend", None) == "full":
         yield "--cuda-graph-backend-prefill full: a whole graph hides prefill from the calibration; use breakable"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from decode_case import DecodeCase
+from decode_case import OFFSETS, DecodeCase
 from scipy import stats as statistics
 
 from vattn_kernels import ops, params
@@ -140,6 +140,25 @@ def test_certified_steps_violate_delta_no_more_than_chance_allows():
         steps += stats[..., 0].numel()
     # Power: at a true rate of 1.3 delta this fails in 98 % of runs of 6,400 head-steps.
     assert statistics.binomtest(violations, steps, 0.05, alternative="greater").pvalue > 0.01
+
+
+@pytest.mark.parametrize("heads", [(8, 2), (9, 3), (8, 1)], ids="{0[0]}-over-{0[1]}".format)
+def test_an_audit_counts_the_true_errors(heads):
+    # What the cap cuts violates epsilon here and there.
+    c = case(3, 3000, *heads, 64, epsilon=0.05, settings={"cap": 0.1})
+    for _ in range(5):
+        c.run()
+    before = c.state.clone()
+    plain = c.run()
+    c.state.copy_(before)
+    out, stats, counters = c.run(audit_rate=1.0)
+    assert torch.equal(out, plain[0]) and torch.equal(stats, plain[1])
+    errors = c.errors(out).flatten()
+    audits, violations = counters[OFFSETS[5] : OFFSETS[5] + 2].tolist()
+    assert audits == errors.numel() == counters[OFFSETS[6] + 1 :].sum()
+    assert 0 < (errors > 0.05 + ROUNDING).sum() <= violations <= (errors > 0.05 - ROUNDING).sum()
+    assert abs(float(counters[OFFSETS[6]] - errors.sum())) < ROUNDING * audits
+    assert not plain[2][OFFSETS[5] :].any()
 
 
 @pytest.mark.parametrize("kind", ["huge scores", "equal scores", "one heavy token"])

@@ -49,7 +49,7 @@ OTHER_ARGUMENTS = {
 }
 ADMIN_KEY = "an-admin-key"
 DENSE_BELOW, WHOLE_STEPS = Settings().dense_below, 10
-EPSILON = 0.05
+EPSILON, DELTA, AUDIT_RATE = 0.05, Settings().delta, 0.02
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +86,7 @@ def dense(dense_runs: tuple[list[list[int]], list[int]]) -> list[list[int]]:
 @pytest.fixture(scope="module")
 def server(dense: object, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """This backend, calibrated on another text; dense's server is gone by now."""
-    env = {"VATTN_CACHE": str(tmp_path_factory.mktemp("cache"))}
+    env = {"VATTN_CACHE": str(tmp_path_factory.mktemp("cache")), "VATTN_AUDIT_RATE": str(AUDIT_RATE)}
     with Server(MODEL, "vattention", COMMON + NO_PREFILL_GRAPHS, env, admin_key=ADMIN_KEY) as started:
         calibrate(started)
         yield started
@@ -149,6 +149,21 @@ def test_decode_agrees_with_dense(server, prompts, dense, epsilon, epsilon_):
     print(f"epsilon {epsilon_}: agreement {share:.4f} of {compared} positions, density {read:.3f}")
     assert compared >= 0.8 * PROMPTS * POSITIONS
     assert share >= LEAST_AGREEMENT
+
+
+def test_audited_violations_stay_below_delta(server, prompts):
+    def audited():
+        rows = status(server)["layers"]
+        return [sum(row[name] for row in rows) for name in ("audits", "audit_violations")]
+
+    before = audited()
+    with ThreadPoolExecutor(BUCKET) as pool:
+        list(pool.map(lambda prompt: server.generate(prompt, 200), prompts))
+    audits, violations = (after - first for after, first in zip(audited(), before, strict=True))
+    steps = len(prompts) * 198 * len(status(server)["layers"]) * 9
+    print(f"{audits} audits of {steps} head-steps, {violations / audits:.4f} above epsilon")
+    assert audits == pytest.approx(AUDIT_RATE * steps, rel=0.1)
+    assert violations <= DELTA * audits
 
 
 def test_epsilon_changes_between_replays(server, prompts, epsilon):

@@ -38,7 +38,6 @@ GPU_SETTINGS = [
     ({"selector": "quest"}, "set selector to sketch"),
     ({"sampler": "uniform"}, "set sampler to proportional"),
     ({"bound": "bernstein"}, "leave bound at null"),
-    ({"audit_rate": 0.1}, "set audit_rate to 0"),
     ({"group_score": "mean"}, "set group_score to max"),
 ]
 MODELS = [

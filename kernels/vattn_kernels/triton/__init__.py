@@ -3,7 +3,8 @@
 A step is eight launches: ``prepare``, ``select``, ``attend``, ``combine``, ``retry``, ``combine``, ``attend_exact``,
 ``combine``. The first draw takes a scale predicted from the request's last step; a group that it does not certify draws
 again at the scale its variance asks for, and one that is still open reads everything. The last four launches end at
-once where nothing is left to do. From sm_90 on a launch starts while the one ahead ends.
+once where nothing is left to do. Audits, where they are on, add three: ``choose``, ``attend_exact``, ``audit``. From
+sm_90 on a launch starts while the one ahead ends.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from vattn_kernels.sketch import GROUPS_PER_WORD
 from vattn_kernels.triton import layout
 from vattn_kernels.triton.attend import attend_exact_fwd_kernel, attend_fwd_kernel, retry_fwd_kernel
 from vattn_kernels.triton.attend_gluon import attend_lists_fwd_kernel
+from vattn_kernels.triton.audit import audit_fwd_kernel, choose_fwd_kernel
 from vattn_kernels.triton.combine import combine_fwd_kernel
 from vattn_kernels.triton.prepare import prepare_fwd_kernel
 from vattn_kernels.triton.select import select_fwd_kernel
@@ -90,7 +92,6 @@ def decode(
     require(sampler == "proportional", "sampler {!r} runs on the CPU only; expected 'proportional'", sampler)
     require(selector == "sketch", "selector {!r} runs on the CPU only; expected 'sketch'", selector)
     require(group_score == "max", "group_score {!r} runs on the CPU only; expected 'max'", group_score)
-    require(audit_rate == 0, "audit_rate {}: audits run on the CPU only; expected 0", audit_rate)
     check_decode(q, k_cache, kv_indices, seq_lens, out, stats, target)
     if codes is None or norms is None or valid is None or mean is None or query_basis is None:
         raise ValueError(
@@ -157,6 +158,13 @@ def decode(
             **follow, num_warps=max(1, _power_of_two(parts + 1) // launch.splits_a_warp),
         )  # fmt: skip
 
+    def attend_exact() -> None:
+        attend_exact_fwd_kernel[(min(launch.tail_programs, rows * tail),)](
+            q, k_cache, v_cache, kv_indices, seq_lens, work.mode, work.outs, work.scalars, work.used, sm_scale, rows,
+            launch.tail_items, kv_stride, k_stride, **model, WIDTH=width, **few, **follow, BN=launch.exact_block,
+            STAGES=launch.exact_stages, num_warps=launch.exact_warps,
+        )  # fmt: skip
+
     score = (
         codes, norms, kv_indices, seq_lens, fields, work.mode, work.codes, work.bias, work.log_scale, work.scale,
         work.slots, work.pi, work.counts, work.reads, sink, window, *key, kv_stride, codes.stride(1), norms.stride(1),
@@ -191,12 +199,20 @@ def decode(
         k_stride, codes.stride(1), norms.stride(1), capacity, **attend, **sketch, **few, **follow, DP4A=q.is_cuda,
     )  # fmt: skip
     combine(last=2 if cap < 1 else 1)
-    attend_exact_fwd_kernel[(min(launch.tail_programs, rows * tail),)](
-        q, k_cache, v_cache, kv_indices, seq_lens, work.mode, work.outs, work.scalars, work.used, sm_scale, rows,
-        launch.tail_items, kv_stride, k_stride, **model, WIDTH=width, **few, **follow, BN=launch.exact_block,
-        STAGES=launch.exact_stages, num_warps=launch.exact_warps,
-    )  # fmt: skip
+    attend_exact()
     combine(last=2, exact=True)
+    if audit_rate > 0:
+        choose_fwd_kernel[(rows,)](
+            seq_lens, stats, work.mode, *key, audit_rate, HKV=num_kv_heads, G=group, STATS=stats.shape[-1], **follow,
+            num_warps=1,
+        )  # fmt: skip
+        attend_exact()
+        audit_fwd_kernel[(rows,)](
+            work.outs, work.scalars, work.mode, work.used, params, audit_edges, out, counters, rows,
+            *counter_offsets[5:], G=group, GP=padded_group, WIDTH=width, D=head_dim, DP=padded_dim, SPLITS=tail,
+            SPLITS_P=_power_of_two(tail + 1), AUDIT_EDGES=audit_edges.numel(),
+            AUDIT_EDGES_P=_power_of_two(audit_edges.numel() + 1), ROWS_P=rows_p, **follow, num_warps=4,
+        )  # fmt: skip
 
 
 def encode(

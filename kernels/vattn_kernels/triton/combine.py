@@ -162,6 +162,29 @@ def row_of_round(
 
 
 @triton.jit
+def merge_splits(
+    i_row, g, parts, p_outs, p_scalars,
+    WIDTH: tl.constexpr, DP: tl.constexpr, SPLITS: tl.constexpr, SPLITS_P: tl.constexpr,
+):  # fmt: skip
+    """Largest logit of one head in octaves, each part's factor against it, the parts' masses, their sum, the output."""
+    o_d = tl.arange(0, DP)
+    o_s = tl.arange(0, SPLITS_P)
+    m_s = o_s < parts
+    first = i_row * (SPLITS + 1)
+    p_own = p_scalars + (first + o_s) * NUM_SCALARS * WIDTH + g
+    tile = p_outs + ((first + o_s).to(tl.int64)[:, None] * WIDTH + g) * DP + o_d[None, :]
+    maxima = tl.load(p_own + MAXIMUM * WIDTH, mask=m_s, other=float("-inf"), cache_modifier=".cg")  # [S]
+    masses = tl.load(p_own + MASS * WIDTH, mask=m_s, other=0.0, cache_modifier=".cg")
+    outs = tl.load(tile, mask=m_s[:, None], other=0.0, cache_modifier=".cg")  # [S, DP]
+    top = tl.max(maxima, 0)
+    top = tl.where(top == float("-inf"), 0.0, top)
+    f = tl.exp2(maxima - top)
+    masses = f * masses
+    mass = tl.maximum(tl.sum(masses, 0), 1e-30)
+    return top, f, masses, mass, tl.sum(f[:, None] * outs, 0) / mass
+
+
+@triton.jit
 def merge_head(
     i_row, g, splits, p_outs, p_scalars, p_params, p_out,
     G: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SPLITS: tl.constexpr,
@@ -171,27 +194,19 @@ def merge_head(
     """Store the output of one head; half-width, guard, first scale and residual mass for its group's decision."""
     o_d = tl.arange(0, DP)
     o_s = tl.arange(0, SPLITS_P)
-    m_s = o_s < splits + 1 - EXACT
-    first = i_row * (SPLITS + 1)
-    p_own = p_scalars + (first + o_s) * NUM_SCALARS * WIDTH + g
-    tile = p_outs + ((first + o_s).to(tl.int64)[:, None] * WIDTH + g) * DP + o_d[None, :]
-    maxima = tl.load(p_own + MAXIMUM * WIDTH, mask=m_s, other=float("-inf"), cache_modifier=".cg")  # [S], in octaves
-    masses = tl.load(p_own + MASS * WIDTH, mask=m_s, other=0.0, cache_modifier=".cg")
-    outs = tl.load(tile, mask=m_s[:, None], other=0.0, cache_modifier=".cg")  # [S, DP]
-    top = tl.max(maxima, 0)
-    top = tl.where(top == float("-inf"), 0.0, top)
-    f = tl.exp2(maxima - top)
-    masses = f * masses
-    mass = tl.maximum(tl.sum(masses, 0), 1e-30)
-    out = tl.sum(f[:, None] * outs, 0) / mass  # [DP]
+    parts = splits + 1 - EXACT
+    m_s = o_s < parts
+    top, f, masses, mass, out = merge_splits(i_row, g, parts, p_outs, p_scalars, WIDTH, DP, SPLITS, SPLITS_P)
     norm2 = tl.sum(out * out, 0)
     norm = tl.sqrt(norm2)
     tl.store(p_out + (i_row * G + g) * D + o_d, out.to(p_out.dtype.element_ty), mask=o_d < D)
     width = norm * 0.0
     residual = norm * 0.0
     if not EXACT:
-        alongs = tl.load(tile + G * DP, mask=m_s[:, None], other=0.0, cache_modifier=".cg")
-        p_square = p_own + G
+        first = i_row * (SPLITS + 1) + o_s
+        p_square = p_scalars + first * NUM_SCALARS * WIDTH + g + G
+        variances = p_outs + (first.to(tl.int64)[:, None] * WIDTH + g + G) * DP + o_d[None, :]
+        alongs = tl.load(variances, mask=m_s[:, None], other=0.0, cache_modifier=".cg")
         f2 = f * f
         plain = tl.sum(f2 * tl.load(p_square + MASS * WIDTH, mask=m_s, other=0.0, cache_modifier=".cg"), 0)
         along = tl.sum(f2[:, None] * alongs, 0)
@@ -305,7 +320,6 @@ def close_group(
     """Write statistics and counters, and what the next step starts from."""
     b, h = i_row // HKV, i_row % HKV
     epsilon = tl.load(p_params)
-    fixed_tokens = n - total
     o_g = tl.arange(0, GP)
     m_g = o_g < G
     head = i_row * G + o_g
@@ -327,7 +341,21 @@ def close_group(
     row = tl.where((o_c == 3)[None, :], outcome.to(tl.float32)[:, None], row)
     row = tl.where((o_c == 5)[None, :], residuals[:, None], row)
     tl.store(p_stats + head[:, None] * 6 + o_c[None, :], row, mask=m_g[:, None] & (o_c < 6)[None, :])
+    count_group(
+        n, low, total, budget, is_dense, outcome, widths, m_g, epsilon, p_budget_edges, p_error_edges, p_counters,
+        at_context, at_read, at_outcome, at_budget, at_error,
+        G, BUDGET_EDGES, BUDGET_EDGES_P, ERROR_EDGES, ERROR_EDGES_P,
+    )  # fmt: skip
 
+
+@triton.jit
+def count_group(
+    n, low, total, budget, is_dense, outcome, widths, m_g, epsilon, p_budget_edges, p_error_edges, p_counters,
+    at_context, at_read, at_outcome, at_budget, at_error,
+    G: tl.constexpr, BUDGET_EDGES: tl.constexpr, BUDGET_EDGES_P: tl.constexpr, ERROR_EDGES: tl.constexpr,
+    ERROR_EDGES_P: tl.constexpr,
+):  # fmt: skip
+    """Add a group's step to the counters."""
     # A padded row has no token, or the one that a graph runner fills in; a request that decodes has two at least.
     if n > 1:
         count(p_counters + at_outcome, outcome, m_g, SERVED_DENSELY + 1)
@@ -341,5 +369,5 @@ def close_group(
             tl.atomic_add(p_counters + at_read + 4, group * n.to(tl.float64), sem="relaxed")
         else:
             tl.atomic_add(p_counters + at_read, group * low.to(tl.float64), sem="relaxed")
-            tl.atomic_add(p_counters + at_read + 1, group * (fixed_tokens - low).to(tl.float64), sem="relaxed")
+            tl.atomic_add(p_counters + at_read + 1, group * (n - total - low).to(tl.float64), sem="relaxed")
             tl.atomic_add(p_counters + at_read + 3, group * budget.to(tl.float64), sem="relaxed")

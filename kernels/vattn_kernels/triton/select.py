@@ -52,6 +52,12 @@ def key_of(seed, layer, h, n):
 
 
 @triton.jit
+def uniform(index, key):
+    """Number in [0, 1) of an index, `vattn_kernels.reference.rng.uniform`."""
+    return (mix(index.to(tl.uint32) * GOLDEN + key) >> 8).to(tl.float32) * 5.9604644775390625e-8
+
+
+@triton.jit
 def load_fields(p_fields, h, R: tl.constexpr, GROUPS: tl.constexpr):
     """Shift and mask of every group of codes."""
     shifts = ()
@@ -222,7 +228,7 @@ def select_split(
         if WITH_VALUES:
             log_pi += ((norm_bits >> 8) & 0xFF).to(tl.float32) * OCTAVES + LEAST_OCTAVES
         pi = tl.minimum(power_of_two(tl.minimum(log_pi, 0.0), DP4A) + least, 1.0)
-        u = (mix(position.to(tl.uint32) * GOLDEN + key) >> 8).to(tl.float32) * 5.9604644775390625e-8
+        u = uniform(position, key)
         m_b = position < high
         chosen = m_b & (u < pi)
         reads += tl.where(m_b, pi, 0.0)

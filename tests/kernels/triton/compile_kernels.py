@@ -21,6 +21,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from vattn_kernels.triton import layout
 from vattn_kernels.triton.attend import attend_exact_fwd_kernel, attend_fwd_kernel, retry_fwd_kernel
 from vattn_kernels.triton.attend_gluon import attend_lists_fwd_kernel
+from vattn_kernels.triton.audit import audit_fwd_kernel, choose_fwd_kernel
 from vattn_kernels.triton.combine import combine_fwd_kernel
 from vattn_kernels.triton.prepare import prepare_fwd_kernel
 from vattn_kernels.triton.select import select_fwd_kernel
@@ -28,7 +29,7 @@ from vattn_kernels.triton.select_gluon import select_lists_fwd_kernel
 from vattn_kernels.triton.update import update_fwd_kernel
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-FLOATS = {"sm_scale", "floor", "cap"}
+FLOATS = {"sm_scale", "floor", "cap", "rate"}
 CACHE = {"p_q", "p_k", "p_v", "p_out"}
 TYPES = {
     "p_kv_indices": "i32", "p_seq_lens": "i64", "p_fields": "i32", "p_covered": "i32", "p_state_rows": "i64",
@@ -71,6 +72,8 @@ def shapes(arch: int, dtype: str, head_dim: int, group: int, words: int):
     yield attend_exact_fwd_kernel, launch.exact_warps, merge | few | {
         "BN": launch.exact_block, "STAGES": launch.exact_stages
     }  # fmt: skip
+    yield choose_fwd_kernel, 1, common | {"STATS": 6}
+    yield audit_fwd_kernel, 4, merge | few | {"AUDIT_EDGES": 10, "AUDIT_EDGES_P": 16}
     yield update_fwd_kernel, 4, {
         "HKV": 8, "D": head_dim, "DP": power, "R": head_dim, "C": coded, "WORDS": words, "BT": 16
     }  # fmt: skip

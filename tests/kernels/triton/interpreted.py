@@ -10,7 +10,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from decode_case import OFFSETS, DecodeCase
+from decode_case import EDGES, OFFSETS, DecodeCase
 
 from vattn_kernels import ops, params, sketch
 from vattn_kernels import triton as gpu
@@ -227,6 +227,37 @@ def test_an_open_group_draws_again_and_then_reads_everything():
     assert (stats[..., 3] == ops.OUTCOMES.index("certified")).all()
 
 
+@pytest.mark.parametrize("heads", HEADS)
+def test_an_audit_counts_the_true_errors(heads):
+    # What the cap cuts violates epsilon here and there.
+    case = Step(
+        batch=3, context=500, num_qo_heads=heads[0], num_kv_heads=heads[1], epsilon=0.02, settings={"cap": 0.15}
+    )
+    case.seq_lens[1] = 0
+    case.learnt(-1.0)
+    plain = case.run()
+    assert not plain[2][OFFSETS[5] :].any()
+    case.learnt(-1.0)
+    case.step["audit_rate"] = 1.0
+    out, stats, counters = case.run()
+    assert torch.equal(out, plain[0]) and torch.equal(stats, plain[1])
+    assert torch.equal(counters[: OFFSETS[5]], plain[2][: OFFSETS[5]])
+    errors = case.errors(out)[[0, 2]].flatten()
+    violations = int((errors > 0.02).sum())
+    assert violations > 0
+    assert counters[OFFSETS[5] : OFFSETS[5] + 2].tolist() == [errors.numel(), violations]
+    assert abs(float(counters[OFFSETS[6]]) - float(errors.sum())) < 1e-4 * errors.numel()
+    buckets = torch.bucketize(errors, EDGES.double()).bincount(minlength=len(EDGES) + 1)
+    assert torch.equal(counters[OFFSETS[6] + 1 :], buckets.double())
+
+
+def test_audits_keep_to_their_rate_and_leave_out_what_was_read_whole():
+    case = Step(batch=40, context=200, num_qo_heads=2, num_kv_heads=2, epsilon=0.9, settings={"audit_rate": 0.25})
+    case.learnt(0.0)
+    case.state[case.state_rows[:20]] = 0.0
+    assert 2 <= case.run()[2][OFFSETS[5]] <= 20
+
+
 def test_the_cap_holds_from_step_to_step():
     case = Step(context=1000, epsilon=1e-4, settings={"cap": 0.2})
     for _ in range(8):
@@ -269,7 +300,7 @@ def test_two_runs_give_equal_bits():
 
 def test_what_cannot_run_is_named():
     case = Step(context=100)
-    for setting, value in {"sampler": "uniform", "selector": "quest", "audit_rate": 0.1, "group_score": "mean"}.items():
+    for setting, value in {"sampler": "uniform", "selector": "quest", "group_score": "mean"}.items():
         with pytest.raises(ValueError, match=setting):
             gpu.decode(
                 *case.arguments(), **(case.step | {setting: value}), state=case.state, state_rows=case.state_rows
