@@ -22,6 +22,7 @@ import torch
 from vattn_kernels import ops, params, sketch
 from vattn_kernels.triton import layout
 from vattn_sgl.config import Settings
+from vattn_telemetry.counters import CounterLayout
 
 QO_HEADS, KV_HEADS, HEAD_DIM, BITS = 32, 8, 128, 64
 # All but 64 x 131072, whose K and V of two layers do not fit one GPU. Below 2,048 the server reads everything.
@@ -37,9 +38,7 @@ REPLAYS = 15
 # Steps of a layer in one graph, about those of a model, so that its start weighs as little as there.
 LAYERS_OF_A_MODEL = 32
 BYTES_TO_ROTATE = 1 << 30
-OFFSETS = [0, 1, 6, 10, 24, 40, 42]
-COUNTERS = 64
-EDGES = torch.tensor([0.01 * 1.3**i for i in range(12)])
+COUNTERS = CounterLayout(1)
 DENSE_TOLERANCE = 1e-2
 
 
@@ -81,8 +80,8 @@ class Case:
         self.covered = torch.tensor([2**31 - 1], dtype=torch.int32, device="cuda")
         self.out = torch.full_like(self.q[0], float("nan"))
         self.stats = torch.full((batch, QO_HEADS, len(ops.STATS)), float("nan"), device="cuda")
-        self.counters = torch.zeros(COUNTERS, dtype=torch.float64, device="cuda")
-        self.edges = [EDGES.cuda()] * 3
+        self.counters = COUNTERS.allocate("cuda")[0]
+        self.edges = COUNTERS.edge_tensors("cuda")
         self.params = torch.empty(params.PARAMS_WIDTH, device="cuda")
         self.step: dict[str, Any] = {
             "sm_scale": HEAD_DIM**-0.5, "layer_id": 0, "seed": 0, "sampler": "proportional", "target": "output",
@@ -109,7 +108,7 @@ class Case:
         """One step of one layer by our op."""
         ops.decode(
             self.q[layer], self.k[layer], self.v[layer], self.kv_indices, self.seq_lens, *self.side[layer], self.params,
-            self.covered, *self.edges, self.out, self.stats, self.counters, OFFSETS,
+            self.covered, *self.edges, self.out, self.stats, self.counters, list(COUNTERS.offsets),
             **(self.step | settings), state=self.state[layer], state_rows=self.rows,
         )  # fmt: skip
         return self.out

@@ -23,9 +23,8 @@ TURNS = 5
 
 @triton.jit
 def nothing(
-    n, low, total, budget, is_dense, outcome, widths, m_g, epsilon, p_budget_edges, p_error_edges, p_counters,
-    at_context, at_read, at_outcome, at_budget, at_error,
-    group, budget_edges, padded_budget_edges, error_edges, padded_error_edges,
+    n, low, total, budget, is_dense, outcome, widths, m_g, budget_edges, error_edges, p_counters,
+    at_context, at_read, at_outcome, at_budget, at_error, group, padded_counters,
 ):  # fmt: skip
     """In place of `combine.count_group`."""
 

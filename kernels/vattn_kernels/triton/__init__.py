@@ -116,6 +116,7 @@ def decode(
     follow = {"DEPENDENT": overlap, "launch_pdl": overlap}
     is_split = target == "sdpa"
     model = {"HKV": num_kv_heads, "G": group, "D": head_dim, "DP": padded_dim}
+    counters_p = _power_of_two(counters.numel())
     # One compiled kernel serves every usual batch.
     rows_p = max(LEAST_ROWS, _power_of_two(rows))
     # Follows what is not ours, so it starts after the end of that, and what comes next may load what a step only reads.
@@ -137,7 +138,7 @@ def decode(
         "TABLE": parameters.SPLIT_TABLE if is_split else parameters.TABLE, "POINTS": parameters.TABLE_POINTS,
         "PER_UNIT": parameters.TABLE_STEPS_PER_UNIT, "BUDGET_EDGES": budget_edges.numel(),
         "BUDGET_EDGES_P": _power_of_two(budget_edges.numel() + 1), "ERROR_EDGES": error_edges.numel(),
-        "ERROR_EDGES_P": _power_of_two(error_edges.numel() + 1),
+        "ERROR_EDGES_P": _power_of_two(error_edges.numel() + 1), "COUNTERS_P": counters_p,
     }  # fmt: skip
     warps = layout.LISTS.value
     attend = model | {
@@ -211,7 +212,8 @@ def decode(
             work.outs, work.scalars, work.mode, work.used, params, audit_edges, out, counters, rows,
             *counter_offsets[5:], G=group, GP=padded_group, WIDTH=width, D=head_dim, DP=padded_dim, SPLITS=tail,
             SPLITS_P=_power_of_two(tail + 1), AUDIT_EDGES=audit_edges.numel(),
-            AUDIT_EDGES_P=_power_of_two(audit_edges.numel() + 1), ROWS_P=rows_p, **follow, num_warps=4,
+            AUDIT_EDGES_P=_power_of_two(audit_edges.numel() + 1), COUNTERS_P=counters_p, ROWS_P=rows_p, **follow,
+            num_warps=4,
         )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vattn_kernels.triton.combine import SERVED_DENSELY, merge_splits, observe
+from vattn_kernels.triton.combine import SERVED_DENSELY, bucket_of, hits, load_edges, merge_splits
 from vattn_kernels.triton.layout import DENSE, DONE, await_last, begin_next, rows_in_mode
 from vattn_kernels.triton.select import key_of, uniform
 
@@ -38,8 +38,8 @@ def choose_fwd_kernel(
 def audit_fwd_kernel(
     p_outs, p_scalars, p_mode, p_used, p_params, p_audit_edges, p_out, p_counters, rows, at_audit, at_audit_error,
     G: tl.constexpr, GP: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SPLITS: tl.constexpr,
-    SPLITS_P: tl.constexpr, AUDIT_EDGES: tl.constexpr, AUDIT_EDGES_P: tl.constexpr, ROWS_P: tl.constexpr,
-    DEPENDENT: tl.constexpr,
+    SPLITS_P: tl.constexpr, AUDIT_EDGES: tl.constexpr, AUDIT_EDGES_P: tl.constexpr, COUNTERS_P: tl.constexpr,
+    ROWS_P: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Count the relative error of every head of the marked rows, and whether it exceeds epsilon."""
     begin_next(DEPENDENT)
@@ -60,7 +60,11 @@ def audit_fwd_kernel(
             errors = tl.where(o_g == g, error, errors)
         m_g = o_g < G
         violations = tl.sum(((errors > tl.load(p_params)) & m_g).to(tl.int32), 0)
-        tl.atomic_add(p_counters + at_audit, (violations * 0 + G).to(tl.float64), sem="relaxed")
-        tl.atomic_add(p_counters + at_audit + 1, violations.to(tl.float64), sem="relaxed")
-        observe(p_counters + at_audit_error, p_audit_edges, errors, m_g, AUDIT_EDGES, AUDIT_EDGES_P)
+        edges = load_edges(p_audit_edges, AUDIT_EDGES, AUDIT_EDGES_P)
+        o_c = tl.arange(0, COUNTERS_P)
+        entries = tl.where(o_c == at_audit, G, 0) + tl.where(o_c == at_audit + 1, violations, 0)
+        entries += hits(o_c, at_audit_error + 1 + bucket_of(edges, errors), m_g)
+        sums = tl.where(o_c == at_audit_error, tl.sum(tl.where(m_g, errors, 0.0), 0), 0.0)
+        row = entries.to(tl.float64) + sums.to(tl.float64)
+        tl.atomic_add(p_counters + o_c, row, mask=row != 0.0, sem="relaxed")
         tl.store(p_mode + i_row, DONE)

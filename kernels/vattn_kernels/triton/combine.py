@@ -61,24 +61,22 @@ def half_width(variance, spread, unit, p_table, POINTS: tl.constexpr, PER_UNIT: 
 
 
 @triton.jit
-def count(p_counts, values, mask, VALUES_P: tl.constexpr):
-    """Add how often each value below ``VALUES_P`` stands in ``values``: one addition for all heads of a group.
-
-    Every group of a step adds to the same few addresses, one after the other.
-    """
-    o_v = tl.arange(0, VALUES_P)
-    found = tl.sum(((values[None, :] == o_v[:, None]) & mask[None, :]).to(tl.int32), 1)
-    tl.atomic_add(p_counts + o_v, found.to(tl.float64), mask=found > 0, sem="relaxed")
+def load_edges(p_edges, EDGES: tl.constexpr, EDGES_P: tl.constexpr):
+    """Upper borders of a histogram's buckets."""
+    o_e = tl.arange(0, EDGES_P)
+    return tl.load(p_edges + o_e, mask=o_e < EDGES, other=float("inf"))
 
 
 @triton.jit
-def observe(p_block, p_edges, values, mask, EDGES: tl.constexpr, EDGES_P: tl.constexpr):
-    """Add values to a histogram block: their sum, then one count a bucket."""
-    o_e = tl.arange(0, EDGES_P)
-    edges = tl.load(p_edges + o_e, mask=o_e < EDGES, other=float("inf"))
-    buckets = tl.sum((edges[None, :] < values[:, None]).to(tl.int32), 1)
-    tl.atomic_add(p_block, tl.sum(tl.where(mask, values, 0.0).to(tl.float64), 0), sem="relaxed")
-    count(p_block + 1, buckets, mask, EDGES_P)
+def bucket_of(edges, values):
+    """Bucket that each value falls into."""
+    return tl.sum((edges[None, :] < values[:, None]).to(tl.int32), 1)
+
+
+@triton.jit
+def hits(o_c, entries, mask):
+    """How often each counter ``o_c`` stands among ``entries``."""
+    return tl.sum(((entries[None, :] == o_c[:, None]) & mask[None, :]).to(tl.int32), 1)
 
 
 @triton.jit
@@ -90,10 +88,12 @@ def combine_fwd_kernel(
     SPLITS: tl.constexpr, SPLITS_P: tl.constexpr, MOST: tl.constexpr, STATE: tl.constexpr, TARGET: tl.constexpr,
     EXACT: tl.constexpr, FIRST: tl.constexpr, TABLE: tl.constexpr, POINTS: tl.constexpr,
     PER_UNIT: tl.constexpr, BUDGET_EDGES: tl.constexpr, BUDGET_EDGES_P: tl.constexpr, ERROR_EDGES: tl.constexpr,
-    ERROR_EDGES_P: tl.constexpr, ROWS_P: tl.constexpr, DEPENDENT: tl.constexpr,
+    ERROR_EDGES_P: tl.constexpr, COUNTERS_P: tl.constexpr, ROWS_P: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """One head after the other; the last of a group's heads to arrive decides for the group."""
     begin_next(DEPENDENT)
+    budget_edges = load_edges(p_budget_edges, BUDGET_EDGES, BUDGET_EDGES_P)
+    error_edges = load_edges(p_error_edges, ERROR_EDGES, ERROR_EDGES_P)
     await_last(DEPENDENT)
     if not FIRST:
         if rows_in_mode(p_mode, rows, DENSE if EXACT else SAMPLED, EXHAUSTED if EXACT else SAMPLED, ROWS_P) == 0:
@@ -134,10 +134,10 @@ def combine_fwd_kernel(
                     tl.load(p_results + 1, mask=m_g, other=-1e9, cache_modifier=".cg"),
                     tl.load(p_results + 2, mask=m_g, other=0.0, cache_modifier=".cg"),
                     tl.load(p_results + 3, mask=m_g, other=0.0, cache_modifier=".cg"),
-                    p_mode, p_log_scale, p_params, p_state, p_state_rows, p_budget_edges, p_error_edges, p_stats,
+                    p_mode, p_log_scale, p_params, p_state, p_state_rows, budget_edges, error_edges, p_stats,
                     p_counters,
                     sink, window, cap, last, at_context, at_read, at_outcome, at_budget, at_error,
-                    HKV, G, GP, STATE, EXACT, TABLE, BUDGET_EDGES, BUDGET_EDGES_P, ERROR_EDGES, ERROR_EDGES_P,
+                    HKV, G, GP, STATE, EXACT, TABLE, COUNTERS_P,
                 )  # fmt: skip
         item += tl.num_programs(0)
 
@@ -246,11 +246,10 @@ def merge_head(
 @triton.jit
 def settle_group(
     i_row, mode, known, widths, guards, starts, residuals, p_mode, p_log_scale, p_params, p_state, p_state_rows,
-    p_budget_edges, p_error_edges, p_stats, p_counters,
+    budget_edges, error_edges, p_stats, p_counters,
     sink, window, cap, last, at_context, at_read, at_outcome, at_budget, at_error,
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, STATE: tl.constexpr, EXACT: tl.constexpr,
-    TABLE: tl.constexpr, BUDGET_EDGES: tl.constexpr, BUDGET_EDGES_P: tl.constexpr, ERROR_EDGES: tl.constexpr,
-    ERROR_EDGES_P: tl.constexpr,
+    TABLE: tl.constexpr, COUNTERS_P: tl.constexpr,
 ):  # fmt: skip
     """Send a group into another round, or close its step.
 
@@ -303,19 +302,18 @@ def settle_group(
     else:
         close_group(
             i_row, mode, widths, residuals, following + fixed, expected, limit, n, low, total, budget, read, p_mode,
-            p_params, p_state, p_state_rows, p_budget_edges, p_error_edges, p_stats, p_counters,
+            p_params, p_state, p_state_rows, budget_edges, error_edges, p_stats, p_counters,
             at_context, at_read, at_outcome, at_budget, at_error,
-            HKV, G, GP, STATE, BUDGET_EDGES, BUDGET_EDGES_P, ERROR_EDGES, ERROR_EDGES_P,
+            HKV, G, GP, STATE, COUNTERS_P,
         )  # fmt: skip
 
 
 @triton.jit
 def close_group(
     i_row, mode, widths, residuals, following, expected, limit, n, low, total, budget, read, p_mode,
-    p_params, p_state, p_state_rows, p_budget_edges, p_error_edges, p_stats, p_counters,
+    p_params, p_state, p_state_rows, budget_edges, error_edges, p_stats, p_counters,
     at_context, at_read, at_outcome, at_budget, at_error,
-    HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, STATE: tl.constexpr,
-    BUDGET_EDGES: tl.constexpr, BUDGET_EDGES_P: tl.constexpr, ERROR_EDGES: tl.constexpr, ERROR_EDGES_P: tl.constexpr,
+    HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, STATE: tl.constexpr, COUNTERS_P: tl.constexpr,
 ):  # fmt: skip
     """Write statistics and counters, and what the next step starts from."""
     b, h = i_row // HKV, i_row % HKV
@@ -342,32 +340,30 @@ def close_group(
     row = tl.where((o_c == 5)[None, :], residuals[:, None], row)
     tl.store(p_stats + head[:, None] * 6 + o_c[None, :], row, mask=m_g[:, None] & (o_c < 6)[None, :])
     count_group(
-        n, low, total, budget, is_dense, outcome, widths, m_g, epsilon, p_budget_edges, p_error_edges, p_counters,
-        at_context, at_read, at_outcome, at_budget, at_error,
-        G, BUDGET_EDGES, BUDGET_EDGES_P, ERROR_EDGES, ERROR_EDGES_P,
+        n, low, total, budget, is_dense, outcome, widths, m_g, budget_edges, error_edges, p_counters,
+        at_context, at_read, at_outcome, at_budget, at_error, G, COUNTERS_P,
     )  # fmt: skip
 
 
 @triton.jit
 def count_group(
-    n, low, total, budget, is_dense, outcome, widths, m_g, epsilon, p_budget_edges, p_error_edges, p_counters,
-    at_context, at_read, at_outcome, at_budget, at_error,
-    G: tl.constexpr, BUDGET_EDGES: tl.constexpr, BUDGET_EDGES_P: tl.constexpr, ERROR_EDGES: tl.constexpr,
-    ERROR_EDGES_P: tl.constexpr,
+    n, low, total, budget, is_dense, outcome, widths, m_g, budget_edges, error_edges, p_counters,
+    at_context, at_read, at_outcome, at_budget, at_error, G: tl.constexpr, COUNTERS_P: tl.constexpr,
 ):  # fmt: skip
-    """Add a group's step to the counters."""
+    """Add a group's step to the counters at once: groups that add to the same few addresses wait for each other."""
+    o_c = tl.arange(0, COUNTERS_P)
+    tokens = tl.where(o_c == at_context, n, 0)
+    entries = hits(o_c, at_outcome + outcome, m_g)
+    sums = tl.zeros([COUNTERS_P], tl.float32)
+    if is_dense:
+        tokens += tl.where(o_c == at_read + 4, n, 0)
+    else:
+        tokens += tl.where(o_c == at_read, low, 0) + tl.where(o_c == at_read + 1, n - total - low, 0)
+        tokens += tl.where((o_c == at_read + 3) | (o_c == at_budget), budget, 0)
+        budgets = budget.to(tl.float32) + widths * 0.0
+        entries += hits(o_c, at_budget + 1 + bucket_of(budget_edges, budgets), m_g)
+        entries += hits(o_c, at_error + 1 + bucket_of(error_edges, widths), m_g)
+        sums = tl.where(o_c == at_error, tl.sum(tl.where(m_g, widths, 0.0), 0), 0.0)
+    row = (tokens * G + entries).to(tl.float64) + sums.to(tl.float64)
     # A padded row has no token, or the one that a graph runner fills in; a request that decodes has two at least.
-    if n > 1:
-        count(p_counters + at_outcome, outcome, m_g, SERVED_DENSELY + 1)
-        if is_dense == 0:
-            budgets = budget.to(tl.float32) + widths * 0.0
-            observe(p_counters + at_budget, p_budget_edges, budgets, m_g, BUDGET_EDGES, BUDGET_EDGES_P)
-            observe(p_counters + at_error, p_error_edges, widths, m_g, ERROR_EDGES, ERROR_EDGES_P)
-        group = epsilon.to(tl.float64) * 0.0 + G
-        tl.atomic_add(p_counters + at_context, group * n.to(tl.float64), sem="relaxed")
-        if is_dense:
-            tl.atomic_add(p_counters + at_read + 4, group * n.to(tl.float64), sem="relaxed")
-        else:
-            tl.atomic_add(p_counters + at_read, group * low.to(tl.float64), sem="relaxed")
-            tl.atomic_add(p_counters + at_read + 1, group * (n - total - low).to(tl.float64), sem="relaxed")
-            tl.atomic_add(p_counters + at_read + 3, group * budget.to(tl.float64), sem="relaxed")
+    tl.atomic_add(p_counters + o_c, row, mask=(row != 0.0) & (n > 1), sem="relaxed")
