@@ -65,8 +65,15 @@ def shortened(value: Any) -> str:
         return "an integer too large to show"
 
 
+def _text(key: Any) -> str:
+    try:
+        return str(key)
+    except ValueError:  # A huge integer.
+        return shortened(key)
+
+
 def _layer_key(key: Any) -> str:
-    match = _LAYERS.fullmatch(str(key))
+    match = _LAYERS.fullmatch(_text(key))
     if match is None or (match[2] is not None and int(match[2]) < int(match[1])):
         raise ValueError(_LAYERS_ALLOWED)
     return str(key)
@@ -368,7 +375,10 @@ def _parse(text: str) -> tuple[Any, yaml.Node | None]:
 
 def _key(node: yaml.Node) -> str:
     """A key as `_parse` reads it, so that ``3`` and ``03`` are one."""
-    return str(_Loader("").construct_object(node, deep=True))
+    try:
+        return _text(_Loader("").construct_object(node, deep=True))
+    except yaml.YAMLError:  # The key << is none by itself.
+        return str(node.value)
 
 
 def _lines(node: yaml.Node | None, prefix: str = "", depth: int = 3) -> tuple[dict[str, int], list[Mistake]]:
@@ -407,7 +417,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, int], list[Mistake]]:
     if not isinstance(values, dict):
         return {}, {}, [Mistake("file", type(values).__name__, "a mapping of settings", 1)]
     lines, twice = _lines(node)
-    return {str(k): v for k, v in values.items()}, lines, twice
+    return {_text(k): v for k, v in values.items()}, lines, twice
 
 
 def _at_line(mistake: Mistake, lines: dict[str, int]) -> Mistake:

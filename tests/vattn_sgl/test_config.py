@@ -168,6 +168,10 @@ def test_a_file_that_is_no_mapping(tmp_path, text, expected):
         (f"epsilon: 0x{'f' * 5000}\n", ["line 1: epsilon: got an integer too large to show"]),
         ("[" * 3000, ["line 1: file: got 'it is nested too deeply'; expected valid YAML"]),
         ("layers: &a {3: *a}\n", ["line 1: layers.3."]),
+        ("? 0x" + "f" * 5000 + "\n: 1\n", ["an integer too large to show: got 1; expected one of"]),
+        ("layers:\n  ? 0x" + "f" * 5000 + "\n  : {}\n", ["an integer too large to show"]),
+        ("sink: &s 8\n<<: {epsilon: 7}\n", ["epsilon: got 7"]),
+        ("layers: {<<: {3: {epsilon: 9}}}\n", ["line 1: layers.3.epsilon: got 9"]),
         ("sink: 1\nno: 1\n", ["line 2: False: got 1; expected one of"]),
         (
             "layers:\n  3: {epsilon: 0.1}\n  03: {delta: 0.1}\n",
