@@ -113,7 +113,10 @@ def demo(
     json: Annotated[bool, typer.Option(help="Print one JSON object last, on standard output.")] = False,
     model: Annotated[Path | None, typer.Option(help="Folder of another model.")] = None,
     port: Annotated[int | None, typer.Option(min=1, max=65535, help="Port of the server; default a free one.")] = None,
-    epsilon: Annotated[float, typer.Option(min=1e-6, max=1.0, help="Bound on the relative error at first.")] = 0.05,
+    epsilon: Annotated[
+        float | None,
+        typer.Option(min=1e-6, max=1.0, help="Bound on the relative error at first; default the settings'."),
+    ] = None,
 ) -> None:
     """Serve a real model on this CPU: what the bound costs per layer, agreement with dense, epsilon changed live."""
     from vattn_sgl import demo as demonstration

@@ -329,7 +329,8 @@ def _unknown(name: str, choices: list[str]) -> str:
 def _mistakes(error: ValidationError) -> list[Mistake]:
     found: dict[str, Mistake] = {}
     for item in error.errors():
-        path = [str(part) for part in item["loc"] if part != "[key]"]
+        # Of a key that is no text Pydantic tells no place.
+        path = [str(part) for part in item["loc"] if part != "[key]"] or ["file"]
         if path[0] == "top_k":
             path = path[:1]
         key = ".".join(path)
@@ -496,8 +497,10 @@ def load_with_sources(
         settings = Settings.model_validate(values)
     except ValidationError as error:
         for mistake in _mistakes(error):
-            field, _, below = mistake.key.partition(".")
-            source = sources[field]
+            # A key of the file may hold dots itself.
+            whole = mistake.key in sources
+            field, _, below = (mistake.key, "", "") if whole else mistake.key.partition(".")
+            source = sources.get(field, str(path))
             if source == str(path):
                 mistakes.append(_at_line(mistake, lines))
             else:

@@ -23,7 +23,7 @@ QUESTION = "What is the capital of France?"
 console = Console(stderr=True)
 
 
-def run(once: bool, as_json: bool, model_path: Path | None, port: int | None, epsilon: float) -> None:
+def run(once: bool, as_json: bool, model_path: Path | None, port: int | None, epsilon: float | None) -> None:
     """Serve the demonstration.
 
     Parameters
@@ -36,8 +36,8 @@ def run(once: bool, as_json: bool, model_path: Path | None, port: int | None, ep
         Another model's folder.
     port : int, optional
         Of the server that stays up.
-    epsilon : float
-        Bound before the change.
+    epsilon : float, optional
+        Bound before the change; default that of the settings.
 
     Raises
     ------
@@ -50,7 +50,7 @@ def run(once: bool, as_json: bool, model_path: Path | None, port: int | None, ep
     check_positions(path)
     prompt = prompt_tokens(path)
     dense = _dense_text(path, prompt)
-    env = {"VATTN_EPSILON": str(epsilon)}
+    env = {} if epsilon is None else {"VATTN_EPSILON": str(epsilon)}
     server = Server(path, "vattention", ARGUMENTS, env, port, admin_key=secrets.token_urlsafe(12))
     with _started(server, "SGLang with attention backend vattention"):
         result = _measure(server, prompt, dense)

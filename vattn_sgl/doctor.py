@@ -188,7 +188,8 @@ def _model(path: Path | None, settings: Settings) -> Iterator[Finding]:
         yield Finding(False, f"{path / 'config.json'}: {error}", mend)
         return
     yield _guard(_tokenizer, path)
-    yield _guard(_weights, path)
+    weights = _guard(_weights, path)
+    yield weights
     reasons = [*support.argument_reasons(SimpleNamespace(device="cpu")), *support.model_reasons(described)]
     if torch.cuda.is_available():
         reasons += support.gpu_model_reasons(described)
@@ -206,7 +207,7 @@ def _model(path: Path | None, settings: Settings) -> Iterator[Finding]:
         yield Finding(False, f"settings: {error}", f"the model has {geometry.num_layers} layers")
     side_data = _guard(_side_data, geometry, settings)
     yield side_data
-    if side_data.ok:
+    if side_data.ok and weights.ok:
         yield _guard(_calibration, path, geometry, settings)
 
 

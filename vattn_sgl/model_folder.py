@@ -110,9 +110,10 @@ def load_tokenizer(path: Path) -> Any:
     return _read(AutoTokenizer.from_pretrained, path, f"the tokenizer of {path} (tokenizer.json and beside it)")
 
 
-def _read(load: Callable[[Path], Any], path: Path, what: str) -> Any:
+def _read(load: Callable[..., Any], path: Path, what: str) -> Any:
     try:
-        return load(path)
+        # Else transformers asks at the terminal whether to run a model's own code.
+        return load(path, trust_remote_code=False)
     # Whatever stands in a file reaches transformers, which raises accordingly.
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
@@ -139,12 +140,12 @@ def check_weights(path: Path) -> int:
     """
     from safetensors import SafetensorError, safe_open
 
-    found = {file.name for file in path.iterdir() if file.suffix in WEIGHTS and file.stat().st_size}
+    found = {file.name for file in path.iterdir() if file.suffix in WEIGHTS and file.is_file() and file.stat().st_size}
     named: set[str] = set()
-    for index in path.glob("*.safetensors.index.json"):
+    for index in path.glob("*.index.json"):
         try:
-            named |= set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            named |= {str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ModelError(f"{index} is no index of weights ({error}): copy or download it again") from error
     if missing := sorted(named - found):
         raise ModelError(f"{path} lacks {', '.join(missing)}: give a folder with all of the model's weights")
@@ -155,7 +156,7 @@ def check_weights(path: Path) -> int:
             try:
                 with safe_open(path / name, "pt"):
                     pass
-            except SafetensorError as error:
+            except (SafetensorError, OSError) as error:
                 raise ModelError(
                     f"{path / name} is broken or cut short ({error}): copy or download it again"
                 ) from error

@@ -187,6 +187,8 @@ class Server:
         with self._answering(), requests.post(url, json=body, stream=True, timeout=REQUEST_LIMIT_S) as answer:
             answer.raise_for_status()
             for line in answer.iter_lines():
+                if line.startswith(b'data: {"error"'):
+                    raise ServerError(f"{line.decode(errors='replace')[:MOST_SHOWN]}\nend of the log:\n{self.tail()}")
                 if line.startswith(b"data:") and not line.endswith(b"[DONE]"):
                     yield time.perf_counter()
 

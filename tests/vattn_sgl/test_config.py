@@ -172,6 +172,8 @@ def test_a_file_that_is_no_mapping(tmp_path, text, expected):
         ("layers:\n  ? 0x" + "f" * 5000 + "\n  : {}\n", ["an integer too large to show"]),
         ("sink: &s 8\n<<: {epsilon: 7}\n", ["epsilon: got 7"]),
         ("layers: {<<: {3: {epsilon: 9}}}\n", ["line 1: layers.3.epsilon: got 9"]),
+        ('"epsilon\\uD800": 1\n', ["file: got"]),
+        ("layers:\n  3: &x {epsilon: 0.1}\n  4:\n    <<: *x\n    delta: 9\n", ["line 5: layers.4.delta: got 9"]),
         ("sink: 1\nno: 1\n", ["line 2: False: got 1; expected one of"]),
         (
             "layers:\n  3: {epsilon: 0.1}\n  03: {delta: 0.1}\n",
@@ -279,6 +281,13 @@ def test_a_variable_of_layers_names_the_layer_and_the_field():
         load_settings(env=env)
     keys = ["VATTN_LAYERS.3.epsilon", "VATTN_LAYERS.3.sink", "VATTN_LAYERS.99999"]
     assert [mistake.key for mistake in caught.value.mistakes] == keys
+
+
+@pytest.mark.parametrize("key", ["vattention.epsilon", ".x", "epsilon.value"])
+def test_a_key_with_a_dot_is_named_with_its_line(tmp_path, key):
+    with pytest.raises(ConfigError) as caught:
+        load_settings(write(tmp_path, f"sink: 8\n{key}: 0.1\n"), {})
+    assert [(m.key, m.value, m.line) for m in caught.value.mistakes] == [(key, 0.1, 2)]
 
 
 def test_a_layer_that_a_variable_names_twice():

@@ -99,6 +99,20 @@ def test_a_folder_without_weights(folder, built):
     assert (True, "weights in 3 files", "") in report(folder)
 
 
+def test_weights_that_are_no_files(folder, built):
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").symlink_to(folder / "nowhere")
+    (folder / "x.safetensors").mkdir()
+    (failed,) = failures(folder)
+    assert failed.startswith(f"{folder} holds no weights ")
+
+
+@pytest.mark.parametrize("content", ['{"weight_map": {"a": 1}}', "[" * 100000, '{"weight_map": {"a": "gone.bin"}}'])
+def test_an_index_of_other_weights_that_is_wrong_is_told(content, folder, built):
+    (folder / "pytorch_model.bin.index.json").write_text(content)
+    assert len(failures(folder)) == 1
+
+
 @pytest.mark.parametrize("kept", [4, 20, -1])
 def test_weights_that_are_cut_short(kept, folder, built):
     file = folder / "model.safetensors"

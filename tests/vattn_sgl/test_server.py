@@ -50,6 +50,12 @@ def answer_no_json(self):
     self.wfile.write(b"<html>")
 
 
+def tell_an_error_in_the_stream(self):
+    self.send_response(200)
+    self.end_headers()
+    self.wfile.write(b'data: {"error": {"message": "too long"}}\n\ndata: [DONE]\n\n')
+
+
 CALLS = {
     "generate": lambda server: server.generate([1], 1),
     "stream": lambda server: list(server.stream([1], 1)),
@@ -61,7 +67,8 @@ CALLS = {
 @pytest.mark.parametrize(
     ("name", "answer"),
     # A stream is not parsed.
-    [(n, a) for n in CALLS for a in (refuse, hang_up, answer_no_json, None) if (n, a) != ("stream", answer_no_json)],
+    [(n, a) for n in CALLS for a in (refuse, hang_up, answer_no_json, None) if (n, a) != ("stream", answer_no_json)]
+    + [("stream", tell_an_error_in_the_stream)],
 )
 def test_a_request_that_fails_is_told_with_the_log(name, answer, tmp_path):
     server = Server(tmp_path, "torch_native", admin_key="key")
