@@ -209,11 +209,10 @@ def decode(
         )  # fmt: skip
         attend_exact()
         audit_fwd_kernel[(rows,)](
-            work.outs, work.scalars, work.mode, work.used, params, audit_edges, out, counters, rows,
+            work.outs, work.scalars, work.mode, work.used, params, audit_edges, out, counters,
             *counter_offsets[5:], G=group, GP=padded_group, WIDTH=width, D=head_dim, DP=padded_dim, SPLITS=tail,
             SPLITS_P=_power_of_two(tail + 1), AUDIT_EDGES=audit_edges.numel(),
-            AUDIT_EDGES_P=_power_of_two(audit_edges.numel() + 1), COUNTERS_P=counters_p, ROWS_P=rows_p, **follow,
-            num_warps=4,
+            AUDIT_EDGES_P=_power_of_two(audit_edges.numel() + 1), COUNTERS_P=counters_p, **follow, num_warps=4,
         )  # fmt: skip
 
 

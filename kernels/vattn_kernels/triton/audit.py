@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from vattn_kernels.triton.combine import SERVED_DENSELY, bucket_of, hits, load_edges, merge_splits
-from vattn_kernels.triton.layout import DENSE, DONE, await_last, begin_next, rows_in_mode
+from vattn_kernels.triton.layout import DENSE, DONE, await_last, begin_next
 from vattn_kernels.triton.select import key_of, uniform
 
 # Added to the seed, so that what is audited does not follow from what was drawn.
@@ -36,16 +36,14 @@ def choose_fwd_kernel(
 
 @triton.jit
 def audit_fwd_kernel(
-    p_outs, p_scalars, p_mode, p_used, p_params, p_audit_edges, p_out, p_counters, rows, at_audit, at_audit_error,
+    p_outs, p_scalars, p_mode, p_used, p_params, p_audit_edges, p_out, p_counters, at_audit, at_audit_error,
     G: tl.constexpr, GP: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SPLITS: tl.constexpr,
     SPLITS_P: tl.constexpr, AUDIT_EDGES: tl.constexpr, AUDIT_EDGES_P: tl.constexpr, COUNTERS_P: tl.constexpr,
-    ROWS_P: tl.constexpr, DEPENDENT: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Count the relative error of every head of the marked rows, and whether it exceeds epsilon."""
     begin_next(DEPENDENT)
     await_last(DEPENDENT)
-    if rows_in_mode(p_mode, rows, DENSE, DENSE, ROWS_P) == 0:
-        return
     i_row = tl.program_id(0)
     if tl.load(p_mode + i_row) == DENSE:
         splits = tl.load(p_used)
