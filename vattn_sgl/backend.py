@@ -95,6 +95,7 @@ class VAttentionBackend(AttentionBackend):
         self.selector: Selector = REGISTRY[settings.selector](settings, geometry, layer_ids, key)
         compat.watch_foreign_writes(pool, self.selector.invalidate)
         self.control = control.create(settings, geometry.num_layers, self.device)
+        self.control.set_dimensions(self.selector.dimensions)
         self.telemetry = telemetry.Telemetry(model_runner, settings, geometry, self.selector, self.control)
         self.prefill = prefill.create(model_runner, settings)
         self.capturing = False
@@ -194,6 +195,7 @@ class VAttentionBackend(AttentionBackend):
         # Decode steps are not observed: it would slow each of them, and a graph's cannot be.
         num_tokens = sum(forward_batch.extend_seq_lens_cpu) if mode.is_extend() else 0
         self.selector.begin_forward(max(lengths), num_tokens, self.token_to_kv_pool)
+        self.control.set_dimensions(self.selector.dimensions)
         self.telemetry.begin_forward()
         return max(lengths)
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from vattn_kernels import params
+from vattn_kernels import dimensions, params
 from vattn_sgl.config import RUNTIME_FIELDS, ConfigError, Mistake, Settings, validate_patch
 
 GLOBAL_LAYER = "all"
@@ -71,6 +71,7 @@ class RuntimeControl:
         check_layers(settings, num_layers)
         self._overrides = settings.layer_overrides()
         self._staged: dict[str, float] = {}
+        self._dimensions: Sequence[float] = (dimensions.MOST,) * num_layers
         self.params = torch.empty(num_layers, params.PARAMS_WIDTH, dtype=torch.float32, device=device)
         self.params.copy_(self._table())
 
@@ -113,6 +114,20 @@ class RuntimeControl:
             self.changes["applied"] += 1
         return True
 
+    def set_dimensions(self, dims: Sequence[float]) -> None:
+        """Take what calibration has learnt; called between batches and free when it is the same object.
+
+        Parameters
+        ----------
+        dims : sequence of float
+            Effective dimensions of each layer's values, see `vattn_kernels.dimensions`.
+        """
+        if dims is self._dimensions:
+            return
+        with self._lock:
+            self._dimensions = dims
+            self.params.copy_(self._table(), non_blocking=True)
+
     def in_force(self) -> dict[str, dict[str, float]]:
         """Values by layer label: ``all``, and the layers that override."""
         return {GLOBAL_LAYER: dict(self._values)} | {str(k): dict(v) for k, v in self._overrides.items() if v}
@@ -133,14 +148,14 @@ class RuntimeControl:
         return self.status_provider() if self.status_provider is not None else {}
 
     def _table(self) -> torch.Tensor:
-        rows: dict[tuple[float, float], list[float]] = {}
+        rows: dict[tuple[float, float, float], list[float]] = {}
         table = []
         for layer in range(self.num_layers):
             values = self._values | self._overrides.get(layer, {})
-            pair = (values["epsilon"], values["delta"])
-            if pair not in rows:
-                rows[pair] = params.pack(*pair, self.settings.effective_bound)
-            table.append(rows[pair])
+            key = (values["epsilon"], values["delta"], self._dimensions[layer])
+            if key not in rows:
+                rows[key] = params.pack(*key[:2], self.settings.effective_bound, key[2])
+            table.append(rows[key])
         return torch.tensor(table, dtype=torch.float32)
 
 

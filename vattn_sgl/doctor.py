@@ -311,7 +311,7 @@ def _calibration(path: Path, geometry: CacheGeometry, settings: Settings) -> Fin
             f"a server calibrates itself on the first {settings.calibration_tokens} prefilled tokens, dense until then"
         )
         return Finding(True, f"no calibration yet: {advice}; vattn calibrate {path} makes one ahead")
-    meta = loaded[2]
+    meta = loaded.meta
     return Finding(
         True, f"calibrated on {meta['tokens']} tokens, covers contexts up to {meta['covered']} tokens ({store.path})"
     )

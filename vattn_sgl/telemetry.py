@@ -115,6 +115,7 @@ class Telemetry:
         self.collector.flush()
         return {
             "calibrated_positions": self.selector.covered_positions(),
+            "value_dimensions": list(self.selector.dimensions),
             "side_data_bytes_per_token": self.selector.bytes_per_token(),
             "total": self.collector.total(),
             "layers": self.collector.snapshot(),

@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import math
 
+from vattn_kernels import dimensions
 from vattn_kernels.quantiles import log_term, quantile
 
 EPSILON = 0
@@ -26,7 +27,7 @@ PARAMS_WIDTH = SPLIT_TABLE + TABLE_POINTS
 SPLIT = 0.5
 
 
-def pack(epsilon: float, delta: float, bound: str) -> list[float]:
+def pack(epsilon: float, delta: float, bound: str, dims: float = dimensions.MOST) -> list[float]:
     """Row of the parameter table for one layer.
 
     Parameters
@@ -37,18 +38,20 @@ def pack(epsilon: float, delta: float, bound: str) -> list[float]:
         Probability with which the bound may fail, per head and step.
     bound : {"f8", "student", "clt", "bernstein"}
         See `vattn_kernels.quantiles.quantile`.
+    dims : float
+        Effective dimensions of the layer's values; bound ``f8`` only.
 
     Returns
     -------
     list of float
         ``PARAMS_WIDTH`` values.
     """
-    return [epsilon, delta, *_quantiles(delta, bound)]
+    return [epsilon, delta, *_quantiles(delta, bound, dims)]
 
 
 @functools.lru_cache(maxsize=64)
-def _quantiles(delta: float, bound: str) -> tuple[float, ...]:
+def _quantiles(delta: float, bound: str, dims: float) -> tuple[float, ...]:
     levels = (delta, SPLIT * delta)
     degrees = [math.inf if j == 0 else TABLE_STEPS_PER_UNIT / j for j in range(TABLE_POINTS)]
-    tables = (quantile(bound, level, nu) for level in levels for nu in degrees)
+    tables = (quantile(bound, level, nu, dims) for level in levels for nu in degrees)
     return (*(log_term(bound, level) for level in levels), *tables)

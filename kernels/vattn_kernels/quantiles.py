@@ -7,6 +7,8 @@ import math
 import numpy as np
 from scipy import stats
 
+from vattn_kernels import dimensions
+
 BOUNDS = ("f8", "student", "clt", "bernstein")
 # An error of one dimension leaves f8's ellipsoid far too often, and three of the four targets bound one.
 BOUNDS_OF_TARGET = {
@@ -46,7 +48,7 @@ def default_bound(sampler: str, target: str) -> str:
     return "f8" if (sampler, target) == ("proportional", "output") else "student"
 
 
-def quantile(bound: str, delta: float, nu: float) -> float:
+def quantile(bound: str, delta: float, nu: float, dims: float = dimensions.MOST) -> float:
     """Factor by which a standard error is multiplied so that it covers with probability ``1 - delta``.
 
     Parameters
@@ -54,14 +56,16 @@ def quantile(bound: str, delta: float, nu: float) -> float:
     bound : {"f8", "student", "clt", "bernstein"}
         ``clt``: two-sided normal quantile, ``Phi^-1(1 - delta/2)`` (paper, Lemma 4.1).
         ``student``: ``t_nu(1 - delta/2)``, Stein's two-stage argument.
-        ``f8``: ``sqrt(F(8, nu)^-1(1 - delta))``, the norm of an error with eight effective dimensions; values that
-        vary in fewer break it (15-16 % violations in one dimension, ``tests/kernels/test_violations.py``).
+        ``f8``: ``sqrt(F(dims, nu)^-1(1 - delta))``, the norm of an error with so many effective dimensions, eight at
+        most; values that vary in fewer break it (``tests/kernels/test_violations.py``).
         ``bernstein``: ``sqrt(2 L)`` with L of `log_term`, the factor of the variance term of
         `vattn_kernels.reference.bernstein`; the range term comes on top.
     delta : float
         Probability of failure, in (0, 1).
     nu : float
         Effective degrees of freedom of the variance estimate; ``inf`` is allowed.
+    dims : float
+        From `vattn_kernels.dimensions.effective`; bound ``f8`` only.
 
     Returns
     -------
@@ -78,8 +82,8 @@ def quantile(bound: str, delta: float, nu: float) -> float:
         return float(stats.t.isf(delta / 2, nu))
     if bound == "f8":
         if math.isinf(nu):
-            return float(np.sqrt(stats.chi2.isf(delta, 8) / 8))
-        return float(np.sqrt(stats.f.isf(delta, 8, nu)))
+            return float(np.sqrt(stats.chi2.isf(delta, dims) / dims))
+        return float(np.sqrt(stats.f.isf(delta, dims, nu)))
     if bound == "bernstein":
         return math.sqrt(2 * log_term(bound, delta))
     raise ValueError(f"unknown bound {bound!r}: expected one of {', '.join(BOUNDS)}")

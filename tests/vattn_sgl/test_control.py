@@ -5,15 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vattn_kernels import params
+from vattn_kernels import dimensions, params
 from vattn_sgl import control
 from vattn_sgl.config import LEAST_DELTA, ConfigError, PatchError, Settings
 
 NUM_LAYERS = 5
 
 
-def row(epsilon, delta, bound="f8"):
-    return torch.tensor(params.pack(epsilon, delta, bound))
+def row(epsilon, delta, bound="f8", dims=dimensions.MOST):
+    return torch.tensor(params.pack(epsilon, delta, bound, dims))
 
 
 def test_nothing_changes_before_apply_and_the_address_stays():
@@ -50,6 +50,18 @@ def test_two_patches_before_a_step_are_one_change():
     c.apply_staged()
     assert torch.equal(c.params[0], row(0.2, 0.1))
     assert c.generation == 1
+
+
+def test_learnt_dimensions_reach_their_layers_and_stay_through_a_patch():
+    c = control.RuntimeControl(Settings(), NUM_LAYERS, "cpu")
+    address = c.params.data_ptr()
+    c.set_dimensions((2.25, 8.0, 8.0, 8.0, 1.0))
+    assert torch.equal(c.params[0], row(0.05, 0.05, dims=2.25))
+    assert torch.equal(c.params[1], row(0.05, 0.05))
+    c.stage({"epsilon": 0.2})
+    c.apply_staged()
+    assert torch.equal(c.params[4], row(0.2, 0.05, "student")), "of one dimension f8 is student's t"
+    assert (c.params.data_ptr(), c.generation) == (address, 1)
 
 
 def test_a_wrong_patch_stages_nothing_and_is_counted():

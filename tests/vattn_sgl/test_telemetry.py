@@ -43,7 +43,7 @@ def parts(monkeypatch):
     monkeypatch.setattr(telemetry.Telemetry, "_exporters", staticmethod(lambda runner, labels: [recorder]))
     args = SimpleNamespace(served_model_name="m", disaggregation_mode="null", enable_metrics=False)
     settings = Settings(layers={"1": {"epsilon": 0.01}})
-    selector = SimpleNamespace(covered_positions=lambda: 7, bytes_per_token=lambda: 11)
+    selector = SimpleNamespace(covered_positions=lambda: 7, dimensions=(8.0,), bytes_per_token=lambda: 11)
     current = control.RuntimeControl(settings, 2, "cpu")
     made = telemetry.Telemetry(SimpleNamespace(server_args=args), settings, GEOMETRY, selector, current)
     yield made, current, recorder.values

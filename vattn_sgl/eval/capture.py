@@ -168,11 +168,13 @@ def log_probs(model: Any, hidden: torch.Tensor) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def observe(model: Any, tokens: Sequence[int], see: Callable[[int, torch.Tensor, torch.Tensor], None]) -> None:
-    """Show ``see(layer, q, k)`` the dense queries and keys of a text, layer by layer."""
+def observe(
+    model: Any, tokens: Sequence[int], see: Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], None]
+) -> None:
+    """Show ``see(layer, q, k, v)`` the queries, keys and values of a text, layer by layer."""
 
     def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        see(layer, q, k)
+        see(layer, q, k, v)
         return dense(q, k, v)
 
     with attention(model, attend):

@@ -145,7 +145,7 @@ class Attention:
             rows.kv_indices,
             rows.seq_lens,
             *adapter.arguments(layer),
-            torch.tensor(params.pack(method.epsilon, method.delta, method.bound)),
+            torch.tensor(params.pack(method.epsilon, method.delta, method.bound, adapter.dimensions[layer])),
             torch.tensor([UNLIMITED], dtype=torch.int32),
             *self._layout.edge_tensors("cpu"),
             out,

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from scipy.stats import binom
 
-from vattn_kernels import line, ops, pages, params, signature
+from vattn_kernels import dimensions, line, ops, pages, params, signature
 from vattn_kernels.quantiles import BOUNDS_OF_TARGET
 from vattn_kernels.reference import quest, scores, sketch, uniform
 from vattn_kernels.reference import signature as signatures
@@ -37,7 +37,7 @@ SIGNATURE_BITS, CALIBRATION_KEYS = 64, 512
 BLUR, HIDDEN, NEEDLE_HIDDEN = 0.4, 1.8, 6.8
 # Beyond so many times the spread of normal summands, bounds that rest on the pilot's variance lose their ground.
 WIDEST_SPREAD = 2.0
-# Rates above so many times delta are explained by nothing but a needle, or values of one dimension.
+# Rates above so many times delta are explained by nothing but a needle.
 MOST_DELTAS = 3
 # In which the values vary; what ``f8`` is made for.
 VALUE_DIMS = 8
@@ -355,7 +355,7 @@ def detectable_rate(trials: int, delta: float = DELTA) -> float:
 
 
 def cells(populations: tuple[str, ...] = POPULATIONS, epsilons: tuple[float, ...] = EPSILONS) -> Iterator[Cell]:
-    """Every cell, population by population; last, values that vary in one dimension, for which ``f8`` is not made."""
+    """Every cell, population by population; last, values that vary in one dimension, where ``f8`` is least safe."""
     for name in populations:
         for selector in SELECTORS:
             for sampler in ops.SAMPLERS:
@@ -369,7 +369,7 @@ def cells(populations: tuple[str, ...] = POPULATIONS, epsilons: tuple[float, ...
                 yield Cell("gaussian", "oracle", sampler, "output", bound, epsilon, value_dims=1)
 
 
-def measure(cell: Cell, calls: int, seed: int = 0) -> Result:
+def measure(cell: Cell, calls: int, seed: int = 0, dims: float | None = None) -> Result:
     """Run a cell.
 
     Parameters
@@ -380,13 +380,16 @@ def measure(cell: Cell, calls: int, seed: int = 0) -> Result:
         Calls of the op; each gives `HEADS` independent trials.
     seed : int
         Of the data and of the samples.
+    dims : float, optional
+        Effective dimensions that ``f8`` is told; default those of the values, as calibration learns them.
 
     Returns
     -------
     Result
     """
     data = population(cell.population, seed, cell.value_dims)
-    row = torch.tensor(params.pack(cell.epsilon, DELTA, cell.bound))
+    dims = dimensions.effective(data.v_cache) if dims is None else dims
+    row = torch.tensor(params.pack(cell.epsilon, DELTA, cell.bound, dims))
     above = silent = 0
     density = mean_error = 0.0
     for call in range(calls):
@@ -407,16 +410,15 @@ def explain(result: Result, others: dict[Cell, Result]) -> str | None:
 
     1. ``bernstein`` assumes nothing about the population: no violation of it is explained.
     2. *Needle*: the codes rank a token with a quarter of the mass among the many, so no sample knows of it.
-    3. *One dimension*: ``f8`` presumes an error spread evenly over eight dimensions.
-    4. *Estimated sigma*: ``clt`` takes the estimated variance for the true one; explained if ``student``, which does
+    3. *Estimated sigma*: ``clt`` takes the estimated variance for the true one; explained if ``student``, which does
        not, holds in the same cell.
 
     The rest is about sampler ``uniform`` alone, and about rates of at most `MOST_DELTAS` times delta. Of
     ``proportional``, the product's own, nothing else is explained.
 
-    5. *Tail*: the pilot's variance estimate spreads more than `WIDEST_SPREAD` times as widely as with normal summands,
+    4. *Tail*: the pilot's variance estimate spreads more than `WIDEST_SPREAD` times as widely as with normal summands,
        which ``clt``, ``student`` and ``f8`` presume (`Population.pilot_spread`).
-    6. *No slack*: ``f8`` keeps 1.39 standard errors, a quantile measured for ``proportional``, where ``student`` keeps
+    5. *No slack*: ``f8`` keeps 1.39 standard errors, a quantile measured for ``proportional``, where ``student`` keeps
        1.96; explained if ``student`` holds in the same cell.
 
     Parameters
@@ -431,8 +433,6 @@ def explain(result: Result, others: dict[Cell, Result]) -> str | None:
         return None
     if (cell.population, cell.selector) == ("needle", "sketch"):
         return "needle"
-    if cell.bound == "f8" and cell.value_dims < VALUE_DIMS:
-        return "one dimension"
     student = others.get(replace(cell, bound="student"))
     student_holds = student is not None and not student.exceeds
     if cell.bound == "clt" and student_holds:

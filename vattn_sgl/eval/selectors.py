@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
 
-from vattn_kernels import line, ops, pages, signature
+from vattn_kernels import dimensions, line, ops, pages, signature
 from vattn_kernels.reference import quest
 from vattn_kernels.reference import signature as signatures
 from vattn_kernels.reference import sketch as reference
@@ -37,6 +37,11 @@ class Adapter(Protocol):
     name: str
     bits: int
 
+    @property
+    def dimensions(self) -> Sequence[float]:
+        """Effective dimensions of each layer's values, as calibration learns them."""
+        ...
+
     def attach(self, captured: Captured) -> None:
         """Code the keys of a text."""
         ...
@@ -58,12 +63,13 @@ class Adapter(Protocol):
 
 
 class Oracle:
-    """Exact scores."""
+    """Exact scores; nothing is calibrated."""
 
     name, bits = "oracle", 0
 
     def __init__(self, geometry: Geometry) -> None:
         self.geometry = geometry
+        self.dimensions = [dimensions.MOST] * geometry.num_layers
 
     def attach(self, captured: Captured) -> None:
         """Keep the keys."""
@@ -86,6 +92,9 @@ class Coded:
 
     codes: torch.Tensor
     norm_bytes = 2
+
+    def __init__(self, geometry: Geometry, dims: Sequence[float]) -> None:
+        self.geometry, self.dimensions = geometry, dims
 
     def attach(self, captured: Captured) -> None:
         """Code every slot."""
@@ -115,8 +124,9 @@ class Sketch(Coded):
 
     name = "sketch"
 
-    def __init__(self, geometry: Geometry, bits: int, tables: SketchTables) -> None:
-        self.geometry, self.bits, self.tables = geometry, bits, tables
+    def __init__(self, geometry: Geometry, dims: Sequence[float], bits: int, tables: SketchTables) -> None:
+        super().__init__(geometry, dims)
+        self.bits, self.tables = bits, tables
 
     def empty(self, captured: Captured) -> torch.Tensor:
         """Words of codes."""
@@ -147,8 +157,9 @@ class Quest(Coded):
 
     name, norm_bytes = "quest", 1
 
-    def __init__(self, geometry: Geometry, tables: line.LineTables) -> None:
-        self.geometry, self.tables = geometry, tables
+    def __init__(self, geometry: Geometry, dims: Sequence[float], tables: line.LineTables) -> None:
+        super().__init__(geometry, dims)
+        self.tables = tables
         self.bits = 2 * geometry.head_dim * 32 // pages.PAGE
 
     def empty(self, captured: Captured) -> torch.Tensor:
@@ -175,8 +186,11 @@ class Signatures(Coded):
 
     norm_bytes = 1
 
-    def __init__(self, name: str, geometry: Geometry, nets: list[Nets], tables: line.LineTables) -> None:
-        self.name, self.geometry, self.nets, self.tables = name, geometry, nets, tables
+    def __init__(
+        self, name: str, geometry: Geometry, dims: Sequence[float], nets: list[Nets], tables: line.LineTables
+    ) -> None:
+        super().__init__(geometry, dims)
+        self.name, self.nets, self.tables = name, nets, tables
         self.angular = name == "sign"
         self.words = nets[0].bits // WORD_BITS
         # Signatures of a key: one, or one a query head of its group.
@@ -237,8 +251,10 @@ class Calibrator:
             torch.empty(g.num_layers, rows.numel(), g.num_kv_heads, g.head_dim) for rows in (chosen, chosen, runs)
         )
         self.queries = torch.empty(g.num_layers, late.numel(), g.num_qo_heads, g.head_dim)
+        self.dimensions = [0.0] * g.num_layers
 
-        def see(layer: int, q: torch.Tensor, k: torch.Tensor) -> None:
+        def see(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+            self.dimensions[layer] = dimensions.effective(v[chosen])
             self.moments.add(layer, q, k)
             self.sample[layer], self.paged[layer], self.queries[layer] = k[chosen], k[runs], q[late]
             before = self.rope.unrotate(k, here)
@@ -271,12 +287,12 @@ def _sign(geometry: Geometry, calibrator: Calibrator, bits: int) -> Adapter:
     g = geometry
     query, widths = signature.random_nets(PROJECTION_SEED, g.head_dim, bits, g.num_qo_heads)
     nets = [Nets(query, query[: g.num_kv_heads].clone(), widths, widths)] * g.num_layers
-    return Signatures("sign", g, nets, calibrator.signature_line(nets, angular=True))
+    return Signatures("sign", g, calibrator.dimensions, nets, calibrator.signature_line(nets, angular=True))
 
 
 def _hash(geometry: Geometry, calibrator: Calibrator, weights: str) -> Adapter:
     nets = load_nets(geometry, weights)
-    return Signatures("hash", geometry, nets, calibrator.signature_line(nets, angular=False))
+    return Signatures("hash", geometry, calibrator.dimensions, nets, calibrator.signature_line(nets, angular=False))
 
 
 def load_nets(geometry: Geometry, weights: str) -> list[Nets]:
@@ -303,8 +319,8 @@ Build = Callable[[Geometry, Calibrator, int], Adapter]
 # A selector of the op without an entry here is left out of the evaluation and named in its report.
 ADAPTERS: dict[str, tuple[Build, tuple[int, ...]]] = {
     "oracle": (lambda geometry, calibrator, bits: Oracle(geometry), (0,)),
-    "sketch": (lambda geometry, calibrator, bits: Sketch(geometry, bits, calibrator.tables(bits)), (64, 128)),
-    "quest": (lambda geometry, calibrator, bits: Quest(geometry, calibrator.page_line()), (0,)),
+    "sketch": (lambda geometry, c, bits: Sketch(geometry, c.dimensions, bits, c.tables(bits)), (64, 128)),
+    "quest": (lambda geometry, c, bits: Quest(geometry, c.dimensions, c.page_line()), (0,)),
     "sign": (_sign, (64,)),
 }
 

@@ -118,6 +118,11 @@ class Selector(Protocol):
     name: str
     covered: torch.Tensor
 
+    @property
+    def dimensions(self) -> tuple[float, ...]:
+        """Effective dimensions of each layer's values, for bound ``f8``; see `vattn_kernels.dimensions`."""
+        ...
+
     def begin_forward(self, longest: int, num_tokens: int, pool: Any) -> None:
         """Called before each forward pass, between batches: apply what calibration has prepared."""
         ...

@@ -157,6 +157,11 @@ class CalibratedSelector:
         """Longest context the calibration covers, 0 before the first."""
         return self.calibration.covered if self.calibration.tables is not None else UNCOVERED
 
+    @property
+    def dimensions(self) -> tuple[float, ...]:
+        """Effective dimensions of each layer's values, as calibration has found them."""
+        return self.calibration.dimensions
+
     def upper_bound(self, layer: int, q: torch.Tensor, slots: torch.Tensor) -> torch.Tensor | None:
         """None: the side data prove nothing."""
         return None
@@ -164,7 +169,7 @@ class CalibratedSelector:
     def _solve(self, pool: Any, longest: int) -> None:
         slots = self.written()
         self.calibration.solve(
-            lambda layer, sample: pool.get_key_buffer(self.layer_ids[layer])[sample],
+            lambda layer, sample: tuple(cache[sample] for cache in pool.get_kv_buffer(self.layer_ids[layer])),
             slots,
             self.positions,
             longest,

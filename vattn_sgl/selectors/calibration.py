@@ -8,12 +8,13 @@ import os
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, NamedTuple, Protocol, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from vattn_kernels import dimensions
 from vattn_kernels.cache import cache_dir
 from vattn_kernels.rope import Rope, is_same
 from vattn_kernels.sketch import Moments, SketchTables, check_fields, solve
@@ -37,6 +38,7 @@ SAMPLE_QUERIES = 32
 _MOMENTS = ("qq", "kk", "k", "q_count", "k_count")
 _META = ("longest", "covered", "tokens")
 _ROPE = "rope.sample"
+_DIMENSIONS = "values.dimensions"
 # Positions are int32 in the kernels.
 MOST_POSITIONS = 2**30
 
@@ -47,6 +49,35 @@ class Tables(Protocol):
     def to(self, device: torch.device | str) -> Self:
         """Copy on another device."""
         ...
+
+
+class Kept(NamedTuple):
+    """What a store keeps.
+
+    Attributes
+    ----------
+    tables : SketchTables or LineTables
+        The selector's.
+    moments : Moments
+        What they were made from.
+    dimensions : torch.Tensor
+        float32 ``[num_layers]``, effective dimensions of each layer's values.
+    rope : torch.Tensor
+        Sample of the rotation; empty where it is not known.
+    meta : dict
+        ``{"longest", "covered", "tokens"}``.
+    """
+
+    tables: Any
+    moments: Moments
+    dimensions: torch.Tensor
+    rope: torch.Tensor
+    meta: dict[str, int]
+
+    def named(self) -> dict[str, torch.Tensor]:
+        """Tensors of a file by name."""
+        named = _named(self.tables, self.moments)
+        return named | {_DIMENSIONS: self.dimensions, _ROPE: self.rope}
 
 
 class Solver(Protocol):
@@ -123,9 +154,10 @@ class CalibrationStore:
         shape = (geometry.num_layers, geometry.num_kv_heads, geometry.head_dim)
         blank = SketchTables.zeros(*shape, bits, "meta") if tables is SketchTables else tables.zeros(*shape, "meta")
         self._like = _named(blank, Moments.zeros(*shape, "meta"))
+        self._like[_DIMENSIONS] = torch.zeros(geometry.num_layers, device="meta")
 
-    def load(self) -> tuple[Any, Moments, dict[str, int], torch.Tensor] | None:
-        """Tables, moments, ``{"longest", "covered", "tokens"}``, the rotation's sample; None without a sound file."""
+    def load(self) -> Kept | None:
+        """What was kept; None without a sound file."""
         if not self.path.exists():
             return None
         try:
@@ -138,13 +170,13 @@ class CalibrationStore:
             logger.warning("vattention: calibration %s cannot be read (%s); calibrating again", self.path, error)
             return None
         tables = self.tables(*(tensors[f"tables.{name}"] for name in self.names))
-        return tables, Moments(*(tensors[f"moments.{name}"] for name in _MOMENTS)), meta, tensors[_ROPE]
+        moments = Moments(*(tensors[f"moments.{name}"] for name in _MOMENTS))
+        return Kept(tables, moments, tensors[_DIMENSIONS], tensors[_ROPE], meta)
 
-    def save(self, tables: Any, moments: Moments, meta: dict[str, int], rope: torch.Tensor) -> None:
+    def save(self, kept: Kept) -> None:
         """Write by renaming, so that a half-written file is never seen; a full disk is logged, not raised."""
-        named = _named(tables, moments) | {_ROPE: rope}
-        tensors = {name: tensor.cpu().contiguous() for name, tensor in named.items()}
-        metadata = {name: str(value) for name, value in meta.items()} | {"sha256": _checksum(tensors, meta)}
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in kept.named().items()}
+        metadata = {name: str(value) for name, value in kept.meta.items()} | {"sha256": _checksum(tensors, kept.meta)}
         draft = self.path.with_suffix(f".{os.getpid()}.tmp")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -165,6 +197,11 @@ class CalibrationStore:
         for name, tensor in tensors.items():
             if not tensor.isfinite().all():
                 raise ValueError(f"{name} is not finite")
+        low, high = tensors[_DIMENSIONS].aminmax()
+        if low < dimensions.LEAST or high > dimensions.MOST:
+            raise ValueError(
+                f"{_DIMENSIONS} reach from {low} to {high}, expected {dimensions.LEAST} to {dimensions.MOST}"
+            )
         for name in ("longest", "covered"):
             if not 0 < meta[name] <= MOST_POSITIONS:
                 raise ValueError(f"{name} is {meta[name]}, expected 1 to {MOST_POSITIONS}")
@@ -197,6 +234,8 @@ class Calibration:
         Longest context that was observed or, with a known rotation, that the moments were moved to.
     observed_tokens : int
         Tokens in the moments.
+    dimensions : tuple of float
+        Effective dimensions of each layer's values; `vattn_kernels.dimensions.MOST` before the first calibration.
 
     Parameters
     ----------
@@ -229,6 +268,7 @@ class Calibration:
         self.rope = rope
         self._rope_sample = rope.sample() if rope is not None else torch.zeros(0)
         self.tables: Any = None
+        self.dimensions = (dimensions.MOST,) * geometry.num_layers
         self.longest = 0
         self.observed_tokens = 0
         self.moments = Moments.zeros(geometry.num_layers, geometry.num_kv_heads, geometry.head_dim, geometry.device)
@@ -236,13 +276,13 @@ class Calibration:
         self._new_longest = 0
         self._new_tokens = 0
         loaded = store.load()
-        if loaded is not None and not is_same(loaded[3], self._rope_sample):
+        if loaded is not None and not is_same(loaded.rope, self._rope_sample):
             logger.info("vattention: calibration %s is of another rotary embedding; calibrating again", store.path)
         elif loaded is not None:
-            tables, moments, meta, _ = loaded
-            self.tables = tables.to(geometry.device)
-            self.moments = Moments(*(getattr(moments, name).to(geometry.device) for name in _MOMENTS))
-            self.longest, self.observed_tokens = meta["longest"], meta["tokens"]
+            self.tables = loaded.tables.to(geometry.device)
+            self.dimensions = tuple(loaded.dimensions.tolist())
+            self.moments = Moments(*(getattr(loaded.moments, name).to(geometry.device) for name in _MOMENTS))
+            self.longest, self.observed_tokens = loaded.meta["longest"], loaded.meta["tokens"]
             self._new_longest = self.longest
 
     @property
@@ -315,7 +355,7 @@ class Calibration:
 
     def solve(
         self,
-        keys: Callable[[int, torch.Tensor], torch.Tensor],
+        cached: Callable[[int, torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
         slots: torch.Tensor,
         positions: torch.Tensor,
         longest: int,
@@ -325,10 +365,10 @@ class Calibration:
 
         Parameters
         ----------
-        keys : callable
-            ``keys(layer, slots)`` reads ``[num_samples, num_kv_heads, head_dim]`` from the pool.
+        cached : callable
+            ``cached(layer, slots)`` reads K and V, each ``[num_samples, num_kv_heads, head_dim]``, from the pool.
         slots : torch.Tensor
-            Slots that hold keys.
+            Slots that hold a token.
         positions : torch.Tensor
             ``[num_slots]``, position of each slot's key.
         longest : int
@@ -337,7 +377,9 @@ class Calibration:
             Picks from the slots the sample that the solver sees.
         """
         sample = choose(slots)
-        stacked = torch.stack([keys(layer, sample).float() for layer in range(self.geometry.num_layers)])
+        keys, values = zip(*(cached(layer, sample) for layer in range(self.geometry.num_layers)), strict=True)
+        stacked = torch.stack([k.float() for k in keys])
+        self.dimensions = tuple(dimensions.effective(v) for v in values)
         kept = [queries for queries in self._queries if queries is not None]
         moments = self.moments
         if self.rope is not None:
@@ -350,7 +392,8 @@ class Calibration:
         self.tables = self.solver(moments, stacked, torch.stack(kept) if kept else stacked[:, :0])
         self._new_tokens = 0
         meta = {"longest": self.longest, "covered": self.covered, "tokens": self.observed_tokens}
-        self.store.save(self.tables, self.moments, meta, self._rope_sample)
+        dims = torch.tensor(self.dimensions, dtype=torch.float32)
+        self.store.save(Kept(self.tables, self.moments, dims, self._rope_sample, meta))
 
     def _span(self, longest: int) -> int:
         """Positions that tables for ``longest`` tokens are made for: a power of two, so that few are made."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from vattn_kernels import dimensions
 from vattn_sgl.config import Settings
 from vattn_sgl.selectors.base import UNLIMITED, CacheGeometry, SideArguments, SideTensor
 
@@ -23,6 +24,7 @@ class OracleSelector:
 
     def __init__(self, settings: Settings, geometry: CacheGeometry, layer_ids: Sequence[int], model_key: str) -> None:
         self.covered = torch.tensor([UNLIMITED], dtype=torch.int32, device=geometry.device)
+        self.dimensions = (dimensions.MOST,) * geometry.num_layers
 
     def begin_forward(self, longest: int, num_tokens: int, pool: Any) -> None:
         """Nothing to prepare."""

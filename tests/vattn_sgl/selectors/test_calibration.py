@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from vattn_kernels import ops, reference
+from vattn_kernels import dimensions, ops, reference
 from vattn_kernels.rope import Rope
 from vattn_sgl.config import Settings
 from vattn_sgl.selectors import calibration as calibration_module
@@ -29,6 +29,8 @@ GEOMETRY = CacheGeometry(2, 700, 2, 16, torch.device("cpu"))
 SETTINGS = Settings(calibration_tokens=512)
 META = ("longest", "covered", "tokens")
 KEYS = torch.randn(2, 700, 2, 16, generator=torch.Generator().manual_seed(0))
+# Values of the first layer vary in two dimensions, those of the second in sixteen.
+VALUES = torch.stack([KEYS[0, ..., :2] @ KEYS[0, :2, 0], KEYS[1]])
 QUERIES = torch.randn(700, 4, 16, generator=torch.Generator().manual_seed(1))
 
 
@@ -50,7 +52,9 @@ def pass_(calibration, longest, num_tokens):
 
 
 def solve(calibration, longest=600):
-    calibration.solve(lambda layer, slots: KEYS[layer, slots], torch.arange(600), torch.arange(700), longest)
+    calibration.solve(
+        lambda layer, slots: (KEYS[layer, slots], VALUES[layer, slots]), torch.arange(600), torch.arange(700), longest
+    )
 
 
 def test_observes_until_enough_then_only_longer_contexts():
@@ -82,6 +86,16 @@ def test_a_known_rotation_covers_positions_that_were_never_observed():
     solve(c, LEAST_SPAN + 1)
     assert c.covered == 2 * LEAST_SPAN
     assert not c.due(2 * LEAST_SPAN)
+
+
+def test_dimensions_of_values_are_learnt_and_kept():
+    c = fresh()
+    assert c.dimensions == (dimensions.MOST,) * 2
+    pass_(c, 600, 600)
+    solve(c)
+    assert 1 <= c.dimensions[0] <= 2
+    assert c.dimensions[1] == dimensions.MOST
+    assert fresh().dimensions == c.dimensions
 
 
 def test_a_span_ends_where_the_rotation_does():
@@ -120,7 +134,7 @@ def test_moved_moments_make_a_basis_for_far_positions():
         c.wants(600, 600)
         for layer in range(2):
             c.observe(layer, QUERIES[:600], rotation.rotate(content[:600], near[:600]), near[:600])
-        c.solve(lambda _, slots: rotation.rotate(content, near)[slots], near[:600], near, 600)
+        c.solve(lambda _, slots: (rotation.rotate(content, near)[slots],) * 2, near[:600], near, 600)
         k = rotation.rotate(content, far)
         codes, norms = torch.zeros(700, 2, 2, dtype=torch.int32), torch.zeros(700, 2, 2, dtype=torch.uint8)
         t = c.tables
