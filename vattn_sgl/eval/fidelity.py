@@ -13,15 +13,17 @@ from typing import Any
 import torch
 
 from vattn_sgl import model_folder, texts
-from vattn_sgl.eval import capture, forced, methods, selectors
+from vattn_sgl.eval import capture, forced, methods, selectors, train_hash
 from vattn_sgl.eval.inefficiency import inefficiency
 from vattn_sgl.eval.methods import Attention, Method, certified
-from vattn_sgl.eval.metrics import Tally
+from vattn_sgl.eval.metrics import Tally, each_head
 from vattn_sgl.eval.selectors import Adapter
 from vattn_sgl.selectors import hash_weights
 
 # Positions are an even spread over the last eighth of a context.
 TAIL = 8
+# Distance of the seeds by which heads are judged.
+HEAD_SEEDS = 1000
 # First position of the next tokens, and how many are decoded at once.
 LEAST_AGREEMENT = 1536
 BATCH = 128
@@ -78,10 +80,14 @@ class Plan:
         Of the samples; piece i uses ``seed + i``.
     text : str
         Evaluation text, see `vattn_sgl.texts.load`.
-    other_texts : tuple of tuple of str
-        Further texts, each joined, on a piece of which the product's own rows are measured again.
+    other_texts : tuple of str
+        Further texts, on a piece of which the product's own rows are measured again.
+    head_samples : int
+        Samples of each query, at the context of the comparison, by which heads are judged one by one.
     hash_weights : str or None
-        File of HashAttention's weights for this model; without one selector ``hash`` is left out.
+        File of HashAttention's weights for this model; without one nets are trained on the calibration text.
+    hash_steps : int
+        Of that training; 0 leaves selector ``hash`` out.
     """
 
     contexts: tuple[int, ...] = (2048, 4096, 8192)
@@ -104,12 +110,10 @@ class Plan:
     inefficiency_positions: int = 4
     seed: int = 0
     text: str = texts.EVALUATION
-    other_texts: tuple[tuple[str, ...], ...] = (
-        texts.EVALUATION_LEGAL,
-        (texts.DEMONSTRATION,),
-        (texts.EVALUATION_CODE,),
-    )
+    other_texts: tuple[str, ...] = (texts.DEMONSTRATION, *texts.EVALUATION_CODE, texts.EVALUATION_MANUAL)
+    head_samples: int = 8
     hash_weights: str | None = None
+    hash_steps: int = 600
 
     @property
     def longest(self) -> int:
@@ -119,7 +123,8 @@ class Plan:
 
 QUICK = Plan((2048,), 1, 12, 6, (0.05, 0.2), densities=(), compared_densities=(0.1,), sweep_context=2048,
              sweep_pieces=1, sweep_positions=4, compared_positions=4, forced_positions=6, agreement_positions=8,
-             prompts=1, prompt_tokens=2048, continuation=8, inefficiency_positions=1)  # fmt: skip
+             prompts=1, prompt_tokens=2048, continuation=8, inefficiency_positions=1, head_samples=1,
+             hash_steps=0)  # fmt: skip
 
 
 @dataclass
@@ -219,6 +224,7 @@ class Fidelity:
         self.sweep: list[tuple[float, Cell]] = []
         self.published: list[Cell] = []
         self.others: list[list[Cell]] = [[] for _ in plan.other_texts]
+        self.heads: dict[tuple[str, int], list[Cell]] = {}
         self.agreement: list[Cell] = []
         self.inefficiencies: dict[tuple[int, int], list[torch.Tensor]] = {}
 
@@ -233,12 +239,16 @@ class Fidelity:
         calibration = capture.token_ids(self.path, texts.CALIBRATION, texts.CALIBRATION_MORE)[: plan.longest]
         self.calibration_tokens = len(calibration)
         calibrator = selectors.Calibrator(self.model, self.geometry, calibration)
-        self.adapters = selectors.adapters(self.geometry, calibrator, self.plan.hash_weights)
+        self.step("nets of hash")
+        self.hash_weights = plan.hash_weights
+        if self.hash_weights is None and plan.hash_steps:
+            self.hash_weights = train_hash.weights(self.path, self.model, self.geometry, calibration, plan.hash_steps)
+        self.adapters = selectors.adapters(self.geometry, calibrator, self.hash_weights)
         tokens = capture.token_ids(self.path, plan.text)
         self._make_cells()
-        for names, cells in zip(plan.other_texts, self.others, strict=True):
-            self.step(f"{' and '.join(names)}: captured queries")
-            self._other_text(names, cells)
+        for name, cells in zip(plan.other_texts, self.others, strict=True):
+            self.step(f"{name}: captured queries")
+            self._other_text(name, cells)
         for piece in range(plan.pieces):
             self.step(f"text {piece + 1}: capturing")
             self._piece(piece, tokens[piece * plan.longest : (piece + 1) * plan.longest])
@@ -296,12 +306,27 @@ class Fidelity:
         cells.append(cell)
         return cell
 
-    def _other_text(self, names: tuple[str, ...], cells: list[Cell]) -> None:
+    def _other_text(self, name: str, cells: list[Cell]) -> None:
         plan = self.plan
-        tokens = capture.token_ids(self.path, *names)[: plan.longest]
+        tokens = capture.token_ids(self.path, name)[: plan.longest]
         attention = self._captured(tokens, self._positions(), plan.seed)
         for index, context in enumerate(plan.contexts):
             self._measure(attention, [c for c in cells if c.context == context], self._chosen(index))
+        self._each_head(name, attention)
+
+    def _each_head(self, name: str, attention: Attention) -> None:
+        """The default of every size of the product's codes, with samples of other seeds than the rows have."""
+        plan = self.plan
+        if plan.sweep_context not in plan.contexts:
+            return
+        chosen = self._chosen(plan.contexts.index(plan.sweep_context))
+        for adapter in self.adapters:
+            if adapter.name != methods.DEFAULTS.selector:
+                continue
+            cell = self._cell(self.heads.setdefault((name, adapter.bits), []), Method(), adapter, plan.sweep_context)
+            for sample in range(plan.head_samples):
+                again = replace(attention, seed=attention.seed + (sample + 1) * HEAD_SEEDS)
+                self._measure(again, [cell], chosen)
 
     def _positions(self) -> list[int]:
         return [p for context in self.plan.contexts for p in spread(context, self.plan.positions)]
@@ -343,6 +368,8 @@ class Fidelity:
                     self.inefficiencies.setdefault((self.adapters.index(adapter), context), []).append(found)
             if context == plan.sweep_context and piece < plan.sweep_pieces:
                 self._sweep(attention, chosen, piece)
+        self.step(f"text {piece + 1}: heads one by one")
+        self._each_head(plan.text, attention)
         self.step(f"text {piece + 1}: next tokens")
         for cell in self.agreement:
             for some in torch.arange(first, len(positions)).split(BATCH):
@@ -404,9 +431,10 @@ class Fidelity:
             "sweep_density": [density for density, _ in self.sweep],
             "sweep_pairs": list(self._pairs()),
             "other_texts": [
-                {"text": list(names), "rows": [cell.row() for cell in cells]}
-                for names, cells in zip(self.plan.other_texts, self.others, strict=True)
+                {"text": name, "rows": [cell.row() for cell in cells]}
+                for name, cells in zip(self.plan.other_texts, self.others, strict=True)
             ],
+            "heads": self._heads(),
             "inefficiency": [
                 {
                     "selector": self.adapters[index].name,
@@ -419,7 +447,7 @@ class Fidelity:
             ],
             "agreement": [c.next_tokens() for c in self.agreement],
             "layer_density": self._layer_density(),
-            "left_out": selectors.missing(self.plan.hash_weights),
+            "left_out": selectors.missing(self.hash_weights),
             "plan": self.plan.__dict__
             | {
                 "pieces": pieces,
@@ -430,6 +458,21 @@ class Fidelity:
             "seconds": round(seconds),
             "machine": machine(),
         }
+
+    def _heads(self) -> list[dict[str, Any]]:
+        """Heads judged one by one: all texts together, and those alone that nothing was chosen by."""
+        found = []
+        for bits in sorted({bits for _, bits in self.heads}):
+            for is_fresh in (False, True):
+                tallies = [
+                    cell.tally
+                    for (name, size), cells in self.heads.items()
+                    if size == bits and not (is_fresh and name in texts.IN_SIGHT)
+                    for cell in cells
+                ]
+                if tallies:
+                    found.append({"bits": bits, "fresh": is_fresh, **each_head(tallies, self.plan.delta)})
+        return found
 
     def _pairs(self) -> Iterator[dict[str, Any]]:
         """``proportional`` less another method by the same scores, position by position, where both have many."""
@@ -529,7 +572,7 @@ def check(path: Path, plan: Plan) -> None:
     for names, needed in (
         ((texts.CALIBRATION, texts.CALIBRATION_MORE), plan.longest),
         ((plan.text,), plan.longest * plan.pieces),
-        *((names, plan.longest) for names in plan.other_texts),
+        *(((name,), plan.longest) for name in plan.other_texts),
     ):
         found = len(capture.token_ids(path, *names))
         if found < needed:
@@ -540,7 +583,7 @@ def steps(plan: Plan) -> int:
     """How often `Fidelity.run` calls ``step``."""
     densities = len({*plan.densities, *plan.compared_densities})
     sweeps = min(plan.pieces, plan.sweep_pieces) * densities if plan.sweep_context in plan.contexts else 0
-    return 3 + len(plan.other_texts) + plan.pieces * (2 + 3 * len(plan.contexts)) + sweeps
+    return 4 + len(plan.other_texts) + plan.pieces * (3 + 3 * len(plan.contexts)) + sweeps
 
 
 def machine() -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from scipy import stats as distributions
@@ -125,6 +127,38 @@ def heads_over(violations: torch.Tensor, steps: torch.Tensor, delta: float) -> i
         return 0
     chance = distributions.binom.sf(violations.numpy() - 1, steps.numpy(), delta)
     return int((chance < FAMILY_ALPHA / violations.numel()).sum())
+
+
+def each_head(tallies: Sequence[Tally], delta: float) -> dict[str, Any]:
+    """What the counts of every head amount to over several texts.
+
+    Parameters
+    ----------
+    tallies : sequence of Tally
+        Of one model, at least one.
+    delta : float
+        Rate claimed.
+
+    Returns
+    -------
+    dict
+        ``steps`` of a head, ``density``, ``violation_rate`` of all heads, ``heads_over_delta``, ``detectable_rate`` and
+        ``worst``, the three heads that violate most, each ``{"layer", "head", "rate"}``.
+    """
+    violations, steps = (sum(getattr(t, name) for t in tallies) for name in ("violations", "steps"))
+    rates = violations / steps
+    heads = rates.shape[1]
+    return {
+        "steps": int(steps.min()),
+        "density": sum(t.density_sum for t in tallies) / int(steps.sum()),
+        "violation_rate": int(violations.sum()) / int(steps.sum()),
+        "heads_over_delta": heads_over(violations, steps, delta),
+        "detectable_rate": detectable_rate(int(steps.min()), steps.numel(), delta),
+        "worst": [
+            {"layer": i // heads, "head": i % heads, "rate": float(rates.flatten()[i])}
+            for i in rates.flatten().topk(3).indices.tolist()
+        ],
+    }
 
 
 def detectable_rate(steps: int, heads: int, delta: float, power: float = 0.9) -> float:

@@ -7,6 +7,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+from vattn_sgl import texts
 from vattn_sgl.eval.metrics import FAMILY_ALPHA, detectable_rate
 
 ROW_KEYS = (
@@ -81,7 +82,7 @@ def markdown(result: dict[str, Any], name: str) -> str:
         "",
         f"Model: {result['model']}, float32, {heads} (layer, query head) pairs. Codes are calibrated on "
         f"{plan['calibration_tokens']:,} tokens of {' and '.join(plan['calibration'])}; measured on "
-        f"{plan['pieces']} disjoint piece(s) of `{plan['text']}`, "
+        f"{plan['pieces']} disjoint piece(s) of `{plan['text']}` ({_sight(plan['text'])}), "
         f"{plan['positions']} positions each from the last eighth of every context ({plan['other_positions']} with "
         "selectors other than `oracle` and `sketch`). Every figure is the real op against float64 dense attention over "
         "the same cache; contexts below `dense_below` are sampled here too.",
@@ -103,7 +104,8 @@ def markdown(result: dict[str, Any], name: str) -> str:
     lines += ["", "## The bound", "", f"![violations]({name}-violations.png)", ""]
     lines += _main_table(parts["main"])
     for other in result["other_texts"]:
-        lines += ["", f"## The bound on {' and '.join(other['text'])}", "", *_other_table(other["rows"], plan)]
+        lines += ["", f"## The bound on {other['text']}", "", *_other_table(other["text"], other["rows"], plan)]
+    lines += ["", "## Heads one by one", "", *_heads_table(result["heads"], plan)]
     lines += ["", "## Scores", "", *_inefficiency_table(result["inefficiency"], plan)]
     if parts["sweep"]:
         lines += ["", f"## Error at equal density, {plan['sweep_context']} tokens", ""]
@@ -143,11 +145,15 @@ def _main_table(pairs: list[tuple[Row, Row]]) -> list[str]:
     )  # fmt: skip
 
 
-def _other_table(found: list[Row], plan: Row) -> list[str]:
+def _sight(name: str) -> str:
+    return f"In sight: {texts.IN_SIGHT[name]}." if name in texts.IN_SIGHT else "Nothing was chosen by it."
+
+
+def _other_table(name: str, found: list[Row], plan: Row) -> list[str]:
     heads = found[0]["head_steps"] // plan["positions"]
     text = (
-        f"One piece, {plan['positions']} positions a context; sampler `proportional`, target `output` and its default "
-        "bound. A true rate of "
+        f"{_sight(name)} One piece, {plan['positions']} positions a context; sampler `proportional`, target `output` "
+        "and its default bound. A true rate of "
         f"{detectable_rate(plan['positions'], heads, plan['delta']):.3f} of a head is found with power .9."
     )
     head = ["context", "selector", "epsilon", "head-steps", "density", "violations", "binding", "heads over",
@@ -157,6 +163,23 @@ def _other_table(found: list[Row], plan: Row) -> list[str]:
          f"{r['violation_rate']:.2%}", f"{r['binding_violation_rate']:.2%}", str(r["heads_over_delta"]),
          f"{r['mean_error']:.4f}", f"{r['p95_error']:.4f}"]
         for r in found
+    ]  # fmt: skip
+    return [text, "", *_table(head, rows)]
+
+
+def _heads_table(found: list[Row], plan: Row) -> list[str]:
+    text = (
+        f"The default of selector `sketch` at {plan['sweep_context']:,} tokens, {plan['head_samples']} further samples "
+        "of each position of every text above, counted head by head; the test is that of *heads over*, with so many "
+        "steps a head. *Found*: the least true rate of a head that it finds with power .9. *Worst*: the heads that "
+        "violate most, (layer, head), from 0. *Fresh*: texts that nothing was chosen by."
+    )
+    head = ["bits", "texts", "steps a head", "density", "violations", "heads over", "found", "worst"]
+    rows = [
+        [str(h["bits"]), "fresh" if h["fresh"] else "all", f"{h['steps']:,}", f"{h['density']:.3f}",
+         f"{h['violation_rate']:.2%}", str(h["heads_over_delta"]), f"{h['detectable_rate']:.3f}",
+         ", ".join(f"({w['layer']}, {w['head']}) {w['rate']:.1%}" for w in h["worst"])]
+        for h in found
     ]  # fmt: skip
     return [text, "", *_table(head, rows)]
 

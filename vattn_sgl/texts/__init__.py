@@ -10,21 +10,32 @@ CALIBRATION = "gpl-3"
 CALIBRATION_MORE = "gfdl-1.3"
 DEMONSTRATION = "us-constitution"
 EVALUATION = "alice"
-EVALUATION_LEGAL = ("mpl-2.0", "lgpl-2.1")
-# A module of the running Python, so it is read and not shipped.
-EVALUATION_CODE = "argparse.py"
+# These come with the running Python, so they are read and not shipped.
+EVALUATION_CODE = ("argparse.py", "tarfile.py")
+EVALUATION_MANUAL = "python-reference"
+# What a default was chosen by; of the others nothing was.
+IN_SIGHT = {
+    "alice": "most defaults were chosen by it",
+    "us-constitution": "what is read for certain because its code misses by far was chosen by it",
+    "argparse.py": "what is read for certain because its code misses by far was chosen by it",
+}
 
 
 def load(name: str) -> str:
-    """A text by its name without suffix.
+    """A text by its name.
 
     Parameters
     ----------
     name : str
-        Of a file in this folder, see its README, or `EVALUATION_CODE`.
+        Of a file in this folder without its suffix, see its README, or one of `EVALUATION_CODE`, or
+        `EVALUATION_MANUAL`.
     """
-    if name == EVALUATION_CODE:
+    if name in EVALUATION_CODE:
         spec = find_spec(name.removesuffix(".py"))
         assert spec is not None and spec.origin is not None, f"Python comes with {name}"
         return Path(spec.origin).read_text(encoding="utf-8")
+    if name == EVALUATION_MANUAL:
+        from pydoc_data.topics import topics
+
+        return "\n".join(topics.values())
     return files(__name__).joinpath(f"{name}.txt").read_text(encoding="utf-8")

@@ -67,7 +67,7 @@ def test_positions_outside_the_text_are_refused(small, positions):
 
 
 def test_shipped_texts_differ_and_are_long():
-    names = (texts.CALIBRATION, texts.CALIBRATION_MORE, texts.DEMONSTRATION, texts.EVALUATION, *texts.EVALUATION_LEGAL)
+    names = (texts.CALIBRATION, texts.CALIBRATION_MORE, texts.DEMONSTRATION, texts.EVALUATION, texts.EVALUATION_MANUAL)
     loaded = {name: texts.load(name) for name in names}
     assert len(set(loaded.values())) == len(names)
     assert len(loaded[texts.EVALUATION]) > 140_000

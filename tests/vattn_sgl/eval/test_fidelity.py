@@ -55,7 +55,8 @@ SCHEMA = {
 }
 PLAN = Plan((256, 384), 1, 6, 4, (0.05, 0.2), densities=(0.2,), compared_densities=(0.4,), sweep_context=384,
             sweep_pieces=1, sweep_positions=3, compared_positions=5, forced_positions=3, agreement_positions=4,
-            prompts=2, prompt_tokens=200, continuation=6, inefficiency_positions=1)  # fmt: skip
+            prompts=2, prompt_tokens=200, continuation=6, inefficiency_positions=1, head_samples=2,
+            hash_steps=0)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -124,10 +125,10 @@ def test_the_product_is_compared_in_pairs_of_the_same_positions(result):
         assert p["kl_standard_error"] > 0
 
 
-@pytest.mark.parametrize("index", [0, 1, 2])
+@pytest.mark.parametrize("index", [0, 1, 2, 3])
 def test_the_products_rows_are_measured_on_other_texts(index, result):
     other = result["other_texts"][index]
-    assert tuple(other["text"]) == PLAN.other_texts[index]
+    assert other["text"] == PLAN.other_texts[index]
     found = {(r["selector"], r["bits"], r["context"], r["epsilon"]) for r in other["rows"]}
     coded = [("oracle", 0), ("sketch", 64), ("sketch", 128)]
     assert found == {(*code, context, e) for code in coded for context in PLAN.contexts for e in PLAN.epsilons}
@@ -137,6 +138,18 @@ def test_the_products_rows_are_measured_on_other_texts(index, result):
         assert row["head_steps"] == 2 * 6 * PLAN.positions
         # One text stands in for all.
         assert row["density"] == pytest.approx(main[report.label(row), row["context"], row["epsilon"]], rel=0.2)
+
+
+def test_heads_are_judged_one_by_one(result):
+    found = {(h["bits"], h["fresh"]): h for h in result["heads"]}
+    assert set(found) == {(64, False), (64, True), (128, False), (128, True)}
+    for (bits, is_fresh), h in found.items():
+        assert h["steps"] == 2 * 6 * (2 if is_fresh else 5)
+        rows = [
+            r for r, _ in report.groups(result)["main"] if (r["context"], report.label(r)) == (384, f"sketch {bits}")
+        ]
+        assert h["density"] == pytest.approx(rows[0]["density"], rel=0.1)
+        assert len(h["worst"]) == 3
 
 
 def test_a_smaller_epsilon_reads_more_and_errs_less(result):

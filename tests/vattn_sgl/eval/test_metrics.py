@@ -67,3 +67,18 @@ def test_inefficiency_is_one_for_exact_scores_and_grows_with_log_error():
     best = spread(a, a, 0.0)
     rough = [spread(a * torch.exp(s * torch.randn(3000, generator=draw)), a, 0.0) / best for s in (0.3, 1.0)]
     assert 1 < rough[0] < 1.3 < rough[1] < 3
+
+
+def test_heads_are_pooled_over_texts():
+    tallies = [Tally(GEOMETRY, 0.1) for _ in range(2)]
+    exact = torch.ones(200, 4, 8, dtype=torch.float64)
+    for tally, share in zip(tallies, (0.25, 0.75), strict=True):
+        out = exact.clone()
+        out[:20, 1] *= 1.2
+        tally.add(0, out, stats_of([[0.1] * 4] * 200, share), exact)
+    # Neither text alone shows it.
+    assert [metrics.heads_over(t.violations, t.steps, 0.06) for t in tallies] == [0, 0]
+    found = metrics.each_head(tallies, 0.06)
+    assert (found["steps"], found["density"], found["heads_over_delta"]) == (400, 0.5, 1)
+    assert found["worst"][0] == {"layer": 0, "head": 1, "rate": pytest.approx(0.1)}
+    assert found["violation_rate"] == 40 / 1600
