@@ -82,7 +82,7 @@ def markdown(result: dict[str, Any], name: str) -> str:
         "",
         f"Model: {result['model']}, float32, {heads} (layer, query head) pairs. Codes are calibrated on "
         f"{plan['calibration_tokens']:,} tokens of {' and '.join(plan['calibration'])}; measured on "
-        f"{plan['pieces']} disjoint piece(s) of `{plan['text']}` ({_sight(plan['text'])}), "
+        f"{plan['pieces']} disjoint piece(s) of `{plan['text']}`, "
         f"{plan['positions']} positions each from the last eighth of every context ({plan['other_positions']} with "
         "selectors other than `oracle` and `sketch`). Every figure is the real op against float64 dense attention over "
         "the same cache; contexts below `dense_below` are sampled here too.",
@@ -101,7 +101,8 @@ def markdown(result: dict[str, Any], name: str) -> str:
     ]
     if result["left_out"]:
         lines += ["", f"Not measured: {', '.join(result['left_out'])}."]
-    lines += ["", "## The bound", "", f"![violations]({name}-violations.png)", ""]
+    lines += ["", f"## The bound on {plan['text']}", "", _sight(plan["text"]), ""]
+    lines += [f"![violations]({name}-violations.png)", ""]
     lines += _main_table(parts["main"])
     for other in result["other_texts"]:
         lines += ["", f"## The bound on {other['text']}", "", *_other_table(other["text"], other["rows"], plan)]
