@@ -174,7 +174,7 @@ def _model(path: Path | None, settings: Settings) -> Iterator[Finding]:
     geometry = preflight.geometry(described)
     misfits = list(preflight.fitting_reasons(settings, geometry))
     for reason in misfits:
-        yield Finding(False, f"settings: {reason}")
+        yield Finding(False, reason)
     if misfits:
         return
     side_data = _guard(_side_data, geometry, settings)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -86,16 +86,15 @@ def fitting_reasons(settings: Settings, pool: CacheGeometry) -> Iterator[str]:
     """
     from vattn_sgl.selectors import hash_weights
 
-    try:
-        control.check_layers(settings, pool.num_layers)
-    except ConfigError as error:
-        yield str(error)
+    checks: list[Callable[[], object]] = [lambda: control.check_layers(settings, pool.num_layers)]
     if settings.selector == "hash":
         file = str(settings.hash_weights)
+        checks.append(lambda: hash_weights.nets(hash_weights.load(file), file, pool, range(pool.num_layers)))
+    for check in checks:
         try:
-            hash_weights.nets(hash_weights.load(file), file, pool, range(pool.num_layers))
+            check()
         except ConfigError as error:
-            yield str(error)
+            yield from (f"{error.source}: {mistake}" for mistake in error.mistakes)
 
 
 def geometry(described: Any) -> CacheGeometry:

@@ -65,7 +65,7 @@ def test_wrong_hash_weights_are_told(folder, built, monkeypatch):
     monkeypatch.setenv("VATTN_HASH_WEIGHTS", str(folder / "none.pt"))
     wrong = [what for ok, what, _ in report(folder) if not ok]
     assert len(wrong) == 1
-    assert wrong[0].startswith("settings: ")
+    assert wrong[0].startswith(f"hash_weights {folder / 'none.pt'}: ")
     assert "no such file" in wrong[0]
 
 
