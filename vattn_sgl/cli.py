@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -32,24 +34,22 @@ def _fail(error: Exception, status: int = 1) -> NoReturn:
     raise typer.Exit(status)
 
 
-def _check_folder(folder: Path) -> None:
-    from vattn_sgl import model_folder
+@contextmanager
+def _ending(*mistakes: type[Exception]) -> Iterator[None]:
+    """Tell what went wrong, with exit status `MISTAKE` if it was what a person gave."""
+    from vattn_sgl.config import ConfigError
     from vattn_sgl.model import ModelError
+    from vattn_sgl.model_folder import FolderError
+    from vattn_sgl.server import PortError, ServerError
+    from vattn_sgl.support import Unsupported
 
+    given: tuple[type[Exception], ...] = (ConfigError, FolderError, PortError, Unsupported, *mistakes)
     try:
-        model_folder.check(folder)
-    except ModelError as error:
+        yield
+    except given as error:
         _fail(error, MISTAKE)
-
-
-def _check_settings() -> None:
-    # Else the server would tell it, in its log, after half a minute.
-    from vattn_sgl.config import ConfigError, load_settings
-
-    try:
-        load_settings()
-    except ConfigError as error:
-        _fail(error, MISTAKE)
+    except (ModelError, ServerError) as error:
+        _fail(error)
 
 
 @app.callback()
@@ -120,16 +120,9 @@ def demo(
 ) -> None:
     """Serve a real model on this CPU: what the bound costs per layer, agreement with dense, epsilon changed live."""
     from vattn_sgl import demo as demonstration
-    from vattn_sgl.model import ModelError
-    from vattn_sgl.server import ServerError
 
-    _check_settings()
-    if model is not None:
-        _check_folder(model)
-    try:
+    with _ending():
         demonstration.run(once, json, model, port, epsilon)
-    except (ModelError, ServerError) as error:
-        _fail(error)
 
 
 @app.command()
@@ -143,17 +136,11 @@ def doctor(model: Annotated[Path | None, typer.Argument(help="Folder of a model.
 
 @app.command()
 def calibrate(model: Annotated[Path, typer.Argument(help="Folder of a model.")]) -> None:
-    """Calibrate the selector for a model ahead of its first traffic."""
+    """Calibrate the selector for a model ahead of its first traffic, anew if it was calibrated already."""
     from vattn_sgl import calibrate as calibration
-    from vattn_sgl.model import ModelError
-    from vattn_sgl.server import ServerError
 
-    _check_settings()
-    _check_folder(model)
-    try:
+    with _ending():
         calibration.run(model)
-    except (ModelError, ServerError, calibration.CalibrationError) as error:
-        _fail(error)
 
 
 @eval_app.command("fidelity")
@@ -168,21 +155,12 @@ def eval_fidelity(
     hash_weights: Annotated[Path | None, typer.Option(help="HashAttention's weights, to measure `hash` too.")] = None,
 ) -> None:
     """Error, violations and divergence on a real model's queries, keys and values, against dense attention."""
-    from vattn_sgl.config import ConfigError
     from vattn_sgl.eval import command
-    from vattn_sgl.model import ModelError
-    from vattn_sgl.server import ServerError
 
     if out is None and json is None:
         _fail(ValueError("nothing would be written: pass --out DIR or --json FILE"), MISTAKE)
-    if server:
-        _check_settings()
-    if model is not None:
-        _check_folder(model)
-    try:
+    with _ending(command.FidelityError):
         command.run(quick, tuple(context or ()), text and text.value, out, json, server, model, hash_weights)
-    except (ModelError, ServerError, ConfigError, command.FidelityError) as error:
-        _fail(error)
 
 
 if __name__ == "__main__":

@@ -278,6 +278,26 @@ def generates(architectures: list[str]) -> bool:
     return is_generation_model(architectures) and not any(_OTHER_HEAD.search(name) for name in architectures)
 
 
+def knows(config: Any) -> bool:
+    """Whether SGLang finds a class for a model: its own, transformers' or one that comes with the model.
+
+    Parameters
+    ----------
+    config : transformers.PretrainedConfig
+        Of the model; names architectures.
+    """
+    import transformers
+
+    if "AutoModel" in (getattr(config, "auto_map", None) or {}):
+        return True
+    if any(hasattr(transformers, name) for name in config.architectures):
+        return True
+    # Last, because it imports every model of SGLang.
+    from sglang.srt.models.registry import ModelRegistry
+
+    return not ModelRegistry.get_supported_archs().isdisjoint(config.architectures)
+
+
 def query_geometry(model_runner: Any) -> tuple[int | None, float | None]:
     """Query heads on this rank and the factor of the logits, from the model's first attention layer.
 

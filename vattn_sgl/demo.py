@@ -11,9 +11,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from vattn_sgl import model, model_folder, texts
+from vattn_sgl import model, model_folder, preflight, texts
 from vattn_sgl.eval.served import ARGUMENTS, check_positions, forced_steps, started, totals
-from vattn_sgl.server import Server
+from vattn_sgl.server import Server, check_port
 
 PROMPT_TOKENS = 4000
 POSITIONS = 320
@@ -41,12 +41,20 @@ def run(once: bool, as_json: bool, model_path: Path | None, port: int | None, ep
 
     Raises
     ------
+    vattn_sgl.config.ConfigError, vattn_sgl.support.Unsupported, vattn_sgl.model_folder.FolderError
+        From `vattn_sgl.preflight`, or if the model has fewer positions than the servers' context.
+    vattn_sgl.server.PortError
+        If the port is in use.
     vattn_sgl.model.ModelError
-        If the model cannot be made, or has fewer positions than the servers' context.
+        If the model cannot be made.
     vattn_sgl.server.ServerError
         If a server does not start or fails.
     """
+    settings = preflight.check_settings()
+    if port is not None:
+        check_port(port)
     path = model_path or model.fetch()
+    preflight.check_model(path, settings)
     check_positions(path)
     prompt = prompt_tokens(path)
     dense = _dense_text(path, prompt)

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from vattn_sgl import compat, control, model, model_folder, support
-from vattn_sgl.config import ConfigError, Settings, load_settings
+from vattn_sgl import compat, model, model_folder, preflight, support
+from vattn_sgl.config import PREFIX, ConfigError, Settings, load_settings
 
 if TYPE_CHECKING:
     from vattn_sgl.selectors import CacheGeometry
@@ -83,23 +83,16 @@ def findings(model_path: Path | None) -> Iterator[Finding]:
             True, f"settings: epsilon {settings.epsilon}, delta {settings.delta}, selector {settings.selector}"
         )
     except ConfigError as error:
-        yield Finding(False, f"settings: {error}", "vattn config check FILE shows every mistake with its line")
-    for setting in ("prefill_backend", "dense_backend"):
-        if getattr(settings, setting) is not None:
-            yield _guard(_delegate, setting, getattr(settings, setting))
-    yield from _device_settings(settings)
+        yield Finding(False, f"settings: {error}", _mend(error))
+    for reason in preflight.settings_reasons(settings):
+        yield Finding(False, f"settings: {reason}")
     yield from _model(model_path, settings)
 
 
-def _device_settings(settings: Settings) -> Iterator[Finding]:
-    import torch
-
-    if torch.cuda.is_available():
-        for reason in support.gpu_reasons(SimpleNamespace(), settings):
-            yield Finding(False, f"settings on a GPU: {reason}", "mend what the message names, or serve on a CPU")
-    else:
-        for reason in support.cpu_reasons(settings):
-            yield Finding(False, f"settings on a CPU: {reason}", "mend what the message names")
+def _mend(error: ConfigError) -> str:
+    if all(mistake.line is None and mistake.key.startswith(PREFIX) for mistake in error.mistakes):
+        return "set the variable named to what is expected, or unset it"
+    return f"vattn config check {os.environ['VATTN_CONFIG']} shows every mistake of the file with its line"
 
 
 def _guard(check: Callable[..., Finding], *arguments: Any) -> Finding:
@@ -145,13 +138,6 @@ def _kernels() -> Finding:
     return Finding(True, f"CPU kernels compiled by {build.compiler()}: {build.build()}")
 
 
-def _delegate(setting: str, name: str) -> Finding:
-    from vattn_sgl import prefill
-
-    prefill.check_name(setting, name)
-    return Finding(True, f"{setting}: SGLang has {name}")
-
-
 def _memory() -> Finding:
     free = psutil.virtual_memory().available / 2**30
     enough = free >= LEAST_MEMORY_GIB
@@ -164,47 +150,33 @@ def _memory() -> Finding:
 
 
 def _model(path: Path | None, settings: Settings) -> Iterator[Finding]:
-    import torch
-
     if path is None:
         path = model.folder()
         if not model.is_whole(path):
             yield Finding(False, f"model {model.NAME} is not in the cache", "vattn model fetch")
             return
     try:
-        model_folder.check_config(path)
+        described = model_folder.describe(path)
     except model.ModelError as error:
-        yield Finding(False, str(error), "give a model's folder")
-        return
-    mend = "give the folder of a decoder model with attention"
-    try:
-        config = model_folder.load_config(path)
-    except model.ModelError as error:
-        yield Finding(False, str(error), mend)
-        return
-    try:
-        described = describe(config)
-    except Exception as error:
-        yield Finding(False, f"{path / 'config.json'}: {error}", mend)
+        yield Finding(False, str(error), "give the folder of a decoder model with attention")
         return
     yield _guard(_tokenizer, path)
     weights = _guard(_weights, path)
     yield weights
-    reasons = [*support.argument_reasons(SimpleNamespace(device="cpu")), *support.model_reasons(described)]
-    if torch.cuda.is_available():
-        reasons += support.gpu_model_reasons(described)
+    reasons = [*support.argument_reasons(SimpleNamespace(device="cpu")), *model_folder.reasons(described)]
     if reasons:
         for reason in reasons:
             yield Finding(False, f"model {path.name}: {reason}")
         return
     heads = f"{described.num_attention_heads} query and {described.num_key_value_heads} KV heads"
     yield Finding(True, f"model {path.name}: {heads} of {described.head_dim}")
-    yield from _dtype(config)
-    geometry = _geometry(config, described)
-    try:
-        control.check_layers(settings, geometry.num_layers)
-    except ConfigError as error:
-        yield Finding(False, f"settings: {error}", f"the model has {geometry.num_layers} layers")
+    yield from _dtype(described)
+    geometry = preflight.geometry(described)
+    misfits = list(preflight.fitting_reasons(settings, geometry))
+    for reason in misfits:
+        yield Finding(False, reason)
+    if misfits:
+        return
     side_data = _guard(_side_data, geometry, settings)
     yield side_data
     if side_data.ok and weights.ok:
@@ -220,61 +192,11 @@ def _weights(path: Path) -> Finding:
     return Finding(True, f"weights in {count} file{'s' * (count > 1)}")
 
 
-def describe(config: Any) -> Any:
-    """What `vattn_sgl.support.model_reasons` looks at, from a Hugging Face configuration.
-
-    Parameters
-    ----------
-    config : transformers.PretrainedConfig
-        Of a model.
-
-    Raises
-    ------
-    ValueError
-        If it names no architecture or no attention heads.
-    """
-    architectures = getattr(config, "architectures", None) or []
-    if not architectures:
-        raise ValueError("it names no architectures, from which SGLang chooses the model's class")
-    text = config.get_text_config()
-    heads = getattr(text, "num_attention_heads", None)
-    if not heads:
-        raise ValueError(f"a {text.model_type} has no attention heads")
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
-    latent = getattr(text, "kv_lora_rank", None) is not None
-    kinds = set(getattr(text, "layer_types", None) or [])
-    return SimpleNamespace(
-        attention_arch=SimpleNamespace(name="MLA" if latent else "MHA"),
-        is_encoder_decoder=getattr(config, "is_encoder_decoder", False),
-        is_generation=compat.generates(architectures),
-        is_hybrid_swa="sliding_attention" in kinds,
-        hf_text_config=text,
-        head_dim=head_dim,
-        v_head_dim=getattr(text, "v_head_dim", None) or head_dim,
-        num_attention_heads=heads,
-        num_key_value_heads=getattr(text, "num_key_value_heads", None) or heads,
-    )
-
-
-def _geometry(config: Any, described: Any) -> CacheGeometry:
-    """Pool of the model without slots, in the dtype that its configuration names."""
-    import torch
-
-    from vattn_sgl.selectors.base import CacheGeometry
-
-    text = config.get_text_config()
-    dtype = getattr(text, "dtype", None) or torch.bfloat16
-    dtype = dtype if isinstance(dtype, torch.dtype) else getattr(torch, str(dtype))
-    heads, head_dim = described.num_key_value_heads, described.head_dim
-    cpu = torch.device("cpu")
-    return CacheGeometry(text.num_hidden_layers, 0, heads, head_dim, cpu, dtype, described.num_attention_heads)
-
-
-def _dtype(config: Any) -> Iterator[Finding]:
+def _dtype(described: Any) -> Iterator[Finding]:
     """What SGLang serves the model in unless it is told, where a CPU cannot."""
     import torch
 
-    dtype = compat.default_dtype(config.get_text_config())
+    dtype = compat.default_dtype(described.hf_text_config)
     if not torch.cuda.is_available() and list(support.cpu_pool_reasons(SimpleNamespace(dtype=dtype))):
         name = str(dtype).removeprefix("torch.")
         yield Finding(

@@ -30,6 +30,27 @@ class ServerError(RuntimeError):
     """The server did not start, died or did not answer; the message ends with the last lines of its log."""
 
 
+class PortError(ServerError):
+    """Another program listens on the port that was asked for."""
+
+
+def check_port(port: int) -> None:
+    """Refuse a port of 127.0.0.1 on which another program listens.
+
+    Parameters
+    ----------
+    port : int
+        Number.
+
+    Raises
+    ------
+    PortError
+        If one does.
+    """
+    if not _is_free(port):
+        raise PortError(f"port {port} of 127.0.0.1 is in use: give another one, or leave it out")
+
+
 def free_port() -> int:
     """A port on 127.0.0.1 behind which some more are free too."""
     for _ in range(50):
@@ -97,11 +118,12 @@ class Server:
 
         Raises
         ------
+        PortError
+            From `check_port`.
         ServerError
-            If another program listens on the port, or the server exits or is not ready in time.
+            If the server exits or is not ready in time.
         """
-        if not _is_free(self.port):
-            raise ServerError(f"port {self.port} of 127.0.0.1 is in use: give another one, or leave it out")
+        check_port(self.port)
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 self.command, stdout=log, stderr=subprocess.STDOUT, env=self.env, start_new_session=True

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import socket
+
 import pytest
+import torch
 from typer.testing import CliRunner
 
-from vattn_sgl import calibrate, cli, demo
+from vattn_sgl import calibrate, cli, demo, model
+from vattn_sgl.eval import served
+from vattn_sgl.model import ModelError
 
 OF_A_FOLDER = {
     "calibrate": ["calibrate"],
@@ -18,6 +23,7 @@ named = pytest.mark.parametrize("command", OF_A_FOLDER.values(), ids=OF_A_FOLDER
 @pytest.fixture(autouse=True)
 def nothing_starts(monkeypatch):
     monkeypatch.setattr(calibrate, "Server", lambda *a, **k: pytest.fail("started"))
+    monkeypatch.setattr(served, "Server", lambda *a, **k: pytest.fail("started"))
     monkeypatch.setattr(demo, "Server", lambda *a, **k: pytest.fail("started"))
 
 
@@ -61,9 +67,65 @@ def test_a_model_without_weights_is_refused(command, small_folder):
 @pytest.mark.parametrize("command", [OF_A_FOLDER["demo"], OF_A_FOLDER["fidelity"]], ids=["demo", "fidelity"])
 def test_a_model_of_fewer_positions_than_the_servers_context_is_refused(command, small_folder, change_config):
     change_config(max_position_embeddings=2048)
-    result = CliRunner().invoke(cli.app, [*command, str(small_folder)])
-    assert result.exit_code == 1
-    assert f"{small_folder} has 2048 positions: give a model of at least 8192" in result.stderr
+    assert f"{small_folder} has 2048 positions: give a model of at least 8192" in refused(command, small_folder)
+
+
+@named
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"architectures": None}, "it names no architectures"),
+        ({"num_key_value_heads": 2}, "9 query over 2 KV heads"),
+        ({"head_dim": 63}, "head_dim 63: "),
+    ],
+)
+def test_a_model_that_cannot_be_served_is_refused(values, told, command, small_folder, change_config):
+    change_config(**values)
+    message = refused(command, small_folder)
+    assert told in message
+    assert message.count("\n") == 1
+
+
+@named
+@pytest.mark.parametrize(
+    ("variables", "told"),
+    [
+        ({"VATTN_LAYERS": "{30: {epsilon: 0.1}}"}, "a layer of this model, 0 to 29"),
+        ({"VATTN_SELECTOR": "hash", "VATTN_HASH_WEIGHTS": "/nowhere.pt"}, "no such file"),
+        ({"VATTN_PREFILL_BACKEND": "nosuch"}, "prefill_backend 'nosuch' is not a backend of SGLang"),
+        ({"VATTN_DENSE_BACKEND": "triton"}, "a CPU reads whole contexts with our own kernel"),
+    ],
+    ids=["layers", "hash", "prefill", "cpu"],
+)
+def test_settings_that_a_server_would_refuse_are_told(variables, told, command, small_folder, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert told in refused(command, small_folder)
+
+
+def test_settings_do_not_matter_to_a_measurement_without_a_server(small_folder, monkeypatch):
+    monkeypatch.setenv("VATTN_PREFILL_BACKEND", "nosuch")
+    command = [argument for argument in OF_A_FOLDER["fidelity"] if argument != "--server"]
+    assert "nosuch" not in refused(command, small_folder)
+
+
+def test_a_port_in_use_is_told_before_anything_is_made(monkeypatch):
+    monkeypatch.setattr(model, "fetch", lambda: pytest.fail("fetched"))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        result = CliRunner().invoke(cli.app, ["demo", "--port", str(port)])
+    assert result.exit_code == 2
+    assert f"port {port} of 127.0.0.1 is in use: give another one" in result.stderr
+
+
+def test_a_model_that_cannot_be_made_is_no_mistake_of_the_input(monkeypatch):
+    def fail():
+        raise ModelError("no network")
+
+    monkeypatch.setattr(model, "fetch", fail)
+    result = CliRunner().invoke(cli.app, ["demo"])
+    assert (result.exit_code, result.stderr) == (1, "no network\n")
 
 
 @named

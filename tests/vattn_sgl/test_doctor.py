@@ -65,7 +65,7 @@ def test_wrong_hash_weights_are_told(folder, built, monkeypatch):
     monkeypatch.setenv("VATTN_HASH_WEIGHTS", str(folder / "none.pt"))
     wrong = [what for ok, what, _ in report(folder) if not ok]
     assert len(wrong) == 1
-    assert wrong[0].startswith("side_data: ")
+    assert wrong[0].startswith(f"hash_weights {folder / 'none.pt'}: ")
     assert "no such file" in wrong[0]
 
 
@@ -83,7 +83,7 @@ def failures(path):
 def test_a_folder_without_weights(folder, built):
     (folder / "model.safetensors").write_bytes(b"")
     (failed,) = failures(folder)
-    assert failed.startswith(f"{folder} holds no weights (.safetensors, .bin, .pt, .gguf): give ")
+    assert failed.startswith(f"{folder} holds no weights (.safetensors, .bin, .pt): give ")
     shards = {"a": "model-1.safetensors", "b": "model-2.safetensors"}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
     save_file({"a": torch.ones(4)}, folder / "model-1.safetensors")
@@ -95,8 +95,7 @@ def test_a_folder_without_weights(folder, built):
     (failed,) = failures(folder)
     assert failed.startswith(f"{folder / 'model.safetensors.index.json'} is no index of weights (")
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
-    (folder / "model.bin").write_bytes(b"weights")
-    assert (True, "weights in 3 files", "") in report(folder)
+    assert (True, "weights in 2 files", "") in report(folder)
 
 
 def test_weights_that_are_no_files(folder, built):
@@ -146,6 +145,7 @@ def test_an_encoder(architecture, folder, built):
         ({"num_attention_heads": 0}, "division"),
         ({"num_attention_heads": "nine"}, "int"),
         (b"[" * 100000, "recursion"),
+        ({"architectures": ["NoSuchForCausalLM"]}, "NoSuchForCausalLM: expected a class of SGLang or transformers"),
     ],
 )
 def test_a_config_that_cannot_be_read(content, expected, folder, change_config, built):
@@ -173,13 +173,30 @@ def test_settings_that_do_not_suit_the_model_or_sglang(folder, built, monkeypatc
 
 def test_no_model(tmp_path, built):
     assert (False, f"model {model.NAME} is not in the cache", "vattn model fetch") in report(None)
-    wrong = [(what, mend) for ok, what, mend in report(tmp_path) if not ok]
-    assert wrong == [(f"{tmp_path} is not a model's folder: it holds no config.json", "give a model's folder")]
+    (failed,) = failures(tmp_path)
+    assert failed == f"{tmp_path} is not a model's folder: it holds no config.json"
 
 
-def test_wrong_settings_are_told(folder, built, monkeypatch):
+def test_wrong_settings_are_told_with_what_mends_them(folder, built, monkeypatch, tmp_path):
+    def mends():
+        return [mend for ok, what, mend in report(folder) if not ok and what.startswith("settings: ")]
+
     monkeypatch.setenv("VATTN_EPSILON", "9")
     assert any("VATTN_EPSILON: got 9" in what for ok, what, _ in report(folder) if not ok)
+    assert mends() == ["set the variable named to what is expected, or unset it"]
+    file = tmp_path / "settings.yaml"
+    monkeypatch.setenv("VATTN_CONFIG", str(file))
+    assert mends() == [f"vattn config check {file} shows every mistake of the file with its line"]
+    monkeypatch.delenv("VATTN_EPSILON")
+    file.write_text("VATTN_EPSILON: 0.1")
+    assert mends() == [f"vattn config check {file} shows every mistake of the file with its line"]
+
+
+def test_settings_that_a_cpu_cannot_serve(folder, built, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("VATTN_DENSE_BACKEND", "triton")
+    (failed,) = failures(folder)
+    assert failed.startswith("settings: dense_backend triton: ")
 
 
 def test_a_plugin_list_that_leaves_us_out(folder, built, monkeypatch):

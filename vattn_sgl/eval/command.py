@@ -12,8 +12,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from vattn_sgl import model
-from vattn_sgl.eval import capture, fidelity, report
+from vattn_sgl import model, model_folder, preflight
+from vattn_sgl.eval import capture, fidelity, report, served
 
 console = Console(stderr=True)
 
@@ -57,10 +57,12 @@ def run(
     ------
     FidelityError
         If the model or the texts are too short for a context, or nothing can be written.
+    vattn_sgl.config.ConfigError, vattn_sgl.support.Unsupported, vattn_sgl.model_folder.FolderError
+        From `vattn_sgl.preflight`, or if the weights cannot be read or do not fit the model.
     vattn_sgl.model.ModelError
-        If the model's folder is none.
-    vattn_sgl.config.ConfigError
-        If the weights cannot be read or do not fit the model.
+        If the demonstration model cannot be made.
+    vattn_sgl.server.ServerError
+        If a server does not start or fails.
     """
     plan = fidelity.QUICK if quick else fidelity.Plan()
     if hash_weights is not None:
@@ -68,12 +70,14 @@ def run(
     if contexts:
         sweep = plan.sweep_context if plan.sweep_context in contexts else min(contexts)
         plan = replace(plan, contexts=tuple(sorted(set(contexts))), sweep_context=sweep)
+    settings = preflight.check_settings() if server else None
     folder = path or model.fetch()
-    _check_places(out, json_file)
-    if server:
-        from vattn_sgl.eval import served
-
+    if settings is None:
+        model_folder.check(folder)
+    else:
+        preflight.check_model(folder, settings)
         served.check_positions(folder)
+    _check_places(out, json_file)
     if text is not None:
         held = len(capture.token_ids(folder, text)) // plan.longest
         plan = replace(plan, text=text, pieces=max(1, min(plan.pieces, held)))

@@ -14,7 +14,6 @@ from typing import Any
 from rich.console import Console
 
 from vattn_sgl import model_folder, texts
-from vattn_sgl.model import ModelError
 from vattn_sgl.server import Server, ServerError
 
 CONTEXT = 8192
@@ -58,12 +57,14 @@ def check_positions(path: Path) -> None:
 
     Raises
     ------
-    vattn_sgl.model.ModelError
+    vattn_sgl.model_folder.FolderError
         If it has fewer positions than the servers' context.
     """
     positions = model_folder.positions(path)
     if positions < CONTEXT:
-        raise ModelError(f"{path} has {positions} positions: give a model of at least {CONTEXT}, the servers' context")
+        raise model_folder.FolderError(
+            f"{path} has {positions} positions: give a model of at least {CONTEXT}, the servers' context"
+        )
 
 
 def forced_steps(

@@ -75,7 +75,7 @@ def test_hash_weights_are_part_of_the_plan_and_named_when_they_are_wrong(invoke,
 
     monkeypatch.setattr(fidelity.Fidelity, "run", refuse)
     answer = invoke(*wanted)
-    assert answer.exit_code == 1
+    assert answer.exit_code == 2
     assert "weights of this very model" in answer.output
 
 
@@ -85,8 +85,14 @@ def test_a_model_that_is_too_short_is_named(invoke, monkeypatch, tmp_path):
 
     monkeypatch.setattr(fidelity, "check", refuse)
     answer = invoke("--json", str(tmp_path / "f.json"))
-    assert answer.exit_code == 1
+    assert answer.exit_code == 2
     assert "2048 positions" in answer.output
+
+
+def test_hash_weights_that_are_not_there_are_a_mistake(invoke, tmp_path):
+    answer = invoke("--hash-weights", str(tmp_path / "none.pt"), "--json", str(tmp_path / "f.json"))
+    assert answer.exit_code == 2
+    assert "no such file" in answer.output
 
 
 def test_what_would_fail_late_is_refused_at_once(measured, small_folder, tmp_path):
@@ -98,5 +104,5 @@ def test_what_would_fail_late_is_refused_at_once(measured, small_folder, tmp_pat
         (("--model", str(tmp_path), "--json", str(tmp_path)), "it is a folder"),
     ):
         refused = RUNNER.invoke(app, ["eval", "fidelity", *arguments])
-        assert refused.exit_code and told in " ".join(refused.output.split()), arguments
+        assert refused.exit_code == 2 and told in " ".join(refused.output.split()), arguments
     assert not measured
