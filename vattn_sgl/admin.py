@@ -63,6 +63,16 @@ async def _states() -> list[dict[str, Any]]:
     return [state[STATE_KEY] for state in states if STATE_KEY in state]
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object of which no key stands twice: which value is meant is not known."""
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise PatchError([Mistake(key, value, "one value; this is the second")])
+        found[key] = value
+    return found
+
+
 async def _rejected(error: PatchError) -> JSONResponse:
     await _set_state({REJECTED: 1})
     return JSONResponse({"error": "nothing was changed", "detail": error.detail()}, status_code=422)
@@ -88,7 +98,9 @@ async def patch_config(request: Request) -> JSONResponse:
         text = await request.body()
         if len(text) > MOST_BYTES:
             raise ValueError(f"{len(text)} bytes, more than {MOST_BYTES}")
-        body = json.loads(text)
+        body = json.loads(text, object_pairs_hook=_once)
+    except PatchError as error:
+        return await _rejected(error)
     except (ValueError, RecursionError) as error:
         return await _rejected(PatchError([Mistake("body", str(error), "a JSON object")]))
     try:

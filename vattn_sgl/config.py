@@ -17,8 +17,8 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
-    BeforeValidator,
     ConfigDict,
     Field,
     StrictInt,
@@ -43,6 +43,7 @@ LEAST_DELTA = 1e-9
 Delta = Annotated[float, Field(strict=True, ge=LEAST_DELTA, lt=0.5)]
 Share = Annotated[float, Field(strict=True, ge=0, le=1)]
 PositiveShare = Annotated[float, Field(strict=True, gt=0, le=1)]
+Name = Annotated[str, Field(min_length=1)]
 # Positions are int32 in the kernels.
 MOST_TOKENS = 2**31 - 1
 Count = Annotated[StrictInt, Field(ge=0, le=MOST_TOKENS)]
@@ -66,17 +67,29 @@ def shortened(value: Any) -> str:
 
 
 def _text(key: Any) -> str:
+    if key is None or isinstance(key, bool):
+        return json.dumps(key)
     try:
         return str(key)
     except ValueError:  # A huge integer.
         return shortened(key)
 
 
-def _layer_key(key: Any) -> str:
-    match = _LAYERS.fullmatch(_text(key))
-    if match is None or (match[2] is not None and int(match[2]) < int(match[1])):
+def _layer_key(key: str) -> str:
+    if _LAYERS.fullmatch(key) is None or not _range(key):
         raise ValueError(_LAYERS_ALLOWED)
-    return str(key)
+    return key
+
+
+def _range(key: str) -> range:
+    """Layers that a key names, none of a range that ends before it begins."""
+    first, _, last = key.partition("-")
+    return range(int(first), int(last or first) + 1)
+
+
+def _is_inside(key: str, wider: str) -> bool:
+    inner, outer = _range(key), _range(wider)
+    return len(inner) < len(outer) and inner[0] in outer and inner[-1] in outer
 
 
 class LayerOverride(BaseModel):
@@ -140,7 +153,8 @@ class Settings(BaseModel):
         SGLang backend that decodes a batch whose contexts are all read whole, on a GPU; None takes ``flashinfer`` where
         it is installed, else ``triton``. A CPU reads them with our own kernel.
     layers : dict
-        Overrides of epsilon and delta by layer, ``"3"`` or ``"0-4"``.
+        Overrides of epsilon and delta by layer, ``"3"`` or ``"0-4"``. Of ranges that overlap the narrower one wins,
+        value by value; where neither lies inside the other they must agree.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -157,7 +171,7 @@ class Settings(BaseModel):
     pilot_min: Annotated[StrictInt, Field(ge=4, le=MOST_TOKENS)] = 32
     cap: PositiveShare = 1.0
     dense_below: Count = 2048
-    hash_weights: str | None = None
+    hash_weights: Name | None = None
     selector: Literal["sketch", "oracle", "quest", "sign", "hash"] = "sketch"
     sketch_bits: Literal[32, 64, 128] = 64
     group_score: Literal["max", "mean"] = "max"
@@ -165,9 +179,9 @@ class Settings(BaseModel):
     seed: Annotated[StrictInt, Field(ge=0, lt=2**32)] = 0
     audit_rate: Share = 0.0
     calibration_tokens: Annotated[StrictInt, Field(ge=512, le=MOST_TOKENS)] = 2048
-    prefill_backend: str | None = None
-    dense_backend: str | None = None
-    layers: dict[Annotated[str, BeforeValidator(_layer_key)], LayerOverride] = Field(default_factory=dict)
+    prefill_backend: Name | None = None
+    dense_backend: Name | None = None
+    layers: dict[Annotated[str, AfterValidator(_layer_key)], LayerOverride] = Field(default_factory=dict)
 
     @model_validator(mode="before")
     @classmethod
@@ -216,20 +230,35 @@ class Settings(BaseModel):
         is_count = isinstance(self.top_k, int)
         return {"top_k_count": self.top_k if is_count else -1, "top_k_share": 0.0 if is_count else self.top_k}
 
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _keys_are_text(cls, layers: Any) -> Any:
+        return {_text(key): value for key, value in layers.items()} if isinstance(layers, Mapping) else layers
+
+    @field_validator("layers")
+    @classmethod
+    def _overlaps_have_an_order(cls, layers: dict[str, LayerOverride]) -> dict[str, LayerOverride]:
+        # Not the order of entries, which Helm and JSON do not keep.
+        seen: dict[tuple[int, str], str] = {}
+        for key in sorted(layers, key=lambda key: len(_range(key)), reverse=True):
+            for field, value in layers[key].model_dump(exclude_none=True).items():
+                for layer in _range(key):
+                    wider = seen.get((layer, field), key)
+                    if not _is_inside(key, wider) and value != getattr(layers[wider], field):
+                        raise ValueError(f"one {field} for layer {layer}, which {wider!r} and {key!r} both name")
+                    seen[layer, field] = key
+        return layers
+
     def layer_ranges(self) -> dict[str, range]:
         """Layer numbers that each key of ``layers`` names."""
-        ranges = {}
-        for key in self.layers:
-            match = _LAYERS.fullmatch(key)
-            assert match is not None
-            ranges[key] = range(int(match[1]), int(match[2] or match[1]) + 1)
-        return ranges
+        return {key: _range(key) for key in self.layers}
 
     def layer_overrides(self) -> dict[int, dict[str, float]]:
-        """Overrides by layer number; a field of a later entry wins over an earlier one's."""
+        """Overrides by layer number, the narrowest range's where several name a layer."""
         merged: dict[int, dict[str, float]] = {}
-        for key, layers in self.layer_ranges().items():
-            for layer in layers:
+        ranges = self.layer_ranges()
+        for key in sorted(ranges, key=lambda key: len(ranges[key]), reverse=True):
+            for layer in ranges[key]:
                 merged[layer] = merged.get(layer, {}) | self.layers[key].model_dump(exclude_none=True)
         return merged
 
@@ -318,6 +347,7 @@ ALLOWED = {
     "dense_backend": "the name of an SGLang attention backend, or null",
     "layers": f"a mapping from {_LAYERS_ALLOWED}, to epsilon and delta",
 }
+_OVERRIDE_ALLOWED = f"a mapping of {', '.join(LayerOverride.model_fields)}"
 
 
 def _unknown(name: str, choices: list[str]) -> str:
@@ -340,6 +370,8 @@ def _mistakes(error: ValidationError) -> list[Mistake]:
             allowed = _unknown(leaf, choices)
         elif item["type"] == "value_error":
             allowed = item["msg"].removeprefix("Value error, ")
+        elif path[0] == "layers" and len(path) == 2:
+            allowed = _OVERRIDE_ALLOWED
         else:
             allowed = ALLOWED.get(leaf, ALLOWED.get(path[0], item["msg"]))
         found.setdefault(key, Mistake(key, item["input"], allowed))
@@ -360,10 +392,23 @@ class _Loader(yaml.SafeLoader):
             return node.value
 
 
-# YAML 1.1 takes 1e-3 for text, and so does PyYAML; JSON and Helm write numbers so.
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+"), list("-+.0123456789")
-)
+# PyYAML reads YAML 1.1, where 1e-3 is text, 010 is 8, 1:30 is 90 and no is false. Here numbers are what JSON, Helm and
+# a reader take for numbers, and the rest stays text.
+_SCALARS = {
+    "bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    "int": (r"[-+]?(0|[1-9][0-9]*)", "-+0123456789"),
+    "float": (
+        r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+]?[0-9]+|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        "-+.0123456789",
+    ),
+}
+_TAGS = {name: f"tag:yaml.org,2002:{name}" for name in _SCALARS}
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in found if tag not in _TAGS.values()]
+    for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _name, (_pattern, _first) in _SCALARS.items():
+    _Loader.add_implicit_resolver(_TAGS[_name], re.compile(f"(?:{_pattern})$"), list(_first))
 
 
 def _parse(text: str) -> tuple[Any, yaml.Node | None]:
@@ -463,7 +508,8 @@ def load_settings(path: str | Path | None = None, env: Mapping[str, str] | None 
     Raises
     ------
     ConfigError
-        With every mistake of the file and of the environment; what a variable overrides in the file is not looked at.
+        With every mistake of the file and of the environment. A value of the file that a variable overrides is not
+        looked at, but a key that the file has twice is told.
     """
     return load_with_sources(path, env)[0]
 
@@ -488,7 +534,7 @@ def load_with_sources(
             continue
         try:
             values[field], node = _parse(env[name])
-            mistakes += [replace(twice, line=None) for twice in _lines(node, f"{name}.")[1]]
+            mistakes += [replace(twice, allowed="one entry", line=None) for twice in _lines(node, f"{name}.")[1]]
         except yaml.YAMLError:
             values[field] = env[name]
         sources[field] = name

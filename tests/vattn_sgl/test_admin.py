@@ -90,6 +90,14 @@ def test_a_wrong_body_answers_422_and_changes_nothing(client, sent, body):
     assert client.get("/vattention/config").json()["staged"] == {}
 
 
+def test_a_field_that_stands_twice_is_named(client, sent):
+    answer = client.patch("/vattention/config", content=b'{"epsilon": 0.1, "delta": 0.1, "epsilon": 0.2}')
+    assert answer.status_code == 422
+    expected = {"field": "epsilon", "value": 0.2, "allowed": "one value; this is the second"}
+    assert answer.json()["detail"] == [expected]
+    assert sent == [{admin.REJECTED: 1}]
+
+
 @pytest.mark.parametrize(
     "body",
     [

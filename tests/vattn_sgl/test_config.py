@@ -8,6 +8,7 @@ import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from typer.testing import CliRunner
 
 from vattn_sgl.cli import app
@@ -164,19 +165,19 @@ def test_a_file_that_is_no_mapping(tmp_path, text, expected):
         ("seed: 0b_\n", ["line 1: seed: got '0b_'; expected a whole number"]),
         ("seed: !!int ''\n", ["line 1: seed: got ''; expected a whole number"]),
         (f"seed: {'1' * 5000}\nsink: -1\n", ["line 1: seed: got '111", "line 2: sink: got -1"]),
-        (f"seed: 0x{'f' * 5000}\n", ["line 1: seed: got an integer too large to show"]),
-        (f"epsilon: 0x{'f' * 5000}\n", ["line 1: epsilon: got an integer too large to show"]),
+        (f"seed: !!int 0x{'f' * 5000}\n", ["line 1: seed: got an integer too large to show"]),
+        (f"epsilon: !!int 0x{'f' * 5000}\n", ["line 1: epsilon: got an integer too large to show"]),
         ("[" * 3000, ["line 1: file: got 'it is nested too deeply'; expected valid YAML"]),
         ("layers: &a {3: *a}\n", ["line 1: layers.3."]),
-        ("? 0x" + "f" * 5000 + "\n: 1\n", ["an integer too large to show: got 1; expected one of"]),
-        ("layers:\n  ? 0x" + "f" * 5000 + "\n  : {}\n", ["an integer too large to show"]),
+        ("? !!int 0x" + "f" * 5000 + "\n: 1\n", ["an integer too large to show: got 1; expected one of"]),
+        ("layers:\n  ? !!int 0x" + "f" * 5000 + "\n  : {}\n", ["an integer too large to show"]),
         ("sink: &s 8\n<<: {epsilon: 7}\n", ["epsilon: got 7"]),
         ("layers: {<<: {3: {epsilon: 9}}}\n", ["line 1: layers.3.epsilon: got 9"]),
         ('"epsilon\\uD800": 1\n', ["file: got"]),
         ("layers:\n  3: &x {epsilon: 0.1}\n  4:\n    <<: *x\n    delta: 9\n", ["line 5: layers.4.delta: got 9"]),
-        ("sink: 1\nno: 1\n", ["line 2: False: got 1; expected one of"]),
+        ("sink: 1\nno: 1\n", ["line 2: no: got 1; expected one of"]),
         (
-            "layers:\n  3: {epsilon: 0.1}\n  03: {delta: 0.1}\n",
+            "layers:\n  3: {epsilon: 0.1}\n  '3': {delta: 0.1}\n",
             ["line 3: layers.3: got 'a second entry'; expected one"],
         ),
         ("epsilon: &a [*a]\n", ["line 1: epsilon: got [["]),
@@ -291,7 +292,7 @@ def test_a_key_with_a_dot_is_named_with_its_line(tmp_path, key):
 
 
 def test_a_layer_that_a_variable_names_twice():
-    with pytest.raises(ConfigError, match=r"VATTN_LAYERS\.3: got 'a second entry'"):
+    with pytest.raises(ConfigError, match=r"  VATTN_LAYERS\.3: got 'a second entry'; expected one entry$"):
         load_settings(env={"VATTN_LAYERS": "{3: {epsilon: 0.1}, 3: {epsilon: 0.2}}"})
 
 
@@ -316,10 +317,90 @@ def test_hash_without_weights_is_told_where_it_is_asked_for():
     assert load_settings(env={"VATTN_SELECTOR": "hash", "VATTN_HASH_WEIGHTS": "w.pt"}).hash_weights == "w.pt"
 
 
-def test_layer_ranges_are_merged_and_a_later_value_wins():
-    found = Settings(layers={"0-2": {"epsilon": 0.1}, "2": {"delta": 0.01}, "1-1": {"epsilon": 0.2}})
+def test_layer_ranges_are_merged_and_the_narrowest_wins():
+    found = Settings(layers={"1-1": {"epsilon": 0.2}, "0-2": {"epsilon": 0.1}, "2": {"delta": 0.01}})
     only = {"epsilon": 0.1}
     assert found.layer_overrides() == {0: only, 1: {"epsilon": 0.2}, 2: only | {"delta": 0.01}}
+    same = Settings(layers={"0-2": {"epsilon": 0.1}, "1-3": {"epsilon": 0.1, "delta": 0.01}, "3-3": {}, "03": {}})
+    assert same.layer_overrides()[3] == same.layer_overrides()[2] == {"epsilon": 0.1, "delta": 0.01}
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("{0-2: {epsilon: 0.1}, 1-3: {epsilon: 0.2}}", "one epsilon for layer 1, which '0-2' and '1-3' both name"),
+        ("{3: {delta: 0.1}, 3-3: {delta: 0.2}}", "one delta for layer 3, which '3' and '3-3' both name"),
+        ("{3: {delta: 0.1}, '03': {delta: 0.2}}", "one delta for layer 3, which '3' and '03' both name"),
+        ("{3: {delta: 0.1}, 03: {delta: 0.2}}", "one delta for layer 3, which '3' and '03' both name"),
+        ("{0-9: {epsilon: 0.1}, 2-4: {epsilon: 0.2}, 4-5: {epsilon: 0.3}}", "layer 4, which '2-4' and '4-5' both name"),
+    ],
+)
+def test_overlaps_that_disagree_without_an_order_are_refused(tmp_path, text, told):
+    (mistake,) = check_file(write(tmp_path, f"layers: {text}\n"))
+    assert mistake.key == "layers"
+    assert told in mistake.allowed
+
+
+OVERRIDES = st.dictionaries(
+    st.tuples(st.integers(0, 9), st.integers(0, 5)).map(lambda r: f"{r[0]}-{r[0] + r[1]}"),
+    st.fixed_dictionaries({}, optional={"epsilon": st.sampled_from([0.1, 0.2]), "delta": st.sampled_from([0.01, 0.1])}),
+    max_size=6,
+)
+
+
+@given(OVERRIDES, st.randoms())
+def test_the_order_of_layer_ranges_means_nothing(layers, random):
+    """As Helm sorts them."""
+    shuffled = random.sample(list(layers.items()), len(layers))
+    try:
+        found = Settings(layers=layers).layer_overrides()
+    except ValidationError:
+        with pytest.raises(ValidationError):
+            Settings(layers=dict(shuffled))
+    else:
+        assert Settings(layers=dict(shuffled)).layer_overrides() == found
+
+
+@pytest.mark.parametrize("written", ["010", "1:30", "0x10", "1_000", "0b11", "+", "08"])
+def test_what_only_yaml_1_1_takes_for_a_number_is_told(tmp_path, written):
+    (mistake,) = check_file(write(tmp_path, f"sink: {written}\n"))
+    assert (mistake.key, mistake.value) == ("sink", written)
+    assert [m.key for m in check_file(write(tmp_path, "audit_rate: no\n"))] == ["audit_rate"]
+
+
+@pytest.mark.parametrize(
+    ("written", "value"), [("1e-3", 1e-3), (".5", 0.5), ("1.", 1.0), ("5E-1", 0.5), ("+0.25", 0.25), ("1.0e-2", 0.01)]
+)
+def test_numbers_as_json_and_people_write_them(written, value):
+    assert load_settings(env={"VATTN_EPSILON": written}).epsilon == value
+    assert load_settings(env={"VATTN_SINK": "12"}).sink == 12
+
+
+def test_a_layer_with_a_leading_zero_is_that_layer(tmp_path):
+    assert load_settings(write(tmp_path, "layers: {010: {epsilon: 0.1}}\n"), {}).layer_overrides() == {
+        10: {"epsilon": 0.1}
+    }
+
+
+@pytest.mark.parametrize("field", ["prefill_backend", "dense_backend", "hash_weights"])
+def test_an_empty_name_is_refused_and_an_empty_variable_is_none(tmp_path, field):
+    (mistake,) = check_file(write(tmp_path, f"{field}: ''\n"))
+    assert (mistake.key, mistake.value, mistake.line) == (field, "", 1)
+    assert getattr(load_settings(env={f"VATTN_{field.upper()}": ""}), field) is None
+
+
+@pytest.mark.parametrize(
+    ("layers", "line"),
+    [
+        ("{3: null}", "line 1: layers.3: got None; expected a mapping of epsilon, delta"),
+        (
+            "{true: {}}",
+            "line 1: layers.true: got 'true'; expected a layer such as 3 or a range such as 0-4, below 10000",
+        ),
+    ],
+)
+def test_what_a_layer_may_be_is_told_in_a_line(tmp_path, layers, line):
+    assert [str(m) for m in check_file(write(tmp_path, f"layers: {layers}\n"))] == [line]
 
 
 @pytest.mark.parametrize(
