@@ -111,7 +111,7 @@ class Settings(BaseModel):
     sampler : {"proportional", "uniform"}
         Poisson sampling by estimated weight (ours), or the paper's top-k and uniform sample.
     target : {"output", "denominator", "numerator", "sdpa"}
-        What the bound is about: the output, one of its two sums, or both sums by the paper's Theorem 4.3.
+        What the bound is about: the output, one of its two sums, or both (Lemma 4.2 of the paper).
     bound : {"f8", "student", "clt", "bernstein"} or None
         Quantile of the bound; None takes `vattn_kernels.quantiles.default_bound`. ``f8`` serves target ``output``
         only, and with sampler ``uniform`` it fails more often than ``delta`` (``docs/proof.md``); ``bernstein``

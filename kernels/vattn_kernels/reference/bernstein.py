@@ -91,7 +91,7 @@ def combine(target: str, widths: dict[str, float]) -> float:
 
     Target ``output``: ``(o^ - o) D^ = sum_i (weight_i - 1) y_i (v_i - o)`` with the true o, of mean zero. Its bound is
     linear in the residuals' spread and reach, so replacing o by ``o^`` adds at most ``|o^ - o|`` times the bound of D:
-    ``|o^ - o| <= H_output / (D^ - H_D)``. Target ``sdpa``: Theorem 4.3 of the paper, ``2 (eps1 + eps2)``.
+    ``|o^ - o| <= H_output / (D^ - H_D)``. Target ``sdpa``: Lemma 4.2 of the paper, ``2 (eps1 + eps2)``.
 
     Parameters
     ----------

@@ -64,8 +64,9 @@ def least_scale(
 ) -> float:
     """Least ``c >= least`` with ``sum over parts of sqrt(V(pi(c))) <= aim``, by bisection; V falls in c.
 
-    With two parts this is the best split of the paper's Theorem 4.3: the budget ``max(c_N(eps1), c_D(eps2))`` under
-    ``eps1 + eps2 <= aim`` is least where both are equal, hence at the least c whose two half-widths add up to aim.
+    With two parts this is the paper's Lemma 4.2 at the best split of its Theorem 4.3: the budget
+    ``max(c_N(eps1), c_D(eps2))`` under ``eps1 + eps2 <= aim`` is least where both are equal, hence at the least c whose
+    two half-widths add up to aim.
 
     Parameters
     ----------
