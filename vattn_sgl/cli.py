@@ -152,7 +152,7 @@ def eval_fidelity(
     json: Annotated[Path | None, typer.Option(help="File for every figure.")] = None,
     server: Annotated[bool, typer.Option(help="Compare through a real server too.")] = False,
     model: Annotated[Path | None, typer.Option(help="Folder of another model.")] = None,
-    hash_weights: Annotated[Path | None, typer.Option(help="HashAttention's weights, to measure `hash` too.")] = None,
+    hash_weights: Annotated[Path | None, typer.Option(help="HashAttention's weights, else nets trained here.")] = None,
 ) -> None:
     """Error, violations and divergence on a real model's queries, keys and values, against dense attention."""
     from vattn_sgl.eval import command

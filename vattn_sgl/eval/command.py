@@ -51,7 +51,7 @@ def run(
     path : pathlib.Path, optional
         Folder of another model.
     hash_weights : pathlib.Path, optional
-        HashAttention's weights for the model; without them selector ``hash`` is left out.
+        HashAttention's weights for the model; without them nets are trained, but not in a quick run.
 
     Raises
     ------

@@ -99,6 +99,8 @@ def markdown(result: dict[str, Any], name: str) -> str:
         "- *KL*, *agreement*, *perplexity*: every layer attends by the method, one token at each position, forced on "
         "the text before it, whose K and V are dense; KL(dense, method) in nats over the whole vocabulary.",
     ]
+    if plan["hash_steps"] and plan["hash_weights"] is None:
+        lines += ["", f"Nets of `hash` were trained here, {plan['hash_steps']} steps on the calibration text."]
     if result["left_out"]:
         lines += ["", f"Not measured: {', '.join(result['left_out'])}."]
     lines += ["", f"## The bound on {plan['text']}", "", _sight(plan["text"]), ""]
