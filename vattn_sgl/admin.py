@@ -63,14 +63,15 @@ async def _states() -> list[dict[str, Any]]:
     return [state[STATE_KEY] for state in states if STATE_KEY in state]
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object of which no key stands twice: which value is meant is not known."""
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise PatchError([Mistake(key, value, "one value; this is the second")])
-        found[key] = value
-    return found
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object of which no field stands twice; Python alone would take the last."""
+    values: dict[str, list[Any]] = {}
+    for field, value in pairs:
+        values.setdefault(field, []).append(value)
+    twice = [Mistake(field, found, "one value") for field, found in values.items() if len(found) > 1]
+    if twice:
+        raise PatchError(twice)
+    return dict(pairs)
 
 
 async def _rejected(error: PatchError) -> JSONResponse:
@@ -93,20 +94,16 @@ async def get_status() -> JSONResponse:
 
 @auth_level(AuthLevel.ADMIN_FORCE)
 async def patch_config(request: Request) -> JSONResponse:
-    """Stage new values for the next step; 422 names each wrong field and changes nothing."""
+    """Stage new values for the next step; 422 names what is wrong and changes nothing."""
     try:
         text = await request.body()
         if len(text) > MOST_BYTES:
             raise ValueError(f"{len(text)} bytes, more than {MOST_BYTES}")
-        body = json.loads(text, object_pairs_hook=_once)
+        values = validate_patch(json.loads(text, object_pairs_hook=_object))
     except PatchError as error:
         return await _rejected(error)
     except (ValueError, RecursionError) as error:
         return await _rejected(PatchError([Mistake("body", str(error), "a JSON object")]))
-    try:
-        values = validate_patch(body)
-    except PatchError as error:
-        return await _rejected(error)
     if not all(await _set_state(values)):
         return JSONResponse({"error": "a scheduler rejected the change; see its log"}, status_code=500)
     config = (await _states())[0]["config"]

@@ -12,13 +12,14 @@ import re
 import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
-    AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     StrictInt,
@@ -27,6 +28,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from vattn_kernels.quantiles import BOUNDS, BOUNDS_OF_TARGET, COARSE_SELECTORS, PROVABLE_SELECTORS, default_bound
 
@@ -43,10 +45,11 @@ LEAST_DELTA = 1e-9
 Delta = Annotated[float, Field(strict=True, ge=LEAST_DELTA, lt=0.5)]
 Share = Annotated[float, Field(strict=True, ge=0, le=1)]
 PositiveShare = Annotated[float, Field(strict=True, gt=0, le=1)]
-Name = Annotated[str, Field(min_length=1)]
 # Positions are int32 in the kernels.
 MOST_TOKENS = 2**31 - 1
 Count = Annotated[StrictInt, Field(ge=0, le=MOST_TOKENS)]
+# An empty text names nothing.
+Name = Annotated[str, Field(min_length=1)]
 MOST_LAYERS = 10_000
 # Characters of a value in a message.
 MOST_SHOWN = 100
@@ -66,30 +69,23 @@ def shortened(value: Any) -> str:
         return "an integer too large to show"
 
 
-def _text(key: Any) -> str:
-    if key is None or isinstance(key, bool):
-        return json.dumps(key)
-    try:
-        return str(key)
-    except ValueError:  # A huge integer.
-        return shortened(key)
-
-
-def _layer_key(key: str) -> str:
-    if _LAYERS.fullmatch(key) is None or not _range(key):
+def _layer_range(key: str) -> range:
+    match = _LAYERS.fullmatch(key)
+    layers = range(int(match[1]), int(match[2] or match[1]) + 1) if match else range(0)
+    if not layers:
         raise ValueError(_LAYERS_ALLOWED)
-    return key
+    return layers
 
 
-def _range(key: str) -> range:
-    """Layers that a key names, none of a range that ends before it begins."""
-    first, _, last = key.partition("-")
-    return range(int(first), int(last or first) + 1)
+def _layer_key(key: Any) -> str:
+    _layer_range(str(key))
+    return str(key)
 
 
-def _is_inside(key: str, wider: str) -> bool:
-    inner, outer = _range(key), _range(wider)
-    return len(inner) < len(outer) and inner[0] in outer and inner[-1] in outer
+def _neither_is_narrower(a: range, b: range) -> bool:
+    """Whether two ranges share layers and neither lies inside the other; equal ones do not."""
+    shared = range(max(a.start, b.start), min(a.stop, b.stop))
+    return bool(shared) and (a == b or shared not in (a, b))
 
 
 class LayerOverride(BaseModel):
@@ -153,8 +149,8 @@ class Settings(BaseModel):
         SGLang backend that decodes a batch whose contexts are all read whole, on a GPU; None takes ``flashinfer`` where
         it is installed, else ``triton``. A CPU reads them with our own kernel.
     layers : dict
-        Overrides of epsilon and delta by layer, ``"3"`` or ``"0-4"``. Of ranges that overlap the narrower one wins,
-        value by value; where neither lies inside the other they must agree.
+        Overrides of epsilon and delta by layer, ``"3"`` or ``"0-4"``, in any order. Where a range lies inside another,
+        the narrower one wins, field by field; ranges that overlap otherwise, or are equal, must not differ in a field.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -181,7 +177,7 @@ class Settings(BaseModel):
     calibration_tokens: Annotated[StrictInt, Field(ge=512, le=MOST_TOKENS)] = 2048
     prefill_backend: Name | None = None
     dense_backend: Name | None = None
-    layers: dict[Annotated[str, AfterValidator(_layer_key)], LayerOverride] = Field(default_factory=dict)
+    layers: dict[Annotated[str, BeforeValidator(_layer_key)], LayerOverride] = Field(default_factory=dict)
 
     @model_validator(mode="before")
     @classmethod
@@ -219,6 +215,24 @@ class Settings(BaseModel):
             raise ValueError(f"{allowed} with bound 'bernstein': {value!r} proves no upper bound of a logit")
         return value
 
+    @field_validator("layers")
+    @classmethod
+    def _no_layer_has_two_values(cls, value: dict[str, LayerOverride]) -> dict[str, LayerOverride]:
+        entries = [(key, _layer_range(key), override.model_dump(exclude_none=True)) for key, override in value.items()]
+        errors: list[InitErrorDetails] = []
+        for (first, layers, wanted), (key, others, found) in combinations(entries, 2):
+            if not _neither_is_narrower(layers, others):
+                continue
+            for field in wanted:
+                if wanted[field] != found.get(field, wanted[field]):
+                    same = f"{wanted[field]} as in {first!r}, which overlaps"
+                    allowed = f"{same}, or one of the two ranges narrower and inside the other"
+                    kind = PydanticCustomError("value_error", "{allowed}", {"allowed": allowed})
+                    errors.append({"type": kind, "loc": (key, field), "input": found[field]})
+        if errors:
+            raise ValidationError.from_exception_data("layers", errors)
+        return value
+
     @property
     def effective_bound(self) -> str:
         """The bound in force."""
@@ -230,35 +244,15 @@ class Settings(BaseModel):
         is_count = isinstance(self.top_k, int)
         return {"top_k_count": self.top_k if is_count else -1, "top_k_share": 0.0 if is_count else self.top_k}
 
-    @field_validator("layers", mode="before")
-    @classmethod
-    def _keys_are_text(cls, layers: Any) -> Any:
-        return {_text(key): value for key, value in layers.items()} if isinstance(layers, Mapping) else layers
-
-    @field_validator("layers")
-    @classmethod
-    def _overlaps_have_an_order(cls, layers: dict[str, LayerOverride]) -> dict[str, LayerOverride]:
-        # Not the order of entries, which Helm and JSON do not keep.
-        seen: dict[tuple[int, str], str] = {}
-        for key in sorted(layers, key=lambda key: len(_range(key)), reverse=True):
-            for field, value in layers[key].model_dump(exclude_none=True).items():
-                for layer in _range(key):
-                    wider = seen.get((layer, field), key)
-                    if not _is_inside(key, wider) and value != getattr(layers[wider], field):
-                        raise ValueError(f"one {field} for layer {layer}, which {wider!r} and {key!r} both name")
-                    seen[layer, field] = key
-        return layers
-
     def layer_ranges(self) -> dict[str, range]:
         """Layer numbers that each key of ``layers`` names."""
-        return {key: _range(key) for key in self.layers}
+        return {key: _layer_range(key) for key in self.layers}
 
     def layer_overrides(self) -> dict[int, dict[str, float]]:
-        """Overrides by layer number, the narrowest range's where several name a layer."""
+        """Overrides by layer number; a field of a narrower range wins over a wider one's."""
         merged: dict[int, dict[str, float]] = {}
-        ranges = self.layer_ranges()
-        for key in sorted(ranges, key=lambda key: len(ranges[key]), reverse=True):
-            for layer in ranges[key]:
+        for key, layers in sorted(self.layer_ranges().items(), key=lambda item: -len(item[1])):
+            for layer in layers:
                 merged[layer] = merged.get(layer, {}) | self.layers[key].model_dump(exclude_none=True)
         return merged
 
@@ -286,7 +280,8 @@ class Mistake:
 
     def __str__(self) -> str:
         where = f"line {self.line}: " if self.line is not None else ""
-        return f"{where}{self.key}: got {shortened(self.value)}; expected {self.allowed}"
+        key = self.key if len(self.key) <= MOST_SHOWN else shortened(self.key)
+        return f"{where}{key}: got {shortened(self.value)}; expected {self.allowed}"
 
 
 class ConfigError(ValueError):
@@ -347,7 +342,7 @@ ALLOWED = {
     "dense_backend": "the name of an SGLang attention backend, or null",
     "layers": f"a mapping from {_LAYERS_ALLOWED}, to epsilon and delta",
 }
-_OVERRIDE_ALLOWED = f"a mapping of {', '.join(LayerOverride.model_fields)}"
+ALLOWED_OF_A_LAYER = f"a mapping of {', '.join(LayerOverride.model_fields)} or both, such as {{epsilon: 0.1}}"
 
 
 def _unknown(name: str, choices: list[str]) -> str:
@@ -370,16 +365,33 @@ def _mistakes(error: ValidationError) -> list[Mistake]:
             allowed = _unknown(leaf, choices)
         elif item["type"] == "value_error":
             allowed = item["msg"].removeprefix("Value error, ")
-        elif path[0] == "layers" and len(path) == 2:
-            allowed = _OVERRIDE_ALLOWED
         else:
-            allowed = ALLOWED.get(leaf, ALLOWED.get(path[0], item["msg"]))
+            allowed = ALLOWED.get(leaf, ALLOWED_OF_A_LAYER if len(path) > 1 else item["msg"])
         found.setdefault(key, Mistake(key, item["input"], allowed))
     return list(found.values())
 
 
+# Numbers of YAML 1.2 and JSON alone: 1.1 takes 010 for 8, 1:30 for 90, and 1e-3, which JSON and Helm write, for text.
+_NUMBERS = {
+    "tag:yaml.org,2002:int": r"[-+]?(0|[1-9][0-9]*)",
+    "tag:yaml.org,2002:float": r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+]?[0-9]+"
+    r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+}
+
+
 class _Loader(yaml.SafeLoader):
-    """YAML of which a scalar that Python cannot make, such as 2020-13-45, stays text and is told as a wrong value."""
+    """YAML as settings mean it.
+
+    Keys are text as it stands, such as ``3``, ``03`` and ``true``. A scalar that Python cannot make, such as
+    2020-13-45, stays text and is told as a wrong value.
+    """
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        node = super().compose_node(parent, index)
+        is_key = isinstance(parent, yaml.MappingNode) and index is None
+        if is_key and isinstance(node, yaml.ScalarNode) and node.tag != "tag:yaml.org,2002:merge":
+            return yaml.ScalarNode("tag:yaml.org,2002:str", node.value, node.start_mark, node.end_mark)
+        return node
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
@@ -392,23 +404,12 @@ class _Loader(yaml.SafeLoader):
             return node.value
 
 
-# PyYAML reads YAML 1.1, where 1e-3 is text, 010 is 8, 1:30 is 90 and no is false. Here numbers are what JSON, Helm and
-# a reader take for numbers, and the rest stays text.
-_SCALARS = {
-    "bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
-    "int": (r"[-+]?(0|[1-9][0-9]*)", "-+0123456789"),
-    "float": (
-        r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+]?[0-9]+|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
-        "-+.0123456789",
-    ),
-}
-_TAGS = {name: f"tag:yaml.org,2002:{name}" for name in _SCALARS}
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in found if tag not in _TAGS.values()]
-    for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in _NUMBERS]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-for _name, (_pattern, _first) in _SCALARS.items():
-    _Loader.add_implicit_resolver(_TAGS[_name], re.compile(f"(?:{_pattern})$"), list(_first))
+for _tag, _pattern in _NUMBERS.items():
+    _Loader.add_implicit_resolver(_tag, re.compile(f"(?:{_pattern})$"), list("-+.0123456789"))
 
 
 def _parse(text: str) -> tuple[Any, yaml.Node | None]:
@@ -419,14 +420,6 @@ def _parse(text: str) -> tuple[Any, yaml.Node | None]:
         raise yaml.YAMLError("it is nested too deeply") from error
 
 
-def _key(node: yaml.Node) -> str:
-    """A key as `_parse` reads it, so that ``3`` and ``03`` are one."""
-    try:
-        return _text(_Loader("").construct_object(node, deep=True))
-    except yaml.YAMLError:  # The key << is none by itself.
-        return str(node.value)
-
-
 def _lines(node: yaml.Node | None, prefix: str = "", depth: int = 3) -> tuple[dict[str, int], list[Mistake]]:
     """Line of every key of a mapping node, and keys that stand twice, down to the deepest setting."""
     lines: dict[str, int] = {}
@@ -434,7 +427,7 @@ def _lines(node: yaml.Node | None, prefix: str = "", depth: int = 3) -> tuple[di
     if not isinstance(node, yaml.MappingNode) or depth == 0:
         return lines, twice
     for key_node, value_node in node.value:
-        key = f"{prefix}{_key(key_node)}"
+        key = f"{prefix}{key_node.value}"
         line = key_node.start_mark.line + 1
         if key in lines:
             twice.append(Mistake(key, "a second entry", f"one entry; the first is on line {lines[key]}", line))
@@ -463,7 +456,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, int], list[Mistake]]:
     if not isinstance(values, dict):
         return {}, {}, [Mistake("file", type(values).__name__, "a mapping of settings", 1)]
     lines, twice = _lines(node)
-    return {_text(k): v for k, v in values.items()}, lines, twice
+    return values, lines, twice
 
 
 def _at_line(mistake: Mistake, lines: dict[str, int]) -> Mistake:
@@ -509,7 +502,7 @@ def load_settings(path: str | Path | None = None, env: Mapping[str, str] | None 
     ------
     ConfigError
         With every mistake of the file and of the environment. A value of the file that a variable overrides is not
-        looked at, but a key that the file has twice is told.
+        looked at, but a key that stands twice in the file is told all the same, below such a setting too.
     """
     return load_with_sources(path, env)[0]
 

@@ -83,6 +83,18 @@ def test_settings_reach_the_file_that_vattn_config_names(render):
     assert yaml.safe_load(text) == {"epsilon": 0.1, "delta": 0.05, "selector": "oracle"}
 
 
+def test_layers_mean_in_the_values_what_they_mean_on_the_server(render, tmp_path):
+    values = tmp_path / "values.yaml"
+    layers = {"4": {"epsilon": 0.2}, "0-9": {"epsilon": 0.3, "delta": 0.1}, "20": {"epsilon": 1e-6}}
+    values.write_text(yaml.safe_dump({"settings": {"layers": layers}}, sort_keys=False), encoding="utf-8")
+    path = tmp_path / "settings.yaml"
+    path.write_text(one(render("-f", values), "ConfigMap")["data"]["settings.yaml"], encoding="utf-8")
+    found = load_settings(path, {})
+    assert list(found.layers) != list(layers), "Helm sorts the keys, so their order must not matter"
+    assert found.layer_overrides() == Settings(layers=layers).layer_overrides()
+    assert found.layer_overrides()[4] == {"epsilon": 0.2, "delta": 0.1}
+
+
 def test_variables_are_known_to_the_settings(render):
     manifests = render("--set", "admin.key=k,otel.endpoint=http://c:4318")
     env = {name: value for name, value in environment(manifests).items() if isinstance(value, str)}
@@ -113,7 +125,7 @@ def test_schema_names_the_same_settings_as_the_server(chart):
         *[("selector", v) for v in ("oracle", "quest", "pqcache")],
         *[("sketch_bits", v) for v in (32, 64, 96)],
         *[("group_score", v) for v in ("mean", "sum")],
-        *[("hash_weights", v) for v in ("weights.pt", 3)],
+        *[(field, v) for field in ("hash_weights", "prefill_backend", "dense_backend") for v in ("a", None, "", 3)],
         *[("seed", v) for v in (-1, 2**32 - 1, 2**32)],
         *[("audit_rate", v) for v in (0, 1, 1.1)],
         *[("calibration_tokens", v) for v in (511, 512, 2**31 - 1, 2**31)],

@@ -90,11 +90,18 @@ def test_a_wrong_body_answers_422_and_changes_nothing(client, sent, body):
     assert client.get("/vattention/config").json()["staged"] == {}
 
 
-def test_a_field_that_stands_twice_is_named(client, sent):
-    answer = client.patch("/vattention/config", content=b'{"epsilon": 0.1, "delta": 0.1, "epsilon": 0.2}')
+@pytest.mark.parametrize(
+    ("body", "told"),
+    [
+        (b'{"epsilon": 0.1, "epsilon": 0.2}', [("epsilon", [0.1, 0.2])]),
+        (b'{"epsilon": 0.1, "epsilon": 0.1}', [("epsilon", [0.1, 0.1])]),
+        (b'{"delta": 9, "epsilon": 0, "delta": 0.1, "epsilon": 0.1}', [("delta", [9, 0.1]), ("epsilon", [0, 0.1])]),
+    ],
+)
+def test_a_field_that_stands_twice_answers_422_and_changes_nothing(client, sent, body, told):
+    answer = client.patch("/vattention/config", content=body)
     assert answer.status_code == 422
-    expected = {"field": "epsilon", "value": 0.2, "allowed": "one value; this is the second"}
-    assert answer.json()["detail"] == [expected]
+    assert answer.json()["detail"] == [{"field": f, "value": v, "allowed": "one value"} for f, v in told]
     assert sent == [{admin.REJECTED: 1}]
 
 
@@ -113,8 +120,9 @@ def test_a_field_that_stands_twice_is_named(client, sent):
         b'{"epsilon": 1' + b"0" * 5000 + b"}",
         b'{"epsilon": "' + b"x" * 5_000_000 + b'"}',
         b'{"epsilon": {"a": [' + b"1," * 9999 + b"1]}}",
+        b"{" + b'"epsilon": 1,' * 4000 + b'"epsilon": 1}',
     ],
-    ids=range(12),
+    ids=range(13),
 )
 def test_what_cannot_be_shown_is_shortened(client, sent, body):
     answer = client.patch("/vattention/config", content=body)
