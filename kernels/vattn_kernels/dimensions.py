@@ -16,8 +16,9 @@ GRADES_PER_UNIT = 4
 def effective(values: torch.Tensor) -> float:
     """Participation ratio ``tr(S)^2 / tr(S^2)`` of the values' covariance S, that of the KV head with the least.
 
-    A sampled output errs by a weighted sum of values less their mean, so its error varies in about as many directions
-    as the values do; the squared error of fewer spreads more, and a quantile of more fails too often.
+    A sampled output errs by a weighted sum of values less their mean. Where weights do not depend on the values, the
+    error varies in as many directions as they do; the squared error of fewer spreads more, and a quantile of more fails
+    too often. Heavy tokens that vary in fewer directions than the light ones are not seen.
 
     Parameters
     ----------

@@ -57,7 +57,8 @@ def quantile(bound: str, delta: float, nu: float, dims: float = dimensions.MOST)
         ``clt``: two-sided normal quantile, ``Phi^-1(1 - delta/2)`` (paper, Lemma 4.1).
         ``student``: ``t_nu(1 - delta/2)``, Stein's two-stage argument.
         ``f8``: ``sqrt(F(dims, nu)^-1(1 - delta))``, the norm of an error with so many effective dimensions, eight at
-        most; values that vary in fewer break it (``tests/kernels/test_violations.py``).
+        most; values that vary in fewer break it (``tests/kernels/test_violations.py``). It matches two moments
+        (Satterthwaite): for one large direction among many small ones delta .05 becomes .054, but .01 becomes .019.
         ``bernstein``: ``sqrt(2 L)`` with L of `log_term`, the factor of the variance term of
         `vattn_kernels.reference.bernstein`; the range term comes on top.
     delta : float

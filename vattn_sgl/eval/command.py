@@ -80,7 +80,8 @@ def run(
     _check_places(out, json_file)
     if text is not None:
         held = len(capture.token_ids(folder, text)) // plan.longest
-        plan = replace(plan, text=text, pieces=max(1, min(plan.pieces, held)))
+        others = tuple(name for name in plan.other_texts if name != text)
+        plan = replace(plan, text=text, pieces=max(1, min(plan.pieces, held)), other_texts=others)
     try:
         fidelity.check(folder, plan)
     except ValueError as error:

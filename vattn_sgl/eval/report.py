@@ -149,7 +149,9 @@ def _main_table(pairs: list[tuple[Row, Row]]) -> list[str]:
 
 
 def _sight(name: str) -> str:
-    return f"In sight: {texts.IN_SIGHT[name]}." if name in texts.IN_SIGHT else "Nothing was chosen by it."
+    if name in texts.IN_SIGHT:
+        return f"In sight: {texts.IN_SIGHT[name]}."
+    return f"Nothing was chosen by it{', but ' * (name in texts.SEEN)}{texts.SEEN.get(name, '')}."
 
 
 def _other_table(name: str, found: list[Row], plan: Row) -> list[str]:
@@ -174,8 +176,9 @@ def _heads_table(found: list[Row], plan: Row) -> list[str]:
     text = (
         f"The default of selector `sketch` at {plan['sweep_context']:,} tokens, {plan['head_samples']} further samples "
         "of each position of every text above, counted head by head; the test is that of *heads over*, with so many "
-        "steps a head. *Found*: the least true rate of a head that it finds with power .9. *Worst*: the heads that "
-        "violate most, (layer, head), from 0. *Fresh*: texts that nothing was chosen by."
+        "steps a head. It is about a head's rate at these very positions: samples of one query err alike, and for "
+        "others are worth fewer steps. *Found*: the least such rate that it finds with power .9. *Worst*: the heads "
+        "that violate most, (layer, head), from 0. *Fresh*: texts that nothing was chosen by."
     )
     head = ["bits", "texts", "steps a head", "density", "violations", "heads over", "found", "worst"]
     rows = [

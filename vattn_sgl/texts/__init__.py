@@ -13,12 +13,15 @@ EVALUATION = "alice"
 # These come with the running Python, so they are read and not shipped.
 EVALUATION_CODE = ("argparse.py", "tarfile.py")
 EVALUATION_MANUAL = "python-reference"
-# What a default was chosen by; of the others nothing was.
+# What was chosen by a text; by the others nothing was.
+_FAR_CODES = "what is read for certain because its code misses by far was chosen by it"
 IN_SIGHT = {
     "alice": "most defaults were chosen by it",
-    "us-constitution": "what is read for certain because its code misses by far was chosen by it",
-    "argparse.py": "what is read for certain because its code misses by far was chosen by it",
+    "us-constitution": f"{_FAR_CODES}, and what fewer dimensions would cost was measured on it",
+    "argparse.py": _FAR_CODES,
 }
+# What was known of a text before the last choice.
+SEEN = {"tarfile.py": "that a head of layer 0 erred too often showed on it too"}
 
 
 def load(name: str) -> str:

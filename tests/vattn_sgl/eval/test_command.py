@@ -61,6 +61,7 @@ def test_contexts_and_text_change_the_plan(invoke, measured, tmp_path):
     assert invoke(*wanted).exit_code == 0
     (plan,) = measured
     assert (plan.contexts, plan.sweep_context, plan.text, plan.pieces) == ((1024, 4096), 4096, "us-constitution", 2)
+    assert "us-constitution" not in plan.other_texts, "it would be counted twice"
     assert invoke("--context", "8192", "--text", "us-constitution", *wanted[6:]).exit_code == 0
     assert (measured[1].pieces, measured[1].sweep_context) == (1, 8192)
 
