@@ -143,7 +143,7 @@ def decode(
     warps = layout.LISTS.value
     attend = {"BN": launch.attend_block, "WIDE": q.dtype != torch.bfloat16, "num_warps": warps}
     later = merge | follow | {
-        "SPLITS": tail, "SPLITS_P": _power_of_two(tail + 1), "LEAST": layout.LEAST_SPLITS, "ROWS_P": rows_p
+        "SPLITS": tail, "LEAST": layout.LEAST_SPLITS, "ROWS_P": rows_p
     }  # fmt: skip
     key = (seed & 0x7FFFFFFF, layer_id)
     settled = (
@@ -189,8 +189,8 @@ def decode(
         )  # fmt: skip
     combine_fwd_kernel[(rows * group,)](
         work.outs, work.scalars, work.heads, seq_lens, work.mode, work.counts, *settled[1:], sink, window, cap,
-        *counter_offsets[:5], **merge, **follow, SPLITS=splits, SPLITS_P=_power_of_two(splits + 1),
-        num_warps=max(1, _power_of_two(splits + 1) // launch.splits_a_warp),
+        *counter_offsets[:5], **merge, **follow, SPLITS=splits,
+        num_warps=max(1, splits // launch.splits_a_warp),
     )  # fmt: skip
     retry_programs = layout.programs_at_once(q.device, launch.retry_programs)
     retry_fwd_kernel[(min(retry_programs, rows * (tail + 1)),)](
@@ -209,7 +209,7 @@ def decode(
         audit_fwd_kernel[(rows,)](
             work.outs, work.scalars, work.mode, work.used, params, audit_edges, out, counters,
             *counter_offsets[5:], G=group, GP=padded_group, WIDTH=width, D=head_dim, DP=padded_dim, SPLITS=tail,
-            SPLITS_P=_power_of_two(tail + 1), AUDIT_EDGES=audit_edges.numel(),
+            AUDIT_EDGES=audit_edges.numel(),
             AUDIT_EDGES_P=_power_of_two(audit_edges.numel() + 1), COUNTERS_P=counters_p, **follow, num_warps=4,
         )  # fmt: skip
 

@@ -49,11 +49,12 @@ def tile_of(t, firsts, counts, starts):
 
 
 @gluon.jit
-def fetch(keys, values, p_kh, p_vh, slot, o_d, STRIDE: gl.constexpr):
-    """Begin to copy one tile of K and V."""
+def fetch(keys, values, p_kh, p_vh, slot, ok, o_d, STRIDE: gl.constexpr):
+    """Begin to copy one tile of K and V; rows without a token are filled with zeros."""
     at = (slot.to(gl.uint32).to(gl.uint64) * STRIDE)[:, None] + o_d[None, :]
-    async_copy.async_copy_global_to_shared(keys, p_kh + at)
-    async_copy.async_copy_global_to_shared(values, p_vh + at)
+    is_there = ok[:, None] & (o_d >= 0)[None, :]
+    async_copy.async_copy_global_to_shared(keys, p_kh + at, mask=is_there)
+    async_copy.async_copy_global_to_shared(values, p_vh + at, mask=is_there)
     async_copy.commit_group()
 
 
@@ -95,21 +96,25 @@ def attend_lists_fwd_kernel(
     p_own_pi = p_pi + base
     if not listed:
         p_list = p_indices
-    # What lies behind the end of a list reads a token that exists, and weighs nothing.
-    spare = gl.load(p_indices)
     o_q = gl.arange(0, 16, layout=gl.SliceLayout(1, left))
     d_q = gl.arange(0, D, layout=gl.SliceLayout(0, left))
     q = gl.load(p_q + (i_row * G + o_q % G)[:, None] * D + d_q[None, :], mask=(o_q < 2 * G)[:, None], other=0.0)
+    o_t = gl.arange(0, TILE, layout=gl.SliceLayout(1, copied))
     # All above is loaded while `select` still runs, which does not write it.
     await_last(DEPENDENT)
+    # Splits begin at different lists, whose tokens lie in different parts of the cache.
+    i_first = gl.where(listed, i_split % LISTS, 0)
+    # Where the first tile mostly lies, on its way with the counts that tell.
+    slot = gl.load(p_list + i_first * span + o_t, mask=o_t < gl.where(listed, TILE, n), other=0)
     mode = gl.load(p_mode + i_row)
     # Sink and window are two lists.
     counts = ()
     starts = ()
     firsts = (0,)
     for j in gl.static_range(LISTS):
-        own = gl.load(p_counts + i_row * MOST + LISTS * i_split + j, mask=listed, other=0)
-        start = j * span
+        i_list = (i_first + j) % LISTS
+        own = gl.load(p_counts + i_row * MOST + LISTS * i_split + i_list, mask=listed, other=0)
+        start = i_list * span
         if j == 0:
             own = gl.where(listed, own, sink)
         if j == 1:
@@ -125,7 +130,6 @@ def attend_lists_fwd_kernel(
 
     keys = gl.allocate_shared_memory(p_k.dtype.element_ty, [BUFFERS, TILE, D], swizzled)
     values = gl.allocate_shared_memory(p_v.dtype.element_ty, [BUFFERS, TILE, D], swizzled)
-    o_t = gl.arange(0, TILE, layout=gl.SliceLayout(1, copied))
     o_d = gl.arange(0, D, layout=gl.SliceLayout(0, copied))
     p_kh, p_vh = p_k + h * D, p_v + h * D
     zeros = gl.zeros([16, TILE], gl.float32, mma)
@@ -141,20 +145,21 @@ def attend_lists_fwd_kernel(
     square = gl.zeros([16, ROWS], gl.float32, mma)
 
     for t in gl.static_range(BUFFERS - 1):
-        at, remain = tile_of(t, firsts, counts, starts)
-        slot = gl.load(p_list + at + o_t, mask=o_t < remain, other=spare)
-        fetch(keys.index(t), values.index(t), p_kh, p_vh, slot, o_d, HKV * D)
-    at, remain = tile_of(BUFFERS - 1, firsts, counts, starts)
-    slot = gl.load(p_list + at + o_t, mask=o_t < remain, other=spare)
+        at, ahead = tile_of(t, firsts, counts, starts)
+        if t > 0 or at != i_first * span:
+            slot = gl.load(p_list + at + o_t, mask=o_t < ahead, other=0)
+        fetch(keys.index(t), values.index(t), p_kh, p_vh, slot, o_t < ahead, o_d, HKV * D)
+    at, ahead = tile_of(BUFFERS - 1, firsts, counts, starts)
+    slot = gl.load(p_list + at + o_t, mask=o_t < ahead, other=0)
     at, remain = tile_of(0, firsts, counts, starts)
     pi = gl.load(p_own_pi + at + o_n, mask=(o_n < remain) & listed, other=1.0)
     for t in range(tiles):
         i_buffer = t % BUFFERS
         i_next = (t + BUFFERS - 1) % BUFFERS
         async_copy.wait_group(BUFFERS - 2)
-        fetch(keys.index(i_next), values.index(i_next), p_kh, p_vh, slot, o_d, HKV * D)
+        fetch(keys.index(i_next), values.index(i_next), p_kh, p_vh, slot, o_t < ahead, o_d, HKV * D)
         at, ahead = tile_of(t + BUFFERS, firsts, counts, starts)
-        slot = gl.load(p_list + at + o_t, mask=o_t < ahead, other=spare)
+        slot = gl.load(p_list + at + o_t, mask=o_t < ahead, other=0)
         ok = o_n < remain
         held = pi
         at, remain = tile_of(t + 1, firsts, counts, starts)

@@ -38,7 +38,7 @@ def choose_fwd_kernel(
 def audit_fwd_kernel(
     p_outs, p_scalars, p_mode, p_used, p_params, p_audit_edges, p_out, p_counters, at_audit, at_audit_error,
     G: tl.constexpr, GP: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SPLITS: tl.constexpr,
-    SPLITS_P: tl.constexpr, AUDIT_EDGES: tl.constexpr, AUDIT_EDGES_P: tl.constexpr, COUNTERS_P: tl.constexpr,
+    AUDIT_EDGES: tl.constexpr, AUDIT_EDGES_P: tl.constexpr, COUNTERS_P: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Count the relative error of every head of the marked rows, and whether it exceeds epsilon."""
@@ -51,7 +51,7 @@ def audit_fwd_kernel(
         o_d = tl.arange(0, DP)
         errors = tl.zeros([GP], tl.float32)
         for g in tl.static_range(G):
-            _, _, _, _, exact = merge_splits(i_row, g, splits, p_outs, p_scalars, WIDTH, DP, SPLITS, SPLITS_P)
+            exact = merge_splits(i_row, g, splits, p_outs, p_scalars, WIDTH, DP, SPLITS)
             served = tl.load(p_out + (i_row * G + g) * D + o_d, mask=o_d < D, other=0.0).to(tl.float32)
             gap = served - exact
             error = tl.sqrt(tl.sum(gap * gap, 0) / tl.maximum(tl.sum(exact * exact, 0), 1e-37))

@@ -32,6 +32,8 @@ from vattn_kernels.triton.layout import (
 
 LN2 = tl.constexpr(0.6931471805599453)
 LEAST_UNIT = tl.constexpr(1e-15)
+LEAST_MASS = tl.constexpr(1e-30)
+LEAST_LOGIT = tl.constexpr(-1e30)
 MOST_HALF_WIDTH = tl.constexpr(1e3)
 # A token whose estimated share of the output exceeds epsilon / GUARD is read for certain; SLACK is how far a predicted
 # scale may stay below that, in nats.
@@ -57,7 +59,8 @@ SERVED_DENSELY = tl.constexpr(3)
 def half_width(variance, spread, unit, p_table, POINTS: tl.constexpr, PER_UNIT: tl.constexpr):
     """Relative half-width ``z sqrt(V) / unit``, z at ``nu = 2 / spread`` where ``spread`` is Var(V) / V^2."""
     # A row that does not take part may bring any number, and none may lead out of the table.
-    x = tl.minimum(tl.maximum(spread * (0.5 * PER_UNIT), 0.0), POINTS - 1.0)
+    x = spread * (0.5 * PER_UNIT)
+    x = tl.where(x >= 0.0, tl.minimum(x, POINTS - 1.0), 0.0)
     j = tl.minimum(x.to(tl.int32), POINTS - 2)
     low, high = tl.load(p_table + j), tl.load(p_table + j + 1)
     z = low + (x - j.to(tl.float32)) * (high - low)
@@ -89,7 +92,7 @@ def combine_fwd_kernel(
     p_log_scale, p_fixed, p_reads, p_arrivals, p_params, p_state, p_state_rows, p_budget_edges, p_error_edges,
     p_out, p_stats, p_counters, sink, window, cap, at_context, at_read, at_outcome, at_budget, at_error,
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-    SPLITS: tl.constexpr, SPLITS_P: tl.constexpr, MOST: tl.constexpr, STATE: tl.constexpr, TARGET: tl.constexpr,
+    SPLITS: tl.constexpr, MOST: tl.constexpr, STATE: tl.constexpr, TARGET: tl.constexpr,
     TABLE: tl.constexpr, POINTS: tl.constexpr, PER_UNIT: tl.constexpr, BUDGET_EDGES: tl.constexpr,
     BUDGET_EDGES_P: tl.constexpr, ERROR_EDGES: tl.constexpr, ERROR_EDGES_P: tl.constexpr, COUNTERS_P: tl.constexpr,
     DEPENDENT: tl.constexpr,
@@ -105,7 +108,7 @@ def combine_fwd_kernel(
         tl.program_id(0), SPLITS, MAY_RETRY, epsilon, budget_edges, error_edges, p_outs, p_scalars, p_heads,
         p_seq_lens, p_mode, p_counts, p_log_scale, p_fixed, p_reads, p_arrivals, p_params, p_state, p_state_rows,
         p_out, p_stats, p_counters, sink, window, cap, at_context, at_read, at_outcome, at_budget, at_error,
-        HKV, G, GP, WIDTH, D, DP, SPLITS, SPLITS_P, MOST, STATE, TARGET, False, TABLE, POINTS, PER_UNIT, COUNTERS_P,
+        HKV, G, GP, WIDTH, D, DP, SPLITS, MOST, STATE, TARGET, False, TABLE, POINTS, PER_UNIT, COUNTERS_P,
     )  # fmt: skip
 
 
@@ -115,7 +118,7 @@ def combine_round(
     p_arrivals, p_params, p_state, p_state_rows, p_budget_edges, p_error_edges, p_out, p_stats, p_counters,
     sink, window, cap, at_context, at_read, at_outcome, at_budget, at_error,
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-    SPLITS: tl.constexpr, SPLITS_P: tl.constexpr, MOST: tl.constexpr, STATE: tl.constexpr, TARGET: tl.constexpr,
+    SPLITS: tl.constexpr, MOST: tl.constexpr, STATE: tl.constexpr, TARGET: tl.constexpr,
     EXACT: tl.constexpr, TABLE: tl.constexpr, POINTS: tl.constexpr, PER_UNIT: tl.constexpr,
     BUDGET_EDGES: tl.constexpr, BUDGET_EDGES_P: tl.constexpr, ERROR_EDGES: tl.constexpr, ERROR_EDGES_P: tl.constexpr,
     COUNTERS_P: tl.constexpr,
@@ -132,7 +135,7 @@ def combine_round(
                 item, splits, last, epsilon, budget_edges, error_edges, p_outs, p_scalars, p_heads, p_seq_lens, p_mode,
                 p_counts, p_log_scale, p_fixed, p_reads, p_arrivals, p_params, p_state, p_state_rows, p_out, p_stats,
                 p_counters, sink, window, cap, at_context, at_read, at_outcome, at_budget, at_error,
-                HKV, G, GP, WIDTH, D, DP, SPLITS, SPLITS_P, MOST, STATE, TARGET, EXACT, TABLE, POINTS, PER_UNIT,
+                HKV, G, GP, WIDTH, D, DP, SPLITS, MOST, STATE, TARGET, EXACT, TABLE, POINTS, PER_UNIT,
                 COUNTERS_P,
             )  # fmt: skip
         item += tl.num_programs(0)
@@ -144,7 +147,7 @@ def combine_head(
     p_counts, p_log_scale, p_fixed, p_reads, p_arrivals, p_params, p_state, p_state_rows, p_out, p_stats, p_counters,
     sink, window, cap, at_context, at_read, at_outcome, at_budget, at_error,
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-    SPLITS: tl.constexpr, SPLITS_P: tl.constexpr, MOST: tl.constexpr, STATE: tl.constexpr, TARGET: tl.constexpr,
+    SPLITS: tl.constexpr, MOST: tl.constexpr, STATE: tl.constexpr, TARGET: tl.constexpr,
     EXACT: tl.constexpr, TABLE: tl.constexpr, POINTS: tl.constexpr, PER_UNIT: tl.constexpr, COUNTERS_P: tl.constexpr,
 ):  # fmt: skip
     """Merge one head of a row that took part in the round; the last of a group's heads decides for the group."""
@@ -157,7 +160,7 @@ def combine_head(
     wanted = (mode >= DENSE) if EXACT else (mode == SAMPLED)
     width, guard, start, residual = merge_head(
         i_row, i_head, splits, wanted, epsilon, p_outs, p_scalars, p_params, p_out,
-        G, WIDTH, D, DP, SPLITS, SPLITS_P, TARGET, EXACT, TABLE, POINTS, PER_UNIT,
+        G, WIDTH, D, DP, SPLITS, TARGET, EXACT, TABLE, POINTS, PER_UNIT,
     )  # fmt: skip
     if wanted:
         p_result = p_heads + (i_row * G + i_head) * 4
@@ -204,60 +207,87 @@ def row_of_round(
 
 
 @triton.jit
-def merge_splits(
-    i_row, g, parts, p_outs, p_scalars,
-    WIDTH: tl.constexpr, DP: tl.constexpr, SPLITS: tl.constexpr, SPLITS_P: tl.constexpr,
+def load_splits(
+    i_row, row, splits, p_outs, p_scalars,
+    WIDTH: tl.constexpr, DP: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """Largest logit of one head in octaves, each part's factor against it, the parts' masses, their sum, the output."""
-    o_d = tl.arange(0, DP)
-    o_s = tl.arange(0, SPLITS_P)
-    m_s = o_s < parts
-    first = i_row * (SPLITS + 1)
-    p_own = p_scalars + (first + o_s) * NUM_SCALARS * WIDTH + g
-    tile = p_outs + ((first + o_s).to(tl.int64)[:, None] * WIDTH + g) * DP + o_d[None, :]
-    maxima = tl.load(p_own + MAXIMUM * WIDTH, mask=m_s, other=float("-inf"), cache_modifier=".cg")  # [S]
+    """Masses ``[S]`` and outputs ``[S, DP]`` of one row of every split's tile, and where its scalars lie."""
+    o_s = tl.arange(0, SPLITS)
+    m_s = o_s < splits
+    at = i_row * (SPLITS + 1) + o_s
+    p_own = p_scalars + at * NUM_SCALARS * WIDTH + row
+    tile = p_outs + (at.to(tl.int64)[:, None] * WIDTH + row) * DP + tl.arange(0, DP)[None, :]
     masses = tl.load(p_own + MASS * WIDTH, mask=m_s, other=0.0, cache_modifier=".cg")
-    outs = tl.load(tile, mask=m_s[:, None], other=0.0, cache_modifier=".cg")  # [S, DP]
-    top = tl.max(maxima, 0)
-    top = tl.where(top == float("-inf"), 0.0, top)
-    f = tl.exp2(maxima - top)
-    masses = f * masses
-    mass = tl.maximum(tl.sum(masses, 0), 1e-30)
-    return top, f, masses, mass, tl.sum(f[:, None] * outs, 0) / mass
+    return masses, tl.load(tile, mask=m_s[:, None], other=0.0, cache_modifier=".cg"), p_own, m_s
+
+
+@triton.jit
+def load_maxima(p_own, m_s, WIDTH: tl.constexpr):
+    """Largest logits in octaves; that of a split without a token is no number to subtract."""
+    maxima = tl.load(p_own + MAXIMUM * WIDTH, mask=m_s, other=float("-inf"), cache_modifier=".cg")
+    return tl.maximum(maxima, LEAST_LOGIT)
+
+
+@triton.jit
+def merge_splits(
+    i_row, g, splits, p_outs, p_scalars, WIDTH: tl.constexpr, DP: tl.constexpr, SPLITS: tl.constexpr
+):  # fmt: skip
+    """Output of one head that was read whole."""
+    masses, outs, p_own, m_s = load_splits(i_row, g, splits, p_outs, p_scalars, WIDTH, DP, SPLITS)
+    maxima = load_maxima(p_own, m_s, WIDTH)
+    f = tl.exp2(maxima - tl.max(maxima, 0))
+    return tl.sum(f[:, None] * outs, 0) / tl.maximum(tl.sum(f * masses, 0), LEAST_MASS)
 
 
 @triton.jit
 def merge_head(
     i_row, g, splits, wanted, epsilon, p_outs, p_scalars, p_params, p_out,
     G: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SPLITS: tl.constexpr,
-    SPLITS_P: tl.constexpr, TARGET: tl.constexpr, EXACT: tl.constexpr, TABLE: tl.constexpr, POINTS: tl.constexpr,
-    PER_UNIT: tl.constexpr,
+    TARGET: tl.constexpr, EXACT: tl.constexpr, TABLE: tl.constexpr, POINTS: tl.constexpr, PER_UNIT: tl.constexpr,
 ):  # fmt: skip
     """Store the output of one head; half-width, guard, first scale and residual mass for its group's decision."""
     o_d = tl.arange(0, DP)
-    o_s = tl.arange(0, SPLITS_P)
-    parts = splits + 1 - EXACT
-    m_s = o_s < parts
-    top, f, masses, mass, out = merge_splits(i_row, g, parts, p_outs, p_scalars, WIDTH, DP, SPLITS, SPLITS_P)
+    # All is loaded before anything is computed or stored, in one trip to memory.
+    masses, outs, p_own, m_s = load_splits(i_row, g, splits, p_outs, p_scalars, WIDTH, DP, SPLITS)
+    maxima = load_maxima(p_own, m_s, WIDTH)
+    if not EXACT:
+        # Sink and window, the part behind the last split, are read for certain and add nothing to a variance.
+        last = i_row * (SPLITS + 1) + splits
+        p_last = p_scalars + last * NUM_SCALARS * WIDTH + g
+        last_maximum = tl.load(p_last + MAXIMUM * WIDTH, cache_modifier=".cg")
+        last_mass = tl.load(p_last + MASS * WIDTH, cache_modifier=".cg")
+        last_out = tl.load(p_outs + (last.to(tl.int64) * WIDTH + g) * DP + o_d, cache_modifier=".cg")
+        plains, alongs, p_square, _ = load_splits(i_row, g + G, splits, p_outs, p_scalars, WIDTH, DP, SPLITS)
+        spreads = tl.load(p_square + SPREAD * WIDTH, mask=m_s, other=0.0, cache_modifier=".cg")
+        if TARGET != DENOMINATOR:
+            squares = tl.load(p_square + SQUARE * WIDTH, mask=m_s, other=0.0, cache_modifier=".cg")
+    top = tl.max(maxima, 0)
+    if not EXACT:
+        top = tl.maximum(top, last_maximum)
+    f = tl.exp2(maxima - top)
+    mass = tl.sum(f * masses, 0)
+    out = tl.sum(f[:, None] * outs, 0)
+    if not EXACT:
+        f_last = tl.exp2(last_maximum - top)
+        last_mass *= f_last
+        mass += last_mass
+        out += f_last * last_out
+    mass = tl.maximum(mass, LEAST_MASS)
+    out = out / mass
     norm2 = tl.sum(out * out, 0)
     norm = tl.sqrt(norm2)
     tl.store(p_out + (i_row * G + g) * D + o_d, out.to(p_out.dtype.element_ty), mask=(o_d < D) & wanted)
     width = norm * 0.0
     residual = norm * 0.0
     if not EXACT:
-        first = i_row * (SPLITS + 1) + o_s
-        p_square = p_scalars + first * NUM_SCALARS * WIDTH + g + G
-        variances = p_outs + (first.to(tl.int64)[:, None] * WIDTH + g + G) * DP + o_d[None, :]
-        alongs = tl.load(variances, mask=m_s[:, None], other=0.0, cache_modifier=".cg")
         f2 = f * f
-        plain = tl.sum(f2 * tl.load(p_square + MASS * WIDTH, mask=m_s, other=0.0, cache_modifier=".cg"), 0)
+        plain = tl.sum(f2 * plains, 0)
         along = tl.sum(f2[:, None] * alongs, 0)
         unit_output = tl.maximum(mass * norm, LEAST_UNIT)
         # The spread is that of the weights w (w - 1) y^2 alone; what that does to the quantile is in RESULTS.md.
-        spread = tl.sum(f2 * f2 * tl.load(p_square + SPREAD * WIDTH, mask=m_s, other=0.0, cache_modifier=".cg"), 0)
-        spread = spread / tl.maximum(plain * plain, 1e-37)
+        spread = tl.sum(f2 * f2 * spreads, 0) / tl.maximum(plain * plain, 1e-37)
         if TARGET != DENOMINATOR:
-            square = tl.sum(f2 * tl.load(p_square + SQUARE * WIDTH, mask=m_s, other=0.0, cache_modifier=".cg"), 0)
+            square = tl.sum(f2 * squares, 0)
         if (TARGET == DENOMINATOR) | (TARGET > NUMERATOR):
             width_mass = half_width(plain, spread, mass, p_params + TABLE, POINTS, PER_UNIT)
         if TARGET == OUTPUT:
@@ -270,7 +300,7 @@ def merge_head(
             if TARGET > NUMERATOR:
                 width = 2 * (width_mass + width)
         width = tl.where(width < MOST_HALF_WIDTH, width, MOST_HALF_WIDTH)
-        residual = 1.0 - tl.sum(tl.where(o_s == splits, masses, 0.0), 0) / mass
+        residual = 1.0 - last_mass / mass
     size = tl.maximum(norm, 1e-20)
     if TARGET == DENOMINATOR:
         size = size * 0.0 + 1.0

@@ -60,7 +60,7 @@ def retry_fwd_kernel(
     HKV: tl.constexpr, G: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr,
     SPLITS: tl.constexpr, LEAST: tl.constexpr, MOST: tl.constexpr, TARGET: tl.constexpr, WIDE: tl.constexpr,
     R: tl.constexpr, GROUPS: tl.constexpr, WORDS: tl.constexpr, DP4A: tl.constexpr, ROWS_P: tl.constexpr,
-    GP: tl.constexpr, SPLITS_P: tl.constexpr, STATE: tl.constexpr, TABLE: tl.constexpr, POINTS: tl.constexpr,
+    GP: tl.constexpr, STATE: tl.constexpr, TABLE: tl.constexpr, POINTS: tl.constexpr,
     PER_UNIT: tl.constexpr, BUDGET_EDGES: tl.constexpr, BUDGET_EDGES_P: tl.constexpr, ERROR_EDGES: tl.constexpr,
     ERROR_EDGES_P: tl.constexpr, COUNTERS_P: tl.constexpr,
     CAPPED: tl.constexpr, DEPENDENT: tl.constexpr,
@@ -97,7 +97,7 @@ def retry_fwd_kernel(
         p_log_scale, p_fixed, p_reads, p_arrivals, p_params, p_state, p_state_rows, p_budget_edges, p_error_edges,
         p_out, p_stats, p_counters,
         sink, window, cap, at_context, at_read, at_outcome, at_budget, at_error,
-        HKV, G, GP, WIDTH, D, DP, SPLITS, SPLITS_P, MOST, STATE, TARGET, False, TABLE, POINTS, PER_UNIT,
+        HKV, G, GP, WIDTH, D, DP, SPLITS, MOST, STATE, TARGET, False, TABLE, POINTS, PER_UNIT,
         BUDGET_EDGES, BUDGET_EDGES_P, ERROR_EDGES, ERROR_EDGES_P, COUNTERS_P,
     )  # fmt: skip
 
@@ -112,7 +112,7 @@ def attend_exact_fwd_kernel(
     HKV: tl.constexpr, G: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr,
     SPLITS: tl.constexpr, LEAST: tl.constexpr, MOST: tl.constexpr, TARGET: tl.constexpr, STAGES: tl.constexpr,
     ROWS_P: tl.constexpr,
-    GP: tl.constexpr, SPLITS_P: tl.constexpr, STATE: tl.constexpr, TABLE: tl.constexpr, POINTS: tl.constexpr,
+    GP: tl.constexpr, STATE: tl.constexpr, TABLE: tl.constexpr, POINTS: tl.constexpr,
     PER_UNIT: tl.constexpr, BUDGET_EDGES: tl.constexpr, BUDGET_EDGES_P: tl.constexpr, ERROR_EDGES: tl.constexpr,
     ERROR_EDGES_P: tl.constexpr, COUNTERS_P: tl.constexpr,
     MERGE: tl.constexpr, DEPENDENT: tl.constexpr,
@@ -140,6 +140,6 @@ def attend_exact_fwd_kernel(
             rows, LAST, splits, p_outs, p_scalars, p_heads, p_seq_lens, p_mode, p_counts, p_log_scale, p_fixed, p_reads,
             p_arrivals, p_params, p_state, p_state_rows, p_budget_edges, p_error_edges, p_out, p_stats, p_counters,
             sink, window, cap, at_context, at_read, at_outcome, at_budget, at_error,
-            HKV, G, GP, WIDTH, D, DP, SPLITS, SPLITS_P, MOST, STATE, TARGET, True, TABLE, POINTS, PER_UNIT,
+            HKV, G, GP, WIDTH, D, DP, SPLITS, MOST, STATE, TARGET, True, TABLE, POINTS, PER_UNIT,
             BUDGET_EDGES, BUDGET_EDGES_P, ERROR_EDGES, ERROR_EDGES_P, COUNTERS_P,
         )  # fmt: skip

@@ -49,7 +49,7 @@ def shapes(arch: int, dtype: str, head_dim: int, group: int, words: int):
     launch = layout.LAUNCH
     sketch = {"R": head_dim, "GROUPS": groups, "WORDS": words, "DP4A": True}
     merge = common | {
-        "GP": padded, "WIDTH": width, "SPLITS": 8, "SPLITS_P": 16, "MOST": layout.MOST_LISTS, "STATE": 4,
+        "GP": padded, "WIDTH": width, "SPLITS": 8, "MOST": layout.MOST_LISTS, "STATE": 4,
         "TARGET": 0, "TABLE": 4, "POINTS": 33, "PER_UNIT": 64, "BUDGET_EDGES": 12, "BUDGET_EDGES_P": 16,
         "ERROR_EDGES": 10, "ERROR_EDGES_P": 16, "COUNTERS_P": 64,
     }  # fmt: skip
