@@ -83,7 +83,8 @@ def hits(o_c, entries, mask):
 def combine_fwd_kernel(
     p_outs, p_scalars, p_heads, p_seq_lens, p_mode, p_counts,
     p_log_scale, p_fixed, p_reads, p_arrivals, p_used, p_params, p_state, p_state_rows, p_budget_edges, p_error_edges,
-    p_out, p_stats, p_counters, sink, window, cap, last, rows, at_context, at_read, at_outcome, at_budget, at_error,
+    p_out, p_stats, p_counters, v_scale, sink, window, cap, last, rows,
+    at_context, at_read, at_outcome, at_budget, at_error,
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     SPLITS: tl.constexpr, SPLITS_P: tl.constexpr, MOST: tl.constexpr, STATE: tl.constexpr, TARGET: tl.constexpr,
     EXACT: tl.constexpr, FIRST: tl.constexpr, TABLE: tl.constexpr, POINTS: tl.constexpr,
@@ -114,7 +115,7 @@ def combine_fwd_kernel(
                 i_row, splits, p_seq_lens, p_log_scale, p_fixed, p_counts, p_reads, HKV, G, GP, MOST, EXACT
             )
             width, guard, start, residual = merge_head(
-                i_row, i_head, splits, p_outs, p_scalars, p_params, p_out,
+                i_row, i_head, splits, p_outs, p_scalars, p_params, p_out, v_scale,
                 G, WIDTH, D, DP, SPLITS, SPLITS_P, TARGET, EXACT, TABLE, POINTS, PER_UNIT,
             )  # fmt: skip
             p_result = p_heads + (i_row * G + i_head) * 4
@@ -186,7 +187,7 @@ def merge_splits(
 
 @triton.jit
 def merge_head(
-    i_row, g, splits, p_outs, p_scalars, p_params, p_out,
+    i_row, g, splits, p_outs, p_scalars, p_params, p_out, v_scale,
     G: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SPLITS: tl.constexpr,
     SPLITS_P: tl.constexpr, TARGET: tl.constexpr, EXACT: tl.constexpr, TABLE: tl.constexpr, POINTS: tl.constexpr,
     PER_UNIT: tl.constexpr,
@@ -199,7 +200,7 @@ def merge_head(
     top, f, masses, mass, out = merge_splits(i_row, g, parts, p_outs, p_scalars, WIDTH, DP, SPLITS, SPLITS_P)
     norm2 = tl.sum(out * out, 0)
     norm = tl.sqrt(norm2)
-    tl.store(p_out + (i_row * G + g) * D + o_d, out.to(p_out.dtype.element_ty), mask=o_d < D)
+    tl.store(p_out + (i_row * G + g) * D + o_d, (out * v_scale).to(p_out.dtype.element_ty), mask=o_d < D)
     width = norm * 0.0
     residual = norm * 0.0
     if not EXACT:
@@ -229,7 +230,8 @@ def merge_head(
                 width = 2 * (width_mass + width)
         width = tl.where(width < MOST_HALF_WIDTH, width, MOST_HALF_WIDTH)
         residual = 1.0 - tl.sum(tl.where(o_s == splits, masses, 0.0), 0) / mass
-    size = tl.maximum(norm, 1e-20)
+    # A half-width is relative, but scores hold the norms of values as they are once scaled.
+    size = tl.maximum(norm * v_scale, 1e-20)
     if TARGET == DENOMINATOR:
         size = size * 0.0 + 1.0
     log_mass = top * LN2 + tl.log(mass)

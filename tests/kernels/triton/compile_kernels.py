@@ -29,7 +29,7 @@ from vattn_kernels.triton.select_gluon import select_lists_fwd_kernel
 from vattn_kernels.triton.update import update_fwd_kernel
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-FLOATS = {"sm_scale", "floor", "cap", "rate"}
+FLOATS = {"sm_scale", "k_scale", "v_scale", "floor", "cap", "rate"}
 CACHE = {"p_q", "p_k", "p_v", "p_out"}
 TYPES = {
     "p_kv_indices": "i32", "p_seq_lens": "i64", "p_fields": "i32", "p_covered": "i32", "p_state_rows": "i64",
