@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from vattn_kernels import cpu
-from vattn_kernels.checks import FP8_DTYPES
+from vattn_kernels.checks import FP8_DTYPES as FP8_DTYPES
 from vattn_kernels.checks import GROUP_SCORES as GROUP_SCORES
 from vattn_kernels.checks import SAMPLERS as SAMPLERS
 from vattn_kernels.quantiles import TARGETS as TARGETS
@@ -46,12 +46,12 @@ _LIBRARY.define(
 )
 _LIBRARY.define(
     "encode(Tensor k_cache, Tensor v_cache, Tensor slots, Tensor mean, Tensor key_basis, Tensor steps, Tensor fields, "
-    "Tensor(a!) codes, Tensor(b!) norms, Tensor(c!) valid, float k_scale=1.0, float v_scale=1.0) -> ()"
+    "Tensor(a!) codes, Tensor(b!) norms, Tensor(c!) valid, *, float k_scale=1.0, float v_scale=1.0) -> ()"
 )
 _LIBRARY.define(
     "encode_layers(Tensor[] k_caches, Tensor[] v_caches, Tensor slots, Tensor mean, Tensor key_basis, Tensor steps, "
     "Tensor fields, Tensor(a!) codes, Tensor(b!) norms, Tensor(c!) valid, "
-    "float[]? k_scales=None, float[]? v_scales=None) -> ()"
+    "*, float[]? k_scales=None, float[]? v_scales=None) -> ()"
 )
 _LIBRARY.define(
     "encode_signature(Tensor k_cache, Tensor slots, Tensor mean, Tensor nets, Tensor widths, "
@@ -191,6 +191,7 @@ def encode(
     codes: torch.Tensor,
     norms: torch.Tensor,
     valid: torch.Tensor,
+    *,
     k_scale: float = 1.0,
     v_scale: float = 1.0,
 ) -> None:
@@ -215,7 +216,7 @@ def encode(
         If a shape or dtype is not supported.
     """
     torch.ops.vattn.encode(
-        k_cache, v_cache, slots, mean, key_basis, steps, fields, codes, norms, valid, k_scale, v_scale
+        k_cache, v_cache, slots, mean, key_basis, steps, fields, codes, norms, valid, k_scale=k_scale, v_scale=v_scale
     )
 
 
@@ -230,6 +231,7 @@ def encode_layers(
     codes: torch.Tensor,
     norms: torch.Tensor,
     valid: torch.Tensor,
+    *,
     k_scales: list[float] | None = None,
     v_scales: list[float] | None = None,
 ) -> None:
@@ -254,8 +256,9 @@ def encode_layers(
         If a shape or dtype is not supported.
     """
     torch.ops.vattn.encode_layers(
-        k_caches, v_caches, slots, mean, key_basis, steps, fields, codes, norms, valid, k_scales, v_scales
-    )
+        k_caches, v_caches, slots, mean, key_basis, steps, fields, codes, norms, valid,
+        k_scales=k_scales, v_scales=v_scales,
+    )  # fmt: skip
 
 
 def encode_signature(

@@ -176,7 +176,7 @@ def _check_slots(slots: Tensor) -> None:
 
 def encode(
     k_cache: Tensor, v_cache: Tensor, slots: Tensor, mean: Tensor, key_basis: Tensor, steps: Tensor, fields: Tensor,
-    codes: Tensor, norms: Tensor, valid: Tensor, k_scale: float = 1.0, v_scale: float = 1.0,
+    codes: Tensor, norms: Tensor, valid: Tensor, *, k_scale: float = 1.0, v_scale: float = 1.0,
 ) -> None:  # fmt: skip
     """CPU implementation of `vattn_kernels.ops.encode`."""
     _check_cache(k_cache, v_cache, k_scale, v_scale)
@@ -192,16 +192,15 @@ def encode(
 
 def encode_layers(
     k_caches: list[Tensor], v_caches: list[Tensor], slots: Tensor, mean: Tensor, key_basis: Tensor, steps: Tensor,
-    fields: Tensor, codes: Tensor, norms: Tensor, valid: Tensor, k_scales: list[float] | None = None,
+    fields: Tensor, codes: Tensor, norms: Tensor, valid: Tensor, *, k_scales: list[float] | None = None,
     v_scales: list[float] | None = None,
 ) -> None:  # fmt: skip
     """CPU implementation of `vattn_kernels.ops.encode_layers`."""
     ones = [1.0] * len(k_caches)
     scales = k_scales or ones, v_scales or ones
-    for k_cache, v_cache, *one in zip(
-        k_caches, v_caches, mean, key_basis, steps, fields, codes, norms, valid, *scales, strict=True
-    ):
-        encode(k_cache, v_cache, slots, *one)
+    tensors = (k_caches, v_caches, mean, key_basis, steps, fields, codes, norms, valid)
+    for k_cache, v_cache, *one, k_scale, v_scale in zip(*tensors, *scales, strict=True):
+        encode(k_cache, v_cache, slots, *one, k_scale=k_scale, v_scale=v_scale)
 
 
 def encode_signature(

@@ -220,11 +220,12 @@ def decode(
 
 def encode(
     k_cache: Tensor, v_cache: Tensor, slots: Tensor, mean: Tensor, key_basis: Tensor, steps: Tensor, fields: Tensor,
-    codes: Tensor, norms: Tensor, valid: Tensor, k_scale: float = 1.0, v_scale: float = 1.0,
+    codes: Tensor, norms: Tensor, valid: Tensor, *, k_scale: float = 1.0, v_scale: float = 1.0,
 ) -> None:  # fmt: skip
     """GPU implementation of `vattn_kernels.ops.encode`."""
     tables, side = (mean, key_basis, steps, fields), (codes, norms, valid)
-    encode_layers([k_cache], [v_cache], slots, *(t[None] for t in (*tables, *side)), [k_scale], [v_scale])
+    stacked = (t[None] for t in (*tables, *side))
+    encode_layers([k_cache], [v_cache], slots, *stacked, k_scales=[k_scale], v_scales=[v_scale])
 
 
 @functools.lru_cache(maxsize=MOST_POOLS)
@@ -235,7 +236,7 @@ def _constants(device: torch.device, dtype: torch.dtype, *values: float) -> Tens
 
 def encode_layers(
     k_caches: list[Tensor], v_caches: list[Tensor], slots: Tensor, mean: Tensor, key_basis: Tensor, steps: Tensor,
-    fields: Tensor, codes: Tensor, norms: Tensor, valid: Tensor, k_scales: list[float] | None = None,
+    fields: Tensor, codes: Tensor, norms: Tensor, valid: Tensor, *, k_scales: list[float] | None = None,
     v_scales: list[float] | None = None,
 ) -> None:  # fmt: skip
     """GPU implementation of `vattn_kernels.ops.encode_layers`: one launch."""

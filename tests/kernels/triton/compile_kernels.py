@@ -139,8 +139,9 @@ def main() -> None:
                 source = kind(kernel, signature, constants, aligned)
                 options = {"num_warps": warps, "maxnreg": registers(kernel, constants)}
                 built = triton.compile(source, GPUTarget("cuda", arch, 32), options=options)
-                row = {"kernel": kernel.fn.__name__, "arch": arch, "dtype": dtype, "cache": cache, "head_dim": head_dim, "group": group,
-                       "words": words, "shared": built.metadata.shared, **resources(built.asm["cubin"])}  # fmt: skip
+                row = {"kernel": kernel.fn.__name__, "arch": arch, "dtype": dtype, "cache": cache,
+                       "head_dim": head_dim, "group": group, "words": words,
+                       "shared": built.metadata.shared, **resources(built.asm["cubin"])}  # fmt: skip
                 print(json.dumps(row), flush=True)
 
 

@@ -145,9 +145,9 @@ def test_a_scaled_fp8_cache_is_coded_as_what_it_stands_for(dtype, k_scale, v_sca
     side = [codes, norms, torch.stack([fp8.side[2]] * 2).zero_()]
     pools = [fp8.k_cache] * 2, [fp8.v_cache] * 2
     gpu.encode_layers(*pools, new, *tables, *side, k_scales=[k_scale, 1.0], v_scales=[v_scale, 1.0])
-    for layer, scales in enumerate(((k_scale, v_scale), ())):
+    for layer, scales in enumerate(({"k_scale": k_scale, "v_scale": v_scale}, {})):
         alone = [torch.zeros_like(t[layer]) for t in side]
-        gpu.encode(fp8.k_cache, fp8.v_cache, new, *(t[layer] for t in tables), *alone, *scales)
+        gpu.encode(fp8.k_cache, fp8.v_cache, new, *(t[layer] for t in tables), *alone, **scales)
         assert all(torch.equal(a, t[layer]) for a, t in zip(alone, side, strict=True))
     assert not torch.equal(side[0][0], side[0][1])
 
