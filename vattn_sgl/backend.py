@@ -87,9 +87,10 @@ class VAttentionBackend(AttentionBackend):
         slots, kv_heads, head_dim = k_cache.shape
         query_heads, sm_scale = compat.query_geometry(model_runner)
         rope = compat.rope(getattr(model_runner, "model", None), head_dim)
-        geometry = CacheGeometry(
-            pool.layer_num, slots, kv_heads, head_dim, self.device, k_cache.dtype, query_heads, sm_scale, rope
-        )
+        shape = (pool.layer_num, slots, kv_heads, head_dim)
+        scales = compat.kv_scales(model_runner)
+        geometry = CacheGeometry(*shape, self.device, k_cache.dtype, query_heads, sm_scale, rope, scales)
+        self.geometry = geometry
         layer_ids = range(self.first_layer, self.first_layer + pool.layer_num)
         key = model_key(model_runner.model_config.model_path)
         self.selector: Selector = REGISTRY[settings.selector](settings, geometry, layer_ids, key)
@@ -251,6 +252,7 @@ class VAttentionBackend(AttentionBackend):
         batch = q.shape[0]
         out = torch.empty_like(q)
         stats = torch.empty(batch, q.shape[1], len(ops.STATS), dtype=torch.float32, device=q.device)
+        k_scale, v_scale = self.geometry.scales_of(index)
         assert self.rows is not None, "a metadata call comes first"
         for first in range(0, batch, self.max_batch):
             last = min(first + self.max_batch, batch)
@@ -273,6 +275,8 @@ class VAttentionBackend(AttentionBackend):
                 layer_id=layer.layer_id,
                 state=None if self.state is None else self.state[index],
                 state_rows=rows.state_rows,
+                k_scale=k_scale,
+                v_scale=v_scale,
                 **self.step_settings,
             )
         return out.view(batch, -1)

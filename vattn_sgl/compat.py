@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from vattn_kernels.checks import FP8_DTYPES
 from vattn_kernels.rope import Rope
 
 if TYPE_CHECKING:
@@ -79,7 +80,36 @@ def write_kv(pool: Any, layer: RadixAttention, slots: torch.Tensor, k: torch.Ten
     """
     k = k.view(-1, layer.tp_k_head_num, layer.qk_head_dim)
     v = v.view(-1, layer.tp_v_head_num, layer.v_head_dim)
+    if pool.dtype in FP8_DTYPES and layer.k_scale is not None:
+        # The pool would divide in place, and prefill reads K and V afterwards.
+        k, v = k / layer.k_scale, v / layer.v_scale
     pool.set_kv_buffer(layer, _write_location()(slots), k, v)
+
+
+def kv_scales(model_runner: Any) -> tuple[tuple[float, float], ...]:
+    """What K and V of each layer are multiplied by when they are read from an fp8 pool: `write_kv` divides by it.
+
+    Waits for the device, so it is asked once at start.
+
+    Parameters
+    ----------
+    model_runner : ModelRunner
+        SGLang's runner with its pools built.
+
+    Returns
+    -------
+    tuple of (float, float)
+        One a layer of this rank, 1 where the model has no scales; empty for pools of other dtypes, which have none.
+    """
+    pool = model_runner.token_to_kv_pool
+    if pool.dtype not in FP8_DTYPES:
+        return ()
+    first = pool.start_layer or 0
+    scales = dict.fromkeys(range(first, first + pool.layer_num), (1.0, 1.0))
+    for layer in _attention_layers(getattr(model_runner, "model", None)):
+        if layer.k_scale is not None and layer.layer_id in scales:
+            scales[layer.layer_id] = float(layer.k_scale), float(layer.v_scale)
+    return tuple(scales.values())
 
 
 def watch_foreign_writes(pool: Any, invalidate: Callable[[torch.Tensor], None]) -> None:
@@ -311,12 +341,16 @@ def query_geometry(model_runner: Any) -> tuple[int | None, float | None]:
     int or None, float or None
         None without a model.
     """
-    model = getattr(model_runner, "model", None)
+    for layer in _attention_layers(getattr(model_runner, "model", None)):
+        return int(layer.tp_q_head_num), float(layer.scaling)
+    return None, None
+
+
+def _attention_layers(model: Any) -> Iterator[Any]:
+    """SGLang's attention layers of a model; none without a model."""
     for layer in model.modules() if isinstance(model, torch.nn.Module) else ():
         if type(layer).__name__ == "RadixAttention":
-            attention: Any = layer
-            return int(attention.tp_q_head_num), float(attention.scaling)
-    return None, None
+            yield layer
 
 
 def rope(model: Any, head_dim: int) -> Rope | None:

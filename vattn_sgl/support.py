@@ -6,14 +6,19 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+import torch
+
 from vattn_kernels.checks import MAX_GROUP
 from vattn_kernels.cpu import DTYPES, MAX_HEAD_DIM
-from vattn_kernels.ops import GPU_DTYPES, GPU_HEAD_DIMS
+from vattn_kernels.ops import GPU_CACHE_CAPABILITY, GPU_CACHE_DTYPES, GPU_DTYPES, GPU_HEAD_DIMS
 from vattn_sgl.config import Settings
 
 DENSE_ADVICE = "serve this model with another --attention-backend"
 DEVICES = ("cpu", "cuda")
 GPU_SELECTORS = ("sketch",)
+# Values of --kv-cache-dtype.
+CACHE_NAMES = ("auto", "bfloat16", "bf16", "float32")
+GPU_CACHE_NAMES = ("auto", "bfloat16", "bf16", "fp8_e4m3", "fp8_e5m2")
 
 
 class Unsupported(ValueError):
@@ -54,7 +59,7 @@ def check(model_runner: Any, settings: Settings) -> None:
     if _device(model_runner.server_args) == "cuda":
         reasons += gpu_reasons(model_runner.server_args, settings)
         reasons += gpu_model_reasons(model_runner.model_config)
-        reasons += gpu_pool_reasons(model_runner.token_to_kv_pool)
+        reasons += gpu_pool_reasons(model_runner.token_to_kv_pool, torch.cuda.get_device_capability())
     else:
         reasons += cpu_reasons(settings)
         reasons += cpu_pool_reasons(model_runner.token_to_kv_pool)
@@ -86,8 +91,11 @@ def argument_reasons(args: Any) -> Iterator[str]:
         yield f"device {device}: there are kernels for CPUs and NVIDIA GPUs; start with --device cpu or --device cuda"
     if (given("page_size") or 1) != 1 and device == "cpu":
         yield f"--page-size {given('page_size')}: SGLang's allocator of pages needs a GPU; use --page-size 1"
-    if given("kv_cache_dtype") not in (None, "auto", "bfloat16", "bf16", "float32"):
-        yield f"--kv-cache-dtype {given('kv_cache_dtype')}: only float32 and bfloat16 caches are read; leave it at auto"
+    kv_cache_dtype = given("kv_cache_dtype") or "auto"
+    if device == "cuda" and kv_cache_dtype not in GPU_CACHE_NAMES:
+        yield f"--kv-cache-dtype {kv_cache_dtype}: a GPU reads {', '.join(GPU_CACHE_NAMES[1:])}; leave it at auto"
+    elif device != "cuda" and kv_cache_dtype not in CACHE_NAMES:
+        yield f"--kv-cache-dtype {kv_cache_dtype}: a CPU reads float32 and bfloat16 caches only; leave it at auto"
     for phase in ("prefill", "decode"):
         name = f"{phase}_attention_backend"
         if given(name) and not (
@@ -168,19 +176,28 @@ def gpu_model_reasons(config: Any) -> Iterator[str]:
     if head_dim and head_dim not in GPU_HEAD_DIMS:
         allowed = ", ".join(map(str, GPU_HEAD_DIMS))
         yield f"head_dim {head_dim}: the GPU kernels of this version serve {allowed}; {DENSE_ADVICE}"
+    dtype = getattr(config, "dtype", GPU_DTYPES[0])
+    if dtype not in GPU_DTYPES:
+        yield f"a model in {dtype}: the GPU kernels of this version take bfloat16 and float16; use --dtype bfloat16"
 
 
-def gpu_pool_reasons(pool: Any) -> Iterator[str]:
+def gpu_pool_reasons(pool: Any, capability: tuple[int, int] | None = None) -> Iterator[str]:
     """Reasons in a GPU's KV pool.
 
     Parameters
     ----------
     pool : KVCache
         SGLang's pool; a missing dtype counts as right.
+    capability : tuple of int, optional
+        Compute capability of the GPU; None counts as right.
     """
     dtype = getattr(pool, "dtype", GPU_DTYPES[0])
-    if dtype not in GPU_DTYPES:
-        yield f"KV cache of {dtype}: the GPU kernels of this version read bfloat16 and float16; use --dtype bfloat16"
+    least = GPU_CACHE_CAPABILITY.get(dtype, (0, 0))
+    if dtype not in GPU_CACHE_DTYPES:
+        yield f"KV cache of {dtype}: the GPU kernels of this version read 16 bits and fp8; use --dtype bfloat16"
+    elif capability is not None and capability < least:
+        needed, found = (f"{major}.{minor}" for major, minor in (least, capability))
+        yield f"KV cache of {dtype}: that takes compute capability {needed}, not {found}; use --kv-cache-dtype fp8_e5m2"
 
 
 def cpu_reasons(settings: Settings) -> Iterator[str]:
@@ -278,6 +295,11 @@ def layer_reasons(model: Any) -> list[str]:
         kind = getattr(kind, "value", kind)
         if kind not in (None, "decoder"):
             reasons.append(f"attention of type {kind}: only decoder attention is causal; {DENSE_ADVICE}")
+        if getattr(layer, "k_scale", None) is not None and getattr(layer, "k_scale_float", None) is None:
+            reasons.append(
+                "--quantization-param-path: SGLang's own backends, which prefill, cannot read these scales; use a "
+                "checkpoint that holds its own"
+            )
         if getattr(layer, "sinks", None) is not None:
             reasons.append(f"learned attention sinks: they are not part of the estimate; {DENSE_ADVICE}")
     return list(dict.fromkeys(reasons))

@@ -10,6 +10,8 @@ from vattn_kernels.quantiles import TARGETS
 SAMPLERS = ("proportional", "uniform")
 GROUP_SCORES = ("max", "mean")
 MAX_GROUP = 16
+# Of a cache that GPU kernels read beside queries of two bytes.
+FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 def require(condition: bool, message: str, *values: object) -> None:
@@ -51,7 +53,7 @@ def check_decode(
     head_dim = k_cache.shape[2]
     require(q.shape[2] == head_dim, "q has head_dim {}, the KV cache {}; expected one head_dim", q.shape[2], head_dim)
     require(
-        q.dtype == k_cache.dtype == out.dtype,
+        q.dtype == out.dtype and k_cache.dtype in (q.dtype, *FP8_DTYPES),
         "q is {}, out {}, the KV cache {}; expected one dtype",
         *(q.dtype, out.dtype, k_cache.dtype),
     )

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from vattn_kernels import cpu
+from vattn_kernels.checks import FP8_DTYPES as FP8_DTYPES
 from vattn_kernels.checks import GROUP_SCORES as GROUP_SCORES
 from vattn_kernels.checks import SAMPLERS as SAMPLERS
 from vattn_kernels.quantiles import TARGETS as TARGETS
@@ -28,6 +29,9 @@ STATE_WIDTH = 4
 # What the GPU kernels serve; a server asks before it imports Triton.
 GPU_HEAD_DIMS = (64, 96, 128, 256)
 GPU_DTYPES = (torch.bfloat16, torch.float16)
+GPU_CACHE_DTYPES = (*GPU_DTYPES, *FP8_DTYPES)
+# Compute capability that a cache's dtype takes, where not every GPU converts it.
+GPU_CACHE_CAPABILITY = {torch.float8_e4m3fn: (8, 9)}
 
 _LIBRARY = torch.library.Library("vattn", "DEF")
 _LIBRARY.define(
@@ -38,15 +42,16 @@ _LIBRARY.define(
     "float sm_scale, int layer_id, int seed, str sampler, str target, str selector, "
     "int sink, int window, int dense_below, int top_k_count, float top_k_share, "
     'float pilot, int pilot_min, float cap, float floor, float audit_rate, str group_score="max", '
-    "Tensor(d!)? state=None, Tensor? state_rows=None) -> ()"
+    "Tensor(d!)? state=None, Tensor? state_rows=None, float k_scale=1.0, float v_scale=1.0) -> ()"
 )
 _LIBRARY.define(
     "encode(Tensor k_cache, Tensor v_cache, Tensor slots, Tensor mean, Tensor key_basis, Tensor steps, Tensor fields, "
-    "Tensor(a!) codes, Tensor(b!) norms, Tensor(c!) valid) -> ()"
+    "Tensor(a!) codes, Tensor(b!) norms, Tensor(c!) valid, *, float k_scale=1.0, float v_scale=1.0) -> ()"
 )
 _LIBRARY.define(
     "encode_layers(Tensor[] k_caches, Tensor[] v_caches, Tensor slots, Tensor mean, Tensor key_basis, Tensor steps, "
-    "Tensor fields, Tensor(a!) codes, Tensor(b!) norms, Tensor(c!) valid) -> ()"
+    "Tensor fields, Tensor(a!) codes, Tensor(b!) norms, Tensor(c!) valid, "
+    "*, float[]? k_scales=None, float[]? v_scales=None) -> ()"
 )
 _LIBRARY.define(
     "encode_signature(Tensor k_cache, Tensor slots, Tensor mean, Tensor nets, Tensor widths, "
@@ -92,7 +97,7 @@ def decode(
     q : torch.Tensor
         ``[batch, num_qo_heads, head_dim]``, contiguous: float32 or bfloat16 on a CPU, bfloat16 or float16 on a GPU.
     k_cache, v_cache : torch.Tensor
-        ``[num_slots, num_kv_heads, head_dim]`` of q's dtype, contiguous.
+        ``[num_slots, num_kv_heads, head_dim]`` of q's dtype or, on a GPU, of one of `GPU_CACHE_DTYPES`, contiguous.
     kv_indices : torch.Tensor
         int32 ``[batch, max_len]``; row r holds the slots of request r by position.
     seq_lens : torch.Tensor
@@ -138,7 +143,8 @@ def decode(
         ``top_k_share``), ``top_k_share, pilot, pilot_min, cap, floor, audit_rate, group_score``; see
         `vattn_sgl.config.Settings`. And what the last step learnt of each request and head, which a GPU starts from
         and a CPU ignores: ``state`` float32 ``[num_rows, num_qo_heads, STATE_WIDTH]``, updated, zeros at start, and
-        ``state_rows`` int64 ``[batch]``, the row of each request.
+        ``state_rows`` int64 ``[batch]``, the row of each request. And what the cache is multiplied by: a key is
+        ``k_cache * k_scale``, a value ``v_cache * v_scale``; 1 on a CPU.
 
     Raises
     ------
@@ -185,26 +191,33 @@ def encode(
     codes: torch.Tensor,
     norms: torch.Tensor,
     valid: torch.Tensor,
+    *,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
 ) -> None:
     """Compute the sketch of cache slots by reading K and V back from the pool, and mark them valid.
 
     Parameters
     ----------
     k_cache, v_cache : torch.Tensor
-        ``[num_slots, num_kv_heads, head_dim]``, float32 or bfloat16.
+        As in `decode`.
     slots : torch.Tensor
         int64 ``[num_new]`` slots to encode.
     mean, key_basis, steps, fields : torch.Tensor
         One layer of `vattn_kernels.sketch.SketchTables`.
     codes, norms, valid : torch.Tensor
         Side data as in `decode`; the given slots are overwritten.
+    k_scale, v_scale : float
+        As in `decode`.
 
     Raises
     ------
     ValueError
         If a shape or dtype is not supported.
     """
-    torch.ops.vattn.encode(k_cache, v_cache, slots, mean, key_basis, steps, fields, codes, norms, valid)
+    torch.ops.vattn.encode(
+        k_cache, v_cache, slots, mean, key_basis, steps, fields, codes, norms, valid, k_scale=k_scale, v_scale=v_scale
+    )
 
 
 def encode_layers(
@@ -218,6 +231,9 @@ def encode_layers(
     codes: torch.Tensor,
     norms: torch.Tensor,
     valid: torch.Tensor,
+    *,
+    k_scales: list[float] | None = None,
+    v_scales: list[float] | None = None,
 ) -> None:
     """Compute the sketch of the same slots in several layers, as `encode` does in one.
 
@@ -231,13 +247,18 @@ def encode_layers(
         `vattn_kernels.sketch.SketchTables` of as many layers.
     codes, norms, valid : torch.Tensor
         ``[num_layers, ...]`` side data as in `decode`; the given slots are overwritten.
+    k_scales, v_scales : list of float, optional
+        One a layer, as in `decode`; default 1.
 
     Raises
     ------
     ValueError
         If a shape or dtype is not supported.
     """
-    torch.ops.vattn.encode_layers(k_caches, v_caches, slots, mean, key_basis, steps, fields, codes, norms, valid)
+    torch.ops.vattn.encode_layers(
+        k_caches, v_caches, slots, mean, key_basis, steps, fields, codes, norms, valid,
+        k_scales=k_scales, v_scales=v_scales,
+    )  # fmt: skip
 
 
 def encode_signature(
@@ -319,8 +340,8 @@ _LIBRARY.impl("encode_layers", cpu.encode_layers, "CPU")
 _LIBRARY.impl("encode_signature", cpu.encode_signature, "CPU")
 _LIBRARY.impl("encode_pages", cpu.encode_pages, "CPU")
 _LIBRARY.impl("decode", lambda *args, **kwargs: _gpu().decode(*args, **kwargs), "CUDA")
-_LIBRARY.impl("encode", lambda *args: _gpu().encode(*args), "CUDA")
-_LIBRARY.impl("encode_layers", lambda *args: _gpu().encode_layers(*args), "CUDA")
+_LIBRARY.impl("encode", lambda *args, **kwargs: _gpu().encode(*args, **kwargs), "CUDA")
+_LIBRARY.impl("encode_layers", lambda *args, **kwargs: _gpu().encode_layers(*args, **kwargs), "CUDA")
 
 
 @torch.library.register_fake("vattn::decode", lib=_LIBRARY)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from decode_case import OFFSETS, DecodeCase
@@ -19,6 +21,12 @@ SHAPES = [
     (1, 1, 8, 2, 64, BF16), (3, 80, 4, 4, 128, FP16), (1, 111, 16, 1, 64, BF16), (2, 1000, 32, 8, 128, BF16),
     (5, 2049, 6, 2, 96, FP16), (1, 4096, 2, 1, 256, BF16), (2, 63, 9, 3, 64, BF16), (2, 1500, 9, 3, 64, BF16),
     (2, 3000, 16, 2, 128, BF16), (3, 1111, 4, 2, 64, BF16), (1, 900, 4, 4, 128, BF16),
+]  # fmt: skip
+# Dtype of a cache, and the scales of its keys and values; powers of two, which round nothing.
+FP8 = [(torch.float8_e4m3fn, 0.5, 2.0), (torch.float8_e5m2, 2.0, 0.25)]
+FP8_SHAPES = [
+    (2, 1000, 32, 8, 128, BF16), (5, 2049, 6, 2, 96, FP16), (1, 4096, 2, 1, 256, BF16), (2, 1500, 9, 3, 64, BF16),
+    (3, 1111, 16, 2, 64, FP16),
 ]  # fmt: skip
 
 
@@ -47,7 +55,8 @@ class GpuCase(DecodeCase):
         """Code every slot again, after keys have changed."""
         slots = torch.arange(self.k_cache.shape[0], device="cuda")
         tables = (t.cuda() for t in self.encode_arguments[3:7])
-        ops.encode(self.k_cache, self.v_cache, slots, *tables, *self.side[:3])
+        scales = {name: self.step[name] for name in ("k_scale", "v_scale") if name in self.step}
+        ops.encode(self.k_cache, self.v_cache, slots, *tables, *self.side[:3], **scales)
 
     def arguments(self):
         # Outputs are poisoned with NaN by the parent.
@@ -81,6 +90,25 @@ def case(batch, context, heads, kv_heads, head_dim, dtype=BF16, **options):
     )  # fmt: skip
 
 
+def with_fp8_cache(dtype, k_scale, v_scale, shape, **options):
+    """A case with a scaled fp8 cache, and the same with one of q's dtype that holds what the first stands for."""
+    least = ops.GPU_CACHE_CAPABILITY.get(dtype, (0, 0))
+    if torch.cuda.get_device_capability() < least:
+        pytest.skip(f"{dtype} takes compute capability {least}")
+    fp8 = case(*shape, **options)
+    plain = copy.copy(fp8)
+    for name, scale in (("k_cache", k_scale), ("v_cache", v_scale)):
+        stored = (getattr(plain, name).float() / scale).to(dtype)
+        setattr(fp8, name, stored)
+        setattr(plain, name, (stored.float() * scale).to(plain.dtype))
+    fp8.step = fp8.step | {"k_scale": k_scale, "v_scale": v_scale}
+    plain.side = (*(t.clone() for t in plain.side[:3]), *plain.side[3:])
+    plain.state = plain.state.clone()
+    for one in (fp8, plain):
+        one.encode()
+    return fp8, plain
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "B{}-N{}-H{}-K{}-D{}-{}".format(*s))
 def test_first_step_is_exact_and_later_ones_hold_epsilon(shape):
     c = case(*shape, epsilon=0.1)
@@ -91,6 +119,81 @@ def test_first_step_is_exact_and_later_ones_hold_epsilon(shape):
     assert torch.isfinite(out).all() and torch.isfinite(stats).all()
     assert (stats[..., 2] <= 0.1).all()
     assert c.errors(out).max() < 0.1 + ROUNDING
+
+
+@pytest.mark.parametrize("fp8", FP8, ids="{0[0]}".format)
+@pytest.mark.parametrize("shape", FP8_SHAPES, ids=lambda s: "B{}-N{}-H{}-K{}-D{}-{}".format(*s))
+def test_an_fp8_cache_is_read_exactly_first_and_holds_epsilon_later(shape, fp8):
+    c, plain = with_fp8_cache(*fp8, shape, epsilon=0.1)
+    out, stats, _ = c.run()
+    assert (stats[..., 3] == ops.OUTCOMES.index("dense")).all()
+    assert plain.errors(out).max() < ROUNDING
+    for _ in range(6):
+        out, stats, _ = c.run()
+    assert torch.isfinite(out).all() and torch.isfinite(stats).all()
+    assert (stats[..., 2] <= 0.1).all()
+    assert plain.errors(out).max() < 0.1 + ROUNDING
+
+
+@pytest.mark.parametrize("fp8", FP8, ids="{0[0]}".format)
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+def test_an_fp8_cache_is_sampled_as_what_it_stands_for(dtype, fp8, monkeypatch):
+    monkeypatch.setattr(layout, "one_warp_attends", lambda *_: False)
+    c, plain = with_fp8_cache(*fp8, (2, 3000, 8, 2, 64, dtype), epsilon=0.3)
+    assert all(torch.equal(a, b) for a, b in zip(c.side[:3], plain.side[:3], strict=True))
+    for _ in range(5):
+        c.run()
+    plain.state.copy_(c.state)
+    found = []
+    for one in (c, plain):
+        out, stats, _ = one.run()
+        found.append((out, stats, *one.lists()))
+    (out, stats, tokens, pi), (expected_out, expected_stats, expected_tokens, expected_pi) = found
+    assert 0 < tokens.sum() < 0.9 * tokens.numel()
+    assert torch.equal(tokens, expected_tokens)
+    torch.testing.assert_close(pi, expected_pi, rtol=1e-5, atol=0)
+    torch.testing.assert_close(out, expected_out, rtol=0.01, atol=4e-3)
+    torch.testing.assert_close(stats, expected_stats, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(c.state, plain.state, rtol=1e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("fp8", FP8, ids="{0[0]}".format)
+def test_an_audit_of_an_fp8_cache_counts_the_true_errors(fp8):
+    # What the cap cuts violates epsilon here and there.
+    c, plain = with_fp8_cache(*fp8, (3, 3000, 8, 2, 64, BF16), epsilon=0.05, settings={"cap": 0.1})
+    for _ in range(5):
+        c.run()
+    out, _, counters = c.run(audit_rate=1.0)
+    errors = plain.errors(out).flatten()
+    audits, violations = counters[OFFSETS[5] : OFFSETS[5] + 2].tolist()
+    assert audits == errors.numel()
+    assert 0 < (errors > 0.05 + ROUNDING).sum() <= violations <= (errors > 0.05 - ROUNDING).sum()
+    assert abs(float(counters[OFFSETS[6]] - errors.sum())) < ROUNDING * audits
+
+
+def test_layers_of_an_fp8_cache_have_scales_of_their_own():
+    c, _ = with_fp8_cache(*FP8[1], (1, 500, 4, 2, 64, BF16))
+    slots = torch.arange(c.k_cache.shape[0], device="cuda")
+    one = [t.cuda() for t in c.encode_arguments[3:7]]
+    side = [torch.stack([t.transpose(0, 1)] * 2).zero_().transpose(1, 2) for t in c.side[:2]]
+    side.append(torch.zeros(2, c.k_cache.shape[0], dtype=torch.uint8, device="cuda"))
+    scales = ((2.0, 0.25), (1.0, 1.0))
+    ops.encode_layers(
+        [c.k_cache] * 2, [c.v_cache] * 2, slots, *(torch.stack([t, t]) for t in one), *side,
+        k_scales=[k for k, _ in scales], v_scales=[v for _, v in scales],
+    )  # fmt: skip
+    for layer, (k_scale, v_scale) in enumerate(scales):
+        alone = [torch.zeros_like(t[layer]) for t in side]
+        ops.encode(c.k_cache, c.v_cache, slots, *one, *alone, k_scale=k_scale, v_scale=v_scale)
+        assert all(torch.equal(a, t[layer]) for a, t in zip(alone, side, strict=True))
+    assert not torch.equal(side[0][0], side[0][1]) and not torch.equal(side[1][0], side[1][1])
+
+
+def test_queries_of_four_bytes_are_refused_beside_an_fp8_cache():
+    c, _ = with_fp8_cache(*FP8[1], (1, 100, 4, 2, 64, BF16))
+    c.q = c.q.float()
+    with pytest.raises(ValueError, match=r"q is torch\.float32"):
+        c.run()
 
 
 @pytest.mark.parametrize("heads", [(8, 2), (9, 3), (2, 1), (2, 2)], ids="{0[0]}-over-{0[1]}".format)

@@ -332,10 +332,27 @@ def test_a_provable_bound_is_refused_where_nothing_bounds_a_logit(selector, samp
         case.run()
 
 
-def test_unsupported_dtype_is_named():
-    case = DecodeCase(dtype=torch.float16)
-    with pytest.raises(ValueError, match="float16"):
+@pytest.mark.parametrize("dtype", [torch.float16, *ops.FP8_DTYPES])
+def test_unsupported_dtype_is_named(dtype):
+    case = DecodeCase(settings={"selector": "sketch"})
+    case.k_cache, case.v_cache = case.k_cache.to(dtype), case.v_cache.to(dtype)
+    with pytest.raises(ValueError, match=f"KV cache is {dtype}"):
         case.run()
+    with pytest.raises(ValueError, match=f"KV cache is {dtype}"):
+        ops.encode(case.k_cache, case.v_cache, *case.encode_arguments[2:])
+
+
+@pytest.mark.parametrize("name", ["k_scale", "v_scale"])
+def test_a_scaled_cache_is_refused_on_a_cpu(name):
+    case = DecodeCase(settings={"selector": "sketch"})
+    case.step[name] = 0.5
+    with pytest.raises(ValueError, match=rf"{name} 0\.5.*a CPU reads no scaled cache"):
+        case.run()
+    with pytest.raises(ValueError, match=rf"{name} 0\.5"):
+        ops.encode(*case.encode_arguments, **{name: 0.5})
+    k, v, slots, *rest = case.encode_arguments
+    with pytest.raises(ValueError, match=rf"{name} 0\.5"):
+        ops.encode_layers([k], [v], slots, *(t[None] for t in rest), **{f"{name}s": [0.5]})
 
 
 @SAMPLERS

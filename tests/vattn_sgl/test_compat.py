@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from vattn_kernels.checks import FP8_DTYPES
 from vattn_sgl import compat
 
 
@@ -181,3 +182,50 @@ def test_rope_is_that_of_every_layer(monkeypatch):
     assert compat.rope(decoder(first, None), 16) is None
     assert compat.rope(decoder(MRotaryEmbedding()), 16) is None
     assert compat.rope(None, 16) is None
+
+
+def fp8_layer(layer_id, k_scale=None, v_scale=None):
+    """Stands for SGLang's layer, with scales as a checkpoint's are loaded."""
+    layer = RadixAttention()
+    layer.layer_id, layer.tp_k_head_num, layer.tp_v_head_num, layer.qk_head_dim, layer.v_head_dim = layer_id, 2, 2, 8, 8
+    layer.k_scale, layer.v_scale = (None if s is None else torch.tensor(s) for s in (k_scale, v_scale))
+    return layer
+
+
+@pytest.mark.parametrize("dtype", FP8_DTYPES)
+@pytest.mark.parametrize("scales", [(None, None), (0.3, 1.7)])
+def test_new_tokens_are_stored_in_fp8_as_sglang_does_and_left_alone(dtype, scales):
+    from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+
+    def pool():
+        return MHATokenToKVPool(
+            size=9, page_size=1, dtype=dtype, head_num=2, head_dim=8, layer_num=1, device="cpu",
+            enable_memory_saver=False,
+        )  # fmt: skip
+
+    ours, theirs, layer, slots = pool(), pool(), fp8_layer(0, *scales), torch.tensor([3, 5, 4])
+    k, v = torch.randn(2, 3, 16, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    before = k.clone(), v.clone()
+    compat.write_kv(ours, layer, slots, k, v)
+    assert torch.equal(k, before[0]) and torch.equal(v, before[1])
+    theirs.set_kv_buffer(
+        layer,
+        compat._write_location()(slots),
+        *(t.view(-1, 2, 8).clone() for t in before),
+        layer.k_scale,
+        layer.v_scale,
+    )
+    for mine, other, new, scale in zip(ours.get_kv_buffer(0), theirs.get_kv_buffer(0), before, scales, strict=True):
+        assert torch.equal(mine[slots].float(), other[slots].float())
+        torch.testing.assert_close(mine[slots].float() * (scale or 1), new.view(-1, 2, 8).float(), rtol=0.13, atol=0.01)
+
+
+def test_scales_are_those_of_this_ranks_layers():
+    pool = SimpleNamespace(dtype=torch.float8_e4m3fn, start_layer=2, layer_num=3)
+    model = torch.nn.ModuleList([fp8_layer(1, 9.0, 9.0), fp8_layer(4, 0.5, 2.0), fp8_layer(3), fp8_layer(2, 4.0, 0.25)])
+    runner = SimpleNamespace(token_to_kv_pool=pool, model=model)
+    assert compat.kv_scales(runner) == ((4.0, 0.25), (1.0, 1.0), (0.5, 2.0))
+    runner.model = None
+    assert compat.kv_scales(runner) == ((1.0, 1.0),) * 3
+    pool.dtype = torch.bfloat16
+    assert compat.kv_scales(runner) == ()

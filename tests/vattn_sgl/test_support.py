@@ -7,13 +7,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from vattn_kernels import ops
 from vattn_sgl import support
 from vattn_sgl.config import Settings
 
 ARGUMENTS = [
     ({"device": "xpu"}, "device xpu"),
     ({"page_size": 16}, "use --page-size 1"),
-    ({"kv_cache_dtype": "fp8_e4m3"}, "leave it at auto"),
+    ({"kv_cache_dtype": "fp8_e4m3"}, "a CPU reads float32 and bfloat16 caches only; leave it at auto"),
+    ({"device": "cuda", "kv_cache_dtype": "fp4_e2m1"}, "fp8_e4m3, fp8_e5m2; leave it at auto"),
     ({"decode_attention_backend": "vattention"}, "use --attention-backend vattention alone"),
     ({"prefill_attention_backend": "torch_native", "decode_attention_backend": "vattention"}, "bypasses the index"),
     ({"speculative_algorithm": "EAGLE"}, "remove --speculative-algorithm"),
@@ -58,6 +60,7 @@ LAYERS = [
     ({"is_cross_attention": True}, "cross attention"),
     ({"attn_type": SimpleNamespace(value="encoder_only")}, "only decoder attention"),
     ({"sinks": torch.zeros(1)}, "learned attention sinks"),
+    ({"k_scale": 0.5, "k_scale_float": None}, "--quantization-param-path"),
 ]
 
 
@@ -119,6 +122,9 @@ def test_a_plain_server_is_served_on_a_gpu(monkeypatch):
     assert list(support.argument_reasons(args)) == []
     for selector in support.GPU_SELECTORS:
         assert list(support.gpu_reasons(args, Settings(selector=selector))) == []
+    for name in ("fp8_e4m3", "fp8_e5m2"):
+        args.kv_cache_dtype = name
+        assert list(support.argument_reasons(args)) == []
     graphs.prefill.backend = "full"
     assert "use breakable" in next(support.gpu_reasons(args, Settings()))
     monkeypatch.setenv("SGLANG_ENABLE_METADATA_GLUE_GRAPH", "1")
@@ -130,11 +136,24 @@ def test_head_dims_on_a_gpu():
     assert "serve 64, 96, 128, 256" in next(support.gpu_model_reasons(SimpleNamespace(head_dim=80)))
 
 
+def test_a_model_of_four_bytes_is_refused_on_a_gpu_whatever_its_cache():
+    assert list(support.gpu_model_reasons(SimpleNamespace(dtype=torch.float16))) == []
+    assert "--dtype bfloat16" in next(support.gpu_model_reasons(SimpleNamespace(dtype=torch.float32)))
+
+
 def test_dtypes_on_a_gpu():
     pool = MHATokenToKVPool()
-    for dtype, reasons in ((torch.bfloat16, 0), (torch.float16, 0), (torch.float32, 1), (torch.float8_e4m3fn, 1)):
+    served = dict.fromkeys(ops.GPU_CACHE_DTYPES, 0)
+    for dtype, reasons in (served | {torch.float32: 1, torch.float8_e4m3fnuz: 1}).items():
         pool.dtype = dtype
         assert len(list(support.gpu_pool_reasons(pool))) == reasons
+    for dtype in (torch.bfloat16, torch.float8_e5m2):
+        pool.dtype = dtype
+        assert list(support.gpu_pool_reasons(pool, (8, 0))) == []
+    pool.dtype = torch.float8_e4m3fn
+    assert list(support.gpu_pool_reasons(pool, (8, 9))) == []
+    (reason,) = support.gpu_pool_reasons(pool, (8, 6))
+    assert "takes compute capability 8.9, not 8.6; use --kv-cache-dtype fp8_e5m2" in reason
 
 
 def test_dtypes_on_a_cpu():

@@ -39,6 +39,8 @@ class CacheGeometry:
         Factor of the logits; None takes ``head_dim^-1/2``.
     rope : Rope or None
         Rotation of every layer's queries and keys; None where it is not known.
+    scales : tuple of (float, float)
+        What K and V of each layer are multiplied by when they are read, from `vattn_sgl.compat.kv_scales`.
     """
 
     num_layers: int
@@ -50,6 +52,11 @@ class CacheGeometry:
     num_qo_heads: int | None = None
     sm_scale: float | None = None
     rope: Rope | None = None
+    scales: tuple[tuple[float, float], ...] = ()
+
+    def scales_of(self, layer: int) -> tuple[float, float]:
+        """Scales of one layer's K and V; 1 in a pool that has none."""
+        return self.scales[layer] if self.scales else (1.0, 1.0)
 
     @property
     def scale(self) -> float:

@@ -130,7 +130,7 @@ class CalibratedSelector:
         if layer == 0:
             self.positions[slots] = positions.to(POSITION_DTYPE)
         if self._observing:
-            self.calibration.observe(layer, q, k_cache[slots], positions)
+            self.calibration.observe(layer, q, self.cached(pool, layer, slots)[0], positions)
         if not self._encodes_at_once:
             if self.calibration.tables is not None:
                 self.encode(layer, k_cache, v_cache, slots)
@@ -140,6 +140,14 @@ class CalibratedSelector:
     def arguments(self, layer: int) -> SideArguments:
         """The op's side-data arguments of one layer."""
         return self._arguments[layer]
+
+    def cached(self, pool: Any, layer: int, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V of ``slots`` as attention reads them, each ``[num_slots, num_kv_heads, head_dim]``."""
+        k, v = (cache[slots] for cache in pool.get_kv_buffer(self.layer_ids[layer]))
+        if self.geometry.scales:
+            k_scale, v_scale = self.geometry.scales_of(layer)
+            k, v = k.float() * k_scale, v.float() * v_scale
+        return k, v
 
     def written(self) -> torch.Tensor:
         """Slots that hold a key, int64; waits for the device."""
@@ -169,7 +177,7 @@ class CalibratedSelector:
     def _solve(self, pool: Any, longest: int) -> None:
         slots = self.written()
         self.calibration.solve(
-            lambda layer, sample: tuple(cache[sample] for cache in pool.get_kv_buffer(self.layer_ids[layer])),
+            lambda layer, sample: self.cached(pool, layer, sample),
             slots,
             self.positions,
             longest,

@@ -49,15 +49,19 @@ class SketchSelector(CalibratedSelector):
         """Code ``slots``; see `vattn_kernels.ops.encode`."""
         t = self.tables
         tables = (t.mean[layer], t.key_basis[layer], t.steps[layer], t.fields[layer])
-        ops.encode(k_cache, v_cache, slots, *tables, *(side[layer] for side in self.side.values()))
+        side = (tensor[layer] for tensor in self.side.values())
+        k_scale, v_scale = self.geometry.scales_of(layer)
+        ops.encode(k_cache, v_cache, slots, *tables, *side, k_scale=k_scale, v_scale=v_scale)
 
     def encode_layers(self, pool: Any, slots: torch.Tensor) -> None:
         """Code ``slots`` of every layer; see `vattn_kernels.ops.encode_layers`."""
         t = self.tables
         k_caches, v_caches = zip(*(pool.get_kv_buffer(layer_id) for layer_id in self.layer_ids), strict=True)
+        scales = [self.geometry.scales_of(layer) for layer in range(len(k_caches))]
         ops.encode_layers(
-            list(k_caches), list(v_caches), slots, t.mean, t.key_basis, t.steps, t.fields, *self.side.values()
-        )
+            list(k_caches), list(v_caches), slots, t.mean, t.key_basis, t.steps, t.fields, *self.side.values(),
+            k_scales=[k for k, _ in scales], v_scales=[v for _, v in scales],
+        )  # fmt: skip
 
     def side_arguments(self, layer: int) -> SideArguments:
         """Codes, norms, valid bytes and the tables that read them."""

@@ -71,8 +71,9 @@ def _reserve(numel: int) -> int:
     return _workspace.data_ptr()
 
 
-def _check_cache(k_cache: Tensor, v_cache: Tensor) -> None:
+def _check_cache(k_cache: Tensor, v_cache: Tensor, k_scale: float = 1.0, v_scale: float = 1.0) -> None:
     check_cache(k_cache, v_cache, DTYPES)
+    require(k_scale == v_scale == 1, "k_scale {} and v_scale {}: a CPU reads no scaled cache", k_scale, v_scale)
     require(k_cache.shape[-1] <= MAX_HEAD_DIM, "head_dim {} is above {}", k_cache.shape[-1], MAX_HEAD_DIM)
 
 
@@ -83,10 +84,11 @@ def decode(
     audit_edges: Tensor, out: Tensor, stats: Tensor, counters: Tensor, counter_offsets: list[int], sm_scale: float,
     layer_id: int, seed: int, sampler: str, target: str, selector: str, sink: int, window: int, dense_below: int,
     top_k_count: int, top_k_share: float, pilot: float, pilot_min: int, cap: float, floor: float, audit_rate: float,
-    group_score: str = "max", state: Tensor | None = None, state_rows: Tensor | None = None,
+    group_score: str = "max", state: Tensor | None = None, state_rows: Tensor | None = None, k_scale: float = 1.0,
+    v_scale: float = 1.0,
 ) -> None:  # fmt: skip
     """CPU implementation of `vattn_kernels.ops.decode`; it needs no state."""
-    _check_cache(k_cache, v_cache)
+    _check_cache(k_cache, v_cache, k_scale, v_scale)
     batch, num_qo_heads, head_dim = q.shape
     num_kv_heads = k_cache.shape[1]
     group = num_qo_heads // num_kv_heads
@@ -174,10 +176,10 @@ def _check_slots(slots: Tensor) -> None:
 
 def encode(
     k_cache: Tensor, v_cache: Tensor, slots: Tensor, mean: Tensor, key_basis: Tensor, steps: Tensor, fields: Tensor,
-    codes: Tensor, norms: Tensor, valid: Tensor,
+    codes: Tensor, norms: Tensor, valid: Tensor, *, k_scale: float = 1.0, v_scale: float = 1.0,
 ) -> None:  # fmt: skip
     """CPU implementation of `vattn_kernels.ops.encode`."""
-    _check_cache(k_cache, v_cache)
+    _check_cache(k_cache, v_cache, k_scale, v_scale)
     _check_slots(slots)
     args = _EncodeArgs(
         k_cache.data_ptr(), v_cache.data_ptr(), slots.data_ptr(), mean.data_ptr(), key_basis.data_ptr(),
@@ -190,13 +192,15 @@ def encode(
 
 def encode_layers(
     k_caches: list[Tensor], v_caches: list[Tensor], slots: Tensor, mean: Tensor, key_basis: Tensor, steps: Tensor,
-    fields: Tensor, codes: Tensor, norms: Tensor, valid: Tensor,
+    fields: Tensor, codes: Tensor, norms: Tensor, valid: Tensor, *, k_scales: list[float] | None = None,
+    v_scales: list[float] | None = None,
 ) -> None:  # fmt: skip
     """CPU implementation of `vattn_kernels.ops.encode_layers`."""
-    for k_cache, v_cache, *one in zip(
-        k_caches, v_caches, mean, key_basis, steps, fields, codes, norms, valid, strict=True
-    ):
-        encode(k_cache, v_cache, slots, *one)
+    ones = [1.0] * len(k_caches)
+    scales = k_scales or ones, v_scales or ones
+    tensors = (k_caches, v_caches, mean, key_basis, steps, fields, codes, norms, valid)
+    for k_cache, v_cache, *one, k_scale, v_scale in zip(*tensors, *scales, strict=True):
+        encode(k_cache, v_cache, slots, *one, k_scale=k_scale, v_scale=v_scale)
 
 
 def encode_signature(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vattn_kernels import params as parameters
 from vattn_kernels.checks import check_cache, check_decode, require
-from vattn_kernels.ops import GPU_DTYPES, GPU_HEAD_DIMS, STATE_WIDTH
+from vattn_kernels.ops import GPU_CACHE_DTYPES, GPU_DTYPES, GPU_HEAD_DIMS, STATE_WIDTH
 from vattn_kernels.quantiles import TARGETS
 from vattn_kernels.sketch import GROUPS_PER_WORD
 from vattn_kernels.triton import layout
@@ -43,8 +43,7 @@ def _power_of_two(x: int) -> int:
 
 
 def _check_cache(k_cache: Tensor, v_cache: Tensor) -> None:
-    allowed = GPU_DTYPES if k_cache.is_cuda else (*GPU_DTYPES, torch.float32)
-    check_cache(k_cache, v_cache, allowed)
+    check_cache(k_cache, v_cache, GPU_CACHE_DTYPES if k_cache.is_cuda else (*GPU_CACHE_DTYPES, torch.float32))
     require(k_cache.shape[-1] in GPU_HEAD_DIMS, "head_dim {}, expected one of {}", k_cache.shape[-1], GPU_HEAD_DIMS)
 
 
@@ -83,10 +82,12 @@ def decode(
     audit_edges: Tensor, out: Tensor, stats: Tensor, counters: Tensor, counter_offsets: list[int], sm_scale: float,
     layer_id: int, seed: int, sampler: str, target: str, selector: str, sink: int, window: int, dense_below: int,
     top_k_count: int, top_k_share: float, pilot: float, pilot_min: int, cap: float, floor: float, audit_rate: float,
-    group_score: str = "max", state: Tensor | None = None, state_rows: Tensor | None = None,
+    group_score: str = "max", state: Tensor | None = None, state_rows: Tensor | None = None, k_scale: float = 1.0,
+    v_scale: float = 1.0,
 ) -> None:  # fmt: skip
     """GPU implementation of `vattn_kernels.ops.decode`."""
     _check_cache(k_cache, v_cache)
+    require(q.dtype in GPU_DTYPES or not q.is_cuda, "q is {}, expected one of {}", q.dtype, GPU_DTYPES)
     batch, num_qo_heads, head_dim = q.shape
     num_kv_heads = k_cache.shape[1]
     group = num_qo_heads // num_kv_heads
@@ -123,7 +124,7 @@ def decode(
     prepare_fwd_kernel[(2 * rows,)](
         q, k_cache, kv_indices, seq_lens, mean, query_basis, steps, fields, covered, state, state_rows,
         work.mode, work.codes, work.bias, work.log_scale, work.fixed, work.scale,
-        sm_scale, floor, sink, window, dense_below, pilot_min, kv_stride, k_stride,
+        sm_scale, k_scale, floor, sink, window, dense_below, pilot_min, kv_stride, k_stride,
         **model, GP=max(16, padded_group), R=steps.shape[-1], C=coded, CODES=4 * groups, F=launch.prepare_block,
         WIDTH=STATE_WIDTH, MOST_AGE=MOST_AGE, **follow, num_warps=launch.prepare_warps,
     )  # fmt: skip
@@ -146,6 +147,7 @@ def decode(
         "SPLITS": tail, "LEAST": layout.LEAST_SPLITS, "ROWS_P": rows_p
     }  # fmt: skip
     key = (seed & 0x7FFFFFFF, layer_id)
+    logit_scale = sm_scale * k_scale
     settled = (
         work.heads, work.log_scale, work.fixed, work.reads, work.arrivals, params, state, state_rows, budget_edges,
         error_edges, out, stats, counters,
@@ -155,7 +157,7 @@ def decode(
         each, registers = layout.exact_programs(width, padded_dim)
         attend_exact_fwd_kernel[(min(layout.programs_at_once(q.device, each), rows * tail),)](
             q, k_cache, v_cache, kv_indices, seq_lens, work.mode, work.counts, work.outs, work.scalars, work.used,
-            work.barrier, *settled, sm_scale, sink, window, rows, launch.tail_items, kv_stride, k_stride,
+            work.barrier, *settled, logit_scale, v_scale, sink, window, rows, launch.tail_items, kv_stride, k_stride,
             cap, *counter_offsets[:5], **later, MERGE=merged, BN=launch.exact_block, STAGES=launch.exact_stages,
             num_warps=launch.exact_warps, maxnreg=registers,
         )  # fmt: skip
@@ -175,28 +177,28 @@ def decode(
             *score, HKV=num_kv_heads, G=group, SPLITS=splits, **sketch, **follow, DP4A=q.is_cuda, num_warps=warps
         )
     is_aligned = k_cache.data_ptr() % 16 == 0 and v_cache.data_ptr() % 16 == 0
-    if q.is_cuda and is_aligned and layout.one_warp_attends(q.dtype, head_dim, group):
+    if q.is_cuda and is_aligned and layout.one_warp_attends(k_cache.dtype, head_dim, group):
         attend_lists_fwd_kernel[(rows * (splits + 1),)](
-            q, k_cache, v_cache, kv_indices, seq_lens, *lists, sm_scale, sink, window, kv_stride, capacity,
+            q, k_cache, v_cache, kv_indices, seq_lens, *lists, logit_scale, sink, window, kv_stride, capacity,
             HKV=num_kv_heads, G=group, WIDTH=width, D=head_dim, SPLITS=splits,
             MOST=layout.MOST_LISTS, **follow, num_warps=1,
         )  # fmt: skip
     else:
         attend_fwd_kernel[(rows * (splits + 1),)](
-            q, k_cache, v_cache, kv_indices, seq_lens, *lists, sm_scale, sink, window, kv_stride, k_stride, capacity,
+            q, k_cache, v_cache, kv_indices, seq_lens, *lists, logit_scale, sink, window, kv_stride, k_stride, capacity,
             **model, WIDTH=width, **attend, **follow, SPLITS=splits, MOST=layout.MOST_LISTS, TARGET=target_id,
             maxnreg=layout.attend_registers(width, padded_dim),
         )  # fmt: skip
     combine_fwd_kernel[(rows * group,)](
-        work.outs, work.scalars, work.heads, seq_lens, work.mode, work.counts, *settled[1:], sink, window, cap,
+        work.outs, work.scalars, work.heads, seq_lens, work.mode, work.counts, *settled[1:], v_scale, sink, window, cap,
         *counter_offsets[:5], **merge, **follow, SPLITS=splits,
         num_warps=max(1, splits // launch.splits_a_warp),
     )  # fmt: skip
     retry_programs = layout.programs_at_once(q.device, launch.retry_programs)
     retry_fwd_kernel[(min(retry_programs, rows * (tail + 1)),)](
         q, k_cache, v_cache, kv_indices, seq_lens, *lists, codes, norms, fields, work.codes, work.bias, work.scale,
-        work.used, work.barrier, *settled, sm_scale, sink, window, *key, rows, launch.tail_items, kv_stride, k_stride,
-        codes.stride(1), norms.stride(1), capacity, cap, *counter_offsets[:5], **(later | sketch), **attend,
+        work.used, work.barrier, *settled, logit_scale, v_scale, sink, window, *key, rows, launch.tail_items,
+        kv_stride, k_stride, codes.stride(1), norms.stride(1), capacity, cap, *counter_offsets[:5], **(later | sketch), **attend,
         CAPPED=cap < 1, DP4A=q.is_cuda,
     )  # fmt: skip
     attend_exact(merged=True)
@@ -207,7 +209,7 @@ def decode(
         )  # fmt: skip
         attend_exact(merged=False)
         audit_fwd_kernel[(rows,)](
-            work.outs, work.scalars, work.mode, work.used, params, audit_edges, out, counters,
+            work.outs, work.scalars, work.mode, work.used, params, audit_edges, out, counters, v_scale,
             *counter_offsets[5:], G=group, GP=padded_group, WIDTH=width, D=head_dim, DP=padded_dim, SPLITS=tail,
             AUDIT_EDGES=audit_edges.numel(),
             AUDIT_EDGES_P=_power_of_two(audit_edges.numel() + 1), COUNTERS_P=counters_p, **follow, num_warps=4,
@@ -216,22 +218,24 @@ def decode(
 
 def encode(
     k_cache: Tensor, v_cache: Tensor, slots: Tensor, mean: Tensor, key_basis: Tensor, steps: Tensor, fields: Tensor,
-    codes: Tensor, norms: Tensor, valid: Tensor,
+    codes: Tensor, norms: Tensor, valid: Tensor, *, k_scale: float = 1.0, v_scale: float = 1.0,
 ) -> None:  # fmt: skip
     """GPU implementation of `vattn_kernels.ops.encode`."""
     tables, side = (mean, key_basis, steps, fields), (codes, norms, valid)
-    encode_layers([k_cache], [v_cache], slots, *(t[None] for t in (*tables, *side)))
+    stacked = (t[None] for t in (*tables, *side))
+    encode_layers([k_cache], [v_cache], slots, *stacked, k_scales=[k_scale], v_scales=[v_scale])
 
 
 @functools.lru_cache(maxsize=MOST_POOLS)
-def _addresses(device: torch.device, *addresses: int) -> Tensor:
+def _constants(device: torch.device, dtype: torch.dtype, *values: float) -> Tensor:
     """On the device; made before a graph is captured, which no copy from the host may enter."""
-    return torch.tensor(addresses, dtype=torch.int64, device=device)
+    return torch.tensor(values, dtype=dtype, device=device)
 
 
 def encode_layers(
     k_caches: list[Tensor], v_caches: list[Tensor], slots: Tensor, mean: Tensor, key_basis: Tensor, steps: Tensor,
-    fields: Tensor, codes: Tensor, norms: Tensor, valid: Tensor,
+    fields: Tensor, codes: Tensor, norms: Tensor, valid: Tensor, *, k_scales: list[float] | None = None,
+    v_scales: list[float] | None = None,
 ) -> None:  # fmt: skip
     """GPU implementation of `vattn_kernels.ops.encode_layers`: one launch."""
     k_cache, v_cache = k_caches[0], v_caches[0]
@@ -242,9 +246,11 @@ def encode_layers(
     if not slots.numel():
         return
     words, (_, heads, head_dim) = codes.shape[-1], k_cache.shape
-    pools = _addresses(k_cache.device, *(t.data_ptr() for t in (*k_caches, *v_caches)))
+    ones = [1.0] * len(k_caches)
+    pools = _constants(k_cache.device, torch.int64, *(t.data_ptr() for t in (*k_caches, *v_caches)))
+    scales = _constants(k_cache.device, torch.float32, *(k_scales or ones), *(v_scales or ones))
     update_fwd_kernel[(-(-slots.numel() // 16), heads, len(k_caches))](
-        k_cache, v_cache, pools, slots, mean, key_basis, steps, fields, codes, norms, valid,
+        k_cache, v_cache, pools, scales, slots, mean, key_basis, steps, fields, codes, norms, valid,
         slots.numel(), k_cache.stride(0), codes.stride(0), codes.stride(2), norms.stride(0), norms.stride(2),
         valid.stride(0), HKV=heads, D=head_dim, DP=_power_of_two(head_dim), R=steps.shape[-1],
         C=_power_of_two(4 * GROUPS_PER_WORD * words), WORDS=words, BT=16, num_warps=4,

@@ -123,7 +123,7 @@ def attend_list(
         )
         ahead = index + BN
         upcoming = tl.load(p_list + ahead + behind(ahead, borders, jumps), mask=ahead < count, other=0)
-        logits = tl.dot(q, tl.trans(k), input_precision="ieee") * (sm_scale * LOG2E)
+        logits = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee") * (sm_scale * LOG2E)
         logits = tl.where(ok[None, :], logits, float("-inf"))
         larger = tl.maximum(maximum, tl.max(logits, 1))
         y = tl.exp2(logits - larger[:, None])
@@ -131,7 +131,7 @@ def attend_list(
         alpha = tl.exp2(maximum - larger)
         alpha = tl.where(is_square, alpha * alpha, alpha)
         maximum = larger
-        acc = accumulate(p, v, acc * alpha[:, None], WIDE)
+        acc = accumulate(p, v.to(q.dtype), acc * alpha[:, None], WIDE)
         mass = mass * alpha[:, None] + p
         spread = spread * (alpha * alpha)[:, None] + p * p * (1.0 - 1.0 / weight)[None, :]
         if TARGET != DENOMINATOR:
@@ -178,14 +178,14 @@ def attend_everything(
         at = slot.to(tl.int64)[:, None] * k_stride + o_d[None, :]
         mask = ok[:, None] & m_d[None, :]
         k = tl.load(p_kh + at, mask=mask, other=0.0)  # [BN, DP]
-        logits = tl.dot(q, tl.trans(k), input_precision="ieee") * (sm_scale * LOG2E)
+        logits = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee") * (sm_scale * LOG2E)
         logits = tl.where(ok[None, :], logits, float("-inf"))
         larger = tl.maximum(maximum, tl.max(logits, 1))
         p = tl.exp2(logits - larger[:, None])
         alpha = tl.exp2(maximum - larger)
         maximum = larger
         v = tl.load(p_vh + at, mask=mask, other=0.0)
-        acc = accumulate(p, v, acc * alpha[:, None], False)
+        acc = accumulate(p, v.to(q.dtype), acc * alpha[:, None], False)
         mass = mass * alpha + tl.sum(p, 1)
     i_part = i_row * (SPLITS + 1) + i_split
     p_part = p_outs + (i_part.to(tl.int64) * WIDTH + o_w[:, None]) * DP + o_d[None, :]

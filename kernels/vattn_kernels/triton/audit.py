@@ -36,7 +36,8 @@ def choose_fwd_kernel(
 
 @triton.jit
 def audit_fwd_kernel(
-    p_outs, p_scalars, p_mode, p_used, p_params, p_audit_edges, p_out, p_counters, at_audit, at_audit_error,
+    p_outs, p_scalars, p_mode, p_used, p_params, p_audit_edges, p_out, p_counters, v_scale,
+    at_audit, at_audit_error,
     G: tl.constexpr, GP: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SPLITS: tl.constexpr,
     AUDIT_EDGES: tl.constexpr, AUDIT_EDGES_P: tl.constexpr, COUNTERS_P: tl.constexpr,
     DEPENDENT: tl.constexpr,
@@ -53,6 +54,7 @@ def audit_fwd_kernel(
         for g in tl.static_range(G):
             exact = merge_splits(i_row, g, splits, p_outs, p_scalars, WIDTH, DP, SPLITS)
             served = tl.load(p_out + (i_row * G + g) * D + o_d, mask=o_d < D, other=0.0).to(tl.float32)
+            exact *= v_scale
             gap = served - exact
             error = tl.sqrt(tl.sum(gap * gap, 0) / tl.maximum(tl.sum(exact * exact, 0), 1e-37))
             errors = tl.where(o_g == g, error, errors)

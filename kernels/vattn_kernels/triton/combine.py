@@ -90,7 +90,7 @@ def hits(o_c, entries, mask):
 def combine_fwd_kernel(
     p_outs, p_scalars, p_heads, p_seq_lens, p_mode, p_counts,
     p_log_scale, p_fixed, p_reads, p_arrivals, p_params, p_state, p_state_rows, p_budget_edges, p_error_edges,
-    p_out, p_stats, p_counters, sink, window, cap, at_context, at_read, at_outcome, at_budget, at_error,
+    p_out, p_stats, p_counters, v_scale, sink, window, cap, at_context, at_read, at_outcome, at_budget, at_error,
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     SPLITS: tl.constexpr, MOST: tl.constexpr, STATE: tl.constexpr, TARGET: tl.constexpr,
     TABLE: tl.constexpr, POINTS: tl.constexpr, PER_UNIT: tl.constexpr, BUDGET_EDGES: tl.constexpr,
@@ -107,7 +107,7 @@ def combine_fwd_kernel(
     combine_head(
         tl.program_id(0), SPLITS, MAY_RETRY, epsilon, budget_edges, error_edges, p_outs, p_scalars, p_heads,
         p_seq_lens, p_mode, p_counts, p_log_scale, p_fixed, p_reads, p_arrivals, p_params, p_state, p_state_rows,
-        p_out, p_stats, p_counters, sink, window, cap, at_context, at_read, at_outcome, at_budget, at_error,
+        p_out, p_stats, p_counters, v_scale, sink, window, cap, at_context, at_read, at_outcome, at_budget, at_error,
         HKV, G, GP, WIDTH, D, DP, SPLITS, MOST, STATE, TARGET, False, TABLE, POINTS, PER_UNIT, COUNTERS_P,
     )  # fmt: skip
 
@@ -116,7 +116,7 @@ def combine_fwd_kernel(
 def combine_round(
     rows, last, splits, p_outs, p_scalars, p_heads, p_seq_lens, p_mode, p_counts, p_log_scale, p_fixed, p_reads,
     p_arrivals, p_params, p_state, p_state_rows, p_budget_edges, p_error_edges, p_out, p_stats, p_counters,
-    sink, window, cap, at_context, at_read, at_outcome, at_budget, at_error,
+    v_scale, sink, window, cap, at_context, at_read, at_outcome, at_budget, at_error,
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     SPLITS: tl.constexpr, MOST: tl.constexpr, STATE: tl.constexpr, TARGET: tl.constexpr,
     EXACT: tl.constexpr, TABLE: tl.constexpr, POINTS: tl.constexpr, PER_UNIT: tl.constexpr,
@@ -134,7 +134,7 @@ def combine_round(
             combine_head(
                 item, splits, last, epsilon, budget_edges, error_edges, p_outs, p_scalars, p_heads, p_seq_lens, p_mode,
                 p_counts, p_log_scale, p_fixed, p_reads, p_arrivals, p_params, p_state, p_state_rows, p_out, p_stats,
-                p_counters, sink, window, cap, at_context, at_read, at_outcome, at_budget, at_error,
+                p_counters, v_scale, sink, window, cap, at_context, at_read, at_outcome, at_budget, at_error,
                 HKV, G, GP, WIDTH, D, DP, SPLITS, MOST, STATE, TARGET, EXACT, TABLE, POINTS, PER_UNIT,
                 COUNTERS_P,
             )  # fmt: skip
@@ -145,7 +145,7 @@ def combine_round(
 def combine_head(
     item, splits, last, epsilon, budget_edges, error_edges, p_outs, p_scalars, p_heads, p_seq_lens, p_mode,
     p_counts, p_log_scale, p_fixed, p_reads, p_arrivals, p_params, p_state, p_state_rows, p_out, p_stats, p_counters,
-    sink, window, cap, at_context, at_read, at_outcome, at_budget, at_error,
+    v_scale, sink, window, cap, at_context, at_read, at_outcome, at_budget, at_error,
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     SPLITS: tl.constexpr, MOST: tl.constexpr, STATE: tl.constexpr, TARGET: tl.constexpr,
     EXACT: tl.constexpr, TABLE: tl.constexpr, POINTS: tl.constexpr, PER_UNIT: tl.constexpr, COUNTERS_P: tl.constexpr,
@@ -159,7 +159,7 @@ def combine_head(
     # merges what is not its own, and drops it.
     wanted = (mode >= DENSE) if EXACT else (mode == SAMPLED)
     width, guard, start, residual = merge_head(
-        i_row, i_head, splits, wanted, epsilon, p_outs, p_scalars, p_params, p_out,
+        i_row, i_head, splits, wanted, epsilon, p_outs, p_scalars, p_params, p_out, v_scale,
         G, WIDTH, D, DP, SPLITS, TARGET, EXACT, TABLE, POINTS, PER_UNIT,
     )  # fmt: skip
     if wanted:
@@ -241,7 +241,7 @@ def merge_splits(
 
 @triton.jit
 def merge_head(
-    i_row, g, splits, wanted, epsilon, p_outs, p_scalars, p_params, p_out,
+    i_row, g, splits, wanted, epsilon, p_outs, p_scalars, p_params, p_out, v_scale,
     G: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SPLITS: tl.constexpr,
     TARGET: tl.constexpr, EXACT: tl.constexpr, TABLE: tl.constexpr, POINTS: tl.constexpr, PER_UNIT: tl.constexpr,
 ):  # fmt: skip
@@ -276,7 +276,7 @@ def merge_head(
     out = out / mass
     norm2 = tl.sum(out * out, 0)
     norm = tl.sqrt(norm2)
-    tl.store(p_out + (i_row * G + g) * D + o_d, out.to(p_out.dtype.element_ty), mask=(o_d < D) & wanted)
+    tl.store(p_out + (i_row * G + g) * D + o_d, (out * v_scale).to(p_out.dtype.element_ty), mask=(o_d < D) & wanted)
     width = norm * 0.0
     residual = norm * 0.0
     if not EXACT:
@@ -301,7 +301,8 @@ def merge_head(
                 width = 2 * (width_mass + width)
         width = tl.where(width < MOST_HALF_WIDTH, width, MOST_HALF_WIDTH)
         residual = 1.0 - last_mass / mass
-    size = tl.maximum(norm, 1e-20)
+    # A half-width is relative, but scores hold the norms of values as they are once scaled.
+    size = tl.maximum(norm * v_scale, 1e-20)
     if TARGET == DENOMINATOR:
         size = size * 0.0 + 1.0
     log_mass = top * LN2 + tl.log(mass)

@@ -29,7 +29,7 @@ LEAST_STEP = tl.constexpr(1e-6)
 def prepare_fwd_kernel(
     p_q, p_k, p_kv_indices, p_seq_lens, p_mean, p_query_basis, p_steps, p_fields, p_covered, p_state, p_state_rows,
     p_mode, p_codes, p_bias, p_log_scale, p_fixed, p_scale,
-    sm_scale, floor, sink, window, dense_below, pilot_min, kv_stride, k_stride,
+    sm_scale, k_scale, floor, sink, window, dense_below, pilot_min, kv_stride, k_stride,
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr,
     C: tl.constexpr, CODES: tl.constexpr, F: tl.constexpr, WIDTH: tl.constexpr, MOST_AGE: tl.constexpr,
     DEPENDENT: tl.constexpr,
@@ -68,7 +68,7 @@ def prepare_fwd_kernel(
             k = tl.load(
                 p_k + slot[:, None] * k_stride + h * D + o_d[None, :], mask=m_f[:, None] & m_d[None, :], other=0.0
             )  # [F, DP]
-            logits = tl.dot(q, tl.trans(k), input_precision="ieee") * sm_scale
+            logits = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee") * (sm_scale * k_scale)
             logits = tl.where(m_f[None, :], logits, float("-inf"))
             larger = tl.maximum(top, tl.max(logits, 1))
             mass = mass * tl.exp(top - larger) + tl.sum(tl.exp(logits - larger[:, None]), 1)

@@ -55,7 +55,7 @@ def retry_fwd_kernel(
     p_codes, p_norms, p_fields, p_query, p_bias, p_scale, p_used, p_barrier,
     p_heads, p_log_scale, p_fixed, p_reads, p_arrivals, p_params, p_state, p_state_rows, p_budget_edges, p_error_edges,
     p_out, p_stats, p_counters,
-    sm_scale, sink, window, seed, layer, rows, items, kv_stride, k_stride, code_head, norm_head, capacity,
+    sm_scale, v_scale, sink, window, seed, layer, rows, items, kv_stride, k_stride, code_head, norm_head, capacity,
     cap, at_context, at_read, at_outcome, at_budget, at_error,
     HKV: tl.constexpr, G: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr,
     SPLITS: tl.constexpr, LEAST: tl.constexpr, MOST: tl.constexpr, TARGET: tl.constexpr, WIDE: tl.constexpr,
@@ -96,7 +96,7 @@ def retry_fwd_kernel(
         rows, LAST if CAPPED else MAY_READ_ALL, splits, p_outs, p_scalars, p_heads, p_seq_lens, p_mode, p_counts,
         p_log_scale, p_fixed, p_reads, p_arrivals, p_params, p_state, p_state_rows, p_budget_edges, p_error_edges,
         p_out, p_stats, p_counters,
-        sink, window, cap, at_context, at_read, at_outcome, at_budget, at_error,
+        v_scale, sink, window, cap, at_context, at_read, at_outcome, at_budget, at_error,
         HKV, G, GP, WIDTH, D, DP, SPLITS, MOST, STATE, TARGET, False, TABLE, POINTS, PER_UNIT,
         BUDGET_EDGES, BUDGET_EDGES_P, ERROR_EDGES, ERROR_EDGES_P, COUNTERS_P,
     )  # fmt: skip
@@ -107,7 +107,7 @@ def attend_exact_fwd_kernel(
     p_q, p_k, p_v, p_kv_indices, p_seq_lens, p_mode, p_counts, p_outs, p_scalars, p_used, p_barrier,
     p_heads, p_log_scale, p_fixed, p_reads, p_arrivals, p_params, p_state, p_state_rows, p_budget_edges, p_error_edges,
     p_out, p_stats, p_counters,
-    sm_scale, sink, window, rows, items, kv_stride, k_stride,
+    sm_scale, v_scale, sink, window, rows, items, kv_stride, k_stride,
     cap, at_context, at_read, at_outcome, at_budget, at_error,
     HKV: tl.constexpr, G: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr,
     SPLITS: tl.constexpr, LEAST: tl.constexpr, MOST: tl.constexpr, TARGET: tl.constexpr, STAGES: tl.constexpr,
@@ -139,7 +139,7 @@ def attend_exact_fwd_kernel(
         combine_round(
             rows, LAST, splits, p_outs, p_scalars, p_heads, p_seq_lens, p_mode, p_counts, p_log_scale, p_fixed, p_reads,
             p_arrivals, p_params, p_state, p_state_rows, p_budget_edges, p_error_edges, p_out, p_stats, p_counters,
-            sink, window, cap, at_context, at_read, at_outcome, at_budget, at_error,
+            v_scale, sink, window, cap, at_context, at_read, at_outcome, at_budget, at_error,
             HKV, G, GP, WIDTH, D, DP, SPLITS, MOST, STATE, TARGET, True, TABLE, POINTS, PER_UNIT,
             BUDGET_EDGES, BUDGET_EDGES_P, ERROR_EDGES, ERROR_EDGES_P, COUNTERS_P,
         )  # fmt: skip

@@ -15,15 +15,16 @@ def level_of(square):
 
 @triton.jit
 def update_fwd_kernel(
-    p_k, p_v, p_pools, p_new, p_mean, p_key_basis, p_steps, p_fields, p_codes, p_norms, p_valid,
+    p_k, p_v, p_pools, p_scales, p_new, p_mean, p_key_basis, p_steps, p_fields, p_codes, p_norms, p_valid,
     num_new, k_stride, code_layer, code_head, norm_layer, norm_head, valid_layer,
     HKV: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, C: tl.constexpr, WORDS: tl.constexpr,
     BT: tl.constexpr,
 ):  # fmt: skip
-    """Pools are addresses, K's of every layer and then V's; ``p_k`` and ``p_v``, one layer's, only give their types."""
+    """Pools are addresses, K's of every layer and then V's, and so are scales; ``p_k`` and ``p_v`` only give types."""
     i_block, h, i_layer = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     p_k = tl.load(p_pools + i_layer).to(p_k.dtype)
     p_v = tl.load(p_pools + tl.num_programs(2) + i_layer).to(p_v.dtype)
+    k_scale, v_scale = tl.load(p_scales + i_layer), tl.load(p_scales + tl.num_programs(2) + i_layer)
     row = i_layer * HKV + h
     o_t, o_d, o_r = i_block * BT + tl.arange(0, BT), tl.arange(0, DP), tl.arange(0, C)
     m_t, m_d, m_r = o_t < num_new, o_d < D, o_r < R
@@ -31,9 +32,9 @@ def update_fwd_kernel(
     at = slot[:, None] * k_stride + h * D + o_d[None, :]
     mask = m_t[:, None] & m_d[None, :]
     mean = tl.load(p_mean + row * D + o_d, mask=m_d, other=0.0)
-    k = tl.load(p_k + at, mask=mask, other=0.0).to(tl.float32)
+    k = tl.load(p_k + at, mask=mask, other=0.0).to(tl.float32) * k_scale
     offset = tl.where(mask, k - mean[None, :], 0.0)  # [BT, DP]
-    v = tl.load(p_v + at, mask=mask, other=0.0).to(tl.float32)
+    v = tl.load(p_v + at, mask=mask, other=0.0).to(tl.float32) * v_scale
     basis = p_key_basis + row.to(tl.int64) * D * D
     first = tl.load(basis + o_d[:, None] * D + o_r[None, :], mask=m_d[:, None] & m_r[None, :], other=0.0)
     z = tl.dot(offset, first, input_precision="tf32x3")  # [BT, C]

@@ -18,6 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
+from vattn_kernels import ops
 from vattn_kernels.triton import layout
 from vattn_kernels.triton.attend import attend_fwd_kernel
 from vattn_kernels.triton.attend_gluon import attend_lists_fwd_kernel
@@ -30,8 +31,9 @@ from vattn_kernels.triton.select_gluon import select_lists_fwd_kernel
 from vattn_kernels.triton.update import update_fwd_kernel
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-FLOATS = {"sm_scale", "floor", "cap", "rate"}
-CACHE = {"p_q", "p_k", "p_v", "p_out"}
+FLOATS = {"sm_scale", "k_scale", "v_scale", "floor", "cap", "rate"}
+QUERY, CACHE = {"p_q", "p_out"}, {"p_k", "p_v"}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8e4nv": torch.float8_e4m3fn, "fp8e5": torch.float8_e5m2}
 TYPES = {
     "p_kv_indices": "i32", "p_seq_lens": "i64", "p_fields": "i32", "p_covered": "i32", "p_state_rows": "i64",
     "p_mode": "i32", "p_valid": "u8", "p_norms": "u8", "p_slots": "i32", "p_counts": "i32", "p_counters": "fp64",
@@ -39,7 +41,7 @@ TYPES = {
 }  # fmt: skip
 
 
-def shapes(arch: int, dtype: str, head_dim: int, group: int, words: int):
+def shapes(arch: int, dtype: str, cache: str, head_dim: int, group: int, words: int):
     """Every kernel with the constants of one model and sketch."""
     kv, groups, power = 8, 3 * words, 1 << (head_dim - 1).bit_length()
     width = max(16, 1 << (2 * group - 1).bit_length())
@@ -64,7 +66,7 @@ def shapes(arch: int, dtype: str, head_dim: int, group: int, words: int):
         yield select_lists_fwd_kernel, warps, merge | sketch
     else:
         yield select_fwd_kernel, warps, merge | sketch
-    if layout.one_warp_attends({"bf16": torch.bfloat16, "fp16": torch.float16}[dtype], head_dim, group):
+    if layout.one_warp_attends(DTYPES[cache], head_dim, group):
         yield attend_lists_fwd_kernel, 1, merge
     else:
         yield attend_fwd_kernel, warps, merge | attend
@@ -104,17 +106,25 @@ def resources(cubin: bytes) -> dict[str, int]:
 
 
 def main() -> None:
-    models = (("bf16", 128, 4, 2), ("bf16", 64, 3, 2), ("fp16", 96, 1, 4), ("bf16", 256, 16, 2), ("bf16", 128, 8, 4))
+    models = (
+        ("bf16", "bf16", 128, 4, 2), ("bf16", "bf16", 64, 3, 2), ("fp16", "fp16", 96, 1, 4),
+        ("bf16", "bf16", 256, 16, 2), ("bf16", "bf16", 128, 8, 4), ("bf16", "fp8e5", 128, 4, 2),
+        ("bf16", "fp8e4nv", 128, 4, 2), ("fp16", "fp8e4nv", 96, 1, 4),
+    )  # fmt: skip
     for arch in (80, 90):
-        for dtype, head_dim, group, words in models[: int(sys.argv[1])] if sys.argv[1:] else models:
-            for kernel, warps, given in shapes(arch, dtype, head_dim, group, words):
+        for dtype, cache, head_dim, group, words in models[: int(sys.argv[1])] if sys.argv[1:] else models:
+            if divmod(arch, 10) < ops.GPU_CACHE_CAPABILITY.get(DTYPES[cache], (0, 0)):
+                continue
+            for kernel, warps, given in shapes(arch, dtype, cache, head_dim, group, words):
                 constants = {name: value for name, value in given.items() if name in kernel.arg_names}
                 signature = {}
                 for name in kernel.arg_names:
                     if name in constants:
                         signature[name] = "constexpr"
-                    elif name in CACHE:
+                    elif name in QUERY:
                         signature[name] = f"*{dtype}"
+                    elif name in CACHE:
+                        signature[name] = f"*{cache}"
                     elif name == "p_codes":
                         signature[name] = "*i8" if kernel is prepare_fwd_kernel else "*i32"
                     elif name == "p_query":
@@ -132,8 +142,9 @@ def main() -> None:
                 source = kind(kernel, signature, constants, aligned)
                 options = {"num_warps": warps, "maxnreg": registers(kernel, constants)}
                 built = triton.compile(source, GPUTarget("cuda", arch, 32), options=options)
-                row = {"kernel": kernel.fn.__name__, "arch": arch, "dtype": dtype, "head_dim": head_dim, "group": group,
-                       "words": words, "shared": built.metadata.shared, **resources(built.asm["cubin"])}  # fmt: skip
+                row = {"kernel": kernel.fn.__name__, "arch": arch, "dtype": dtype, "cache": cache,
+                       "head_dim": head_dim, "group": group, "words": words,
+                       "shared": built.metadata.shared, **resources(built.asm["cubin"])}  # fmt: skip
                 print(json.dumps(row), flush=True)
 
 

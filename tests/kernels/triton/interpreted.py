@@ -20,6 +20,8 @@ from vattn_kernels.triton import layout
 
 SINK, WINDOW = 16, 64
 HEADS = [(4, 2), (3, 1), (2, 2), (5, 1)]
+# Dtype of a cache, and the scales of its keys and values; powers of two, which round nothing.
+FP8 = [(torch.float8_e4m3fn, 0.5, 2.0), (torch.float8_e5m2, 2.0, 0.25)]
 
 
 def by_head(side):
@@ -75,6 +77,21 @@ class Step(DecodeCase):
         return torch.cat(slots).long(), torch.cat(pi).double()
 
 
+def with_fp8_cache(dtype, k_scale, v_scale, **options):
+    """A case with a scaled fp8 cache, and the same with a float32 cache that holds what the first one stands for."""
+    fp8, plain = Step(**options), Step(**options)
+    scales = {"k_scale": k_scale, "v_scale": v_scale}
+    for name, scale in zip(("k_cache", "v_cache"), scales.values(), strict=True):
+        stored = (getattr(plain, name) / scale).to(dtype)
+        setattr(fp8, name, stored)
+        setattr(plain, name, stored.float() * scale)
+    slots = torch.arange(plain.k_cache.shape[0])
+    for case, given in ((fp8, scales), (plain, {})):
+        gpu.encode(case.k_cache, case.v_cache, slots, *case.encode_arguments[3:7], *case.side[:3], **given)
+    fp8.step |= scales
+    return fp8, plain
+
+
 @pytest.fixture(autouse=True)
 def few_programs(monkeypatch):
     monkeypatch.setattr(layout.LAUNCH, "programs", 8)
@@ -115,6 +132,55 @@ def test_one_launch_codes_every_layer():
         gpu.encode(*case.encode_arguments[:2], new, *case.encode_arguments[3:7], *alone)
         assert all(torch.equal(a, t[layer]) for a, t in zip(alone, side, strict=True))
         assert alone[2].sum() == 3
+
+
+@pytest.mark.parametrize(("dtype", "k_scale", "v_scale"), FP8)
+def test_a_scaled_fp8_cache_is_coded_as_what_it_stands_for(dtype, k_scale, v_scale):
+    fp8, plain = with_fp8_cache(dtype, k_scale, v_scale, batch=1, context=200)
+    assert all(torch.equal(a, b) for a, b in zip(fp8.side[:3], plain.side[:3], strict=True))
+    new = torch.arange(0, 200, 3)
+    tables = [torch.stack([t, t]) for t in fp8.encode_arguments[3:7]]
+    codes, norms = (torch.stack([t.transpose(0, 1)] * 2).zero_().transpose(1, 2) for t in fp8.side[:2])
+    side = [codes, norms, torch.stack([fp8.side[2]] * 2).zero_()]
+    pools = [fp8.k_cache] * 2, [fp8.v_cache] * 2
+    gpu.encode_layers(*pools, new, *tables, *side, k_scales=[k_scale, 1.0], v_scales=[v_scale, 1.0])
+    for layer, scales in enumerate(({"k_scale": k_scale, "v_scale": v_scale}, {})):
+        alone = [torch.zeros_like(t[layer]) for t in side]
+        gpu.encode(fp8.k_cache, fp8.v_cache, new, *(t[layer] for t in tables), *alone, **scales)
+        assert all(torch.equal(a, t[layer]) for a, t in zip(alone, side, strict=True))
+    assert not torch.equal(side[0][0], side[0][1])
+
+
+@pytest.mark.parametrize(("dtype", "k_scale", "v_scale"), FP8)
+def test_a_scaled_fp8_cache_read_whole_is_what_it_stands_for(dtype, k_scale, v_scale):
+    fp8, plain = with_fp8_cache(dtype, k_scale, v_scale, context=111, num_qo_heads=4)
+    out, stats, _ = fp8.run()
+    assert plain.errors(out).max() < 2e-5
+    assert (stats[..., 3] == ops.OUTCOMES.index("dense")).all()
+    plain.run()
+    torch.testing.assert_close(fp8.state, plain.state)
+
+
+@pytest.mark.parametrize(("dtype", "k_scale", "v_scale"), FP8)
+@pytest.mark.parametrize(("target", "log_scale"), [("output", 2.0), ("output", -3.0), ("sdpa", 2.0)])
+def test_a_scaled_fp8_cache_is_sampled_as_what_it_stands_for(dtype, k_scale, v_scale, target, log_scale):
+    settings = {"target": target, "audit_rate": 1.0}
+    fp8, plain = with_fp8_cache(dtype, k_scale, v_scale, context=400, num_qo_heads=4, settings=settings)
+    results = []
+    for case in (fp8, plain):
+        case.learnt(log_scale)
+        result = case.run()
+        listed = [t for r in range(case.batch) for h in range(case.num_kv_heads) for t in case.lists(r, h)]
+        results.append((*result, listed))
+    (out, stats, counters, listed), (expected_out, expected_stats, expected_counters, expected) = results
+    assert all(torch.equal(a, b) for a, b in zip(listed, expected, strict=True))
+    torch.testing.assert_close(out, expected_out, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(stats, expected_stats, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(counters, expected_counters)
+    torch.testing.assert_close(fp8.state, plain.state, rtol=1e-4, atol=1e-4)
+    assert (stats[..., 3] == ops.OUTCOMES.index("certified")).all()
+    if target == "output":
+        assert plain.errors(out).max() < fp8.epsilon
 
 
 @pytest.mark.parametrize("heads", HEADS)

@@ -12,7 +12,7 @@ import pytest
 SCRIPT = Path(__file__).with_name("compile_kernels.py")
 KERNELS = 9
 # The shape that the speed claims are about: nothing spills there, and as many programs fit a multiprocessor as planned.
-MAIN = {"dtype": "bf16", "head_dim": 128, "group": 4, "words": 2}
+MAIN = {"dtype": "bf16", "cache": "bf16", "head_dim": 128, "group": 4, "words": 2}
 MOST_REGISTERS = {
     "prepare_fwd_kernel": 200, "select_fwd_kernel": 255, "select_lists_fwd_kernel": 80, "attend_fwd_kernel": 168,
     "attend_lists_fwd_kernel": 168, "combine_fwd_kernel": 160,
@@ -29,11 +29,12 @@ def rows():
     return [json.loads(line) for line in run.stdout.splitlines()]
 
 
-@pytest.mark.parametrize("arch", [80, 90])
-def test_every_kernel_compiles(rows, arch):
+@pytest.mark.parametrize(("arch", "count", "caches"), [(80, 6, {"fp8e5"}), (90, 8, {"fp8e5", "fp8e4nv"})])
+def test_every_kernel_compiles(rows, arch, count, caches):
     built = [r for r in rows if r["arch"] == arch]
-    models = {(r["dtype"], r["head_dim"], r["group"], r["words"]) for r in built}
-    assert len(built) == KERNELS * len(models) and len(models) == 5
+    models = {(r["dtype"], r["cache"], r["head_dim"], r["group"], r["words"]) for r in built}
+    assert len(built) == KERNELS * len(models) and len(models) == count
+    assert {r["cache"] for r in built} == caches | {"bf16", "fp16"}
     assert {r["kernel"] for r in built} == set(MOST_REGISTERS)
     assert all(r["shared"] <= MOST_SHARED for r in built)
 
@@ -44,3 +45,9 @@ def test_kernels_of_the_main_shape_fit(rows):
     for row in main:
         assert row["registers"] <= MOST_REGISTERS[row["kernel"]], row
         assert row["spills"] <= 8, row
+
+
+def test_kernels_of_an_fp8_cache_do_not_spill(rows):
+    fp8 = [r for r in rows if (MAIN | {"cache": r["cache"]}).items() <= r.items() and r["cache"].startswith("fp8")]
+    assert len(fp8) == 3 * KERNELS
+    assert all(r["spills"] <= 8 for r in fp8)

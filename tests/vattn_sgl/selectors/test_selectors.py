@@ -199,3 +199,32 @@ def test_upper_bound(calibrated, pool):
     assert bound.shape == logits.shape
     assert (bound >= logits - 1e-5).all()
     assert (bound.amax(-1) < 4 * logits.amax(-1)).all(), "a bound that is nowhere near says nothing"
+
+
+def test_a_scaled_fp8_pool_is_calibrated_on_what_it_stands_for(pool):
+    from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+
+    fp8 = MHATokenToKVPool(
+        size=NUM_SLOTS - 1, page_size=1, dtype=torch.float8_e4m3fn, head_num=NUM_KV_HEADS, head_dim=HEAD_DIM,
+        layer_num=NUM_LAYERS, device="cpu", enable_memory_saver=False,
+    )  # fmt: skip
+    scales = ((0.5, 4.0), (2.0, 0.25))
+    for layer, factors in enumerate(scales):
+        for stored, plain, scale in zip(fp8.get_kv_buffer(layer), pool.get_kv_buffer(layer), factors, strict=True):
+            stored.copy_(plain / scale)
+            plain.copy_(stored.float() * scale)
+    shape = (NUM_LAYERS, NUM_SLOTS, NUM_KV_HEADS, HEAD_DIM, torch.device("cpu"))
+    settings, slots = Settings(calibration_tokens=512), torch.arange(1, 601)
+    found = []
+    for cache, given in ((fp8, scales), (pool, ())):
+        geometry = CacheGeometry(*shape, cache.dtype, NUM_QO_HEADS, scales=given)
+        selector = REGISTRY["sketch"](settings, geometry, range(NUM_LAYERS), f"model-{cache.dtype}")
+        forward(selector, cache, slots, 600)
+        found.append((selector.calibration.moments, [selector.cached(cache, layer, slots) for layer in (0, 1)]))
+    (moments, cached), (expected_moments, expected) = found
+    assert torch.equal(moments.k, expected_moments.k) and torch.equal(moments.kk, expected_moments.kk)
+    assert all(
+        torch.equal(a, b)
+        for ours, theirs in zip(cached, expected, strict=True)
+        for a, b in zip(ours, theirs, strict=True)
+    )
