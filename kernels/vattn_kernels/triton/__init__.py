@@ -198,8 +198,8 @@ def decode(
     retry_fwd_kernel[(min(retry_programs, rows * (tail + 1)),)](
         q, k_cache, v_cache, kv_indices, seq_lens, *lists, codes, norms, fields, work.codes, work.bias, work.scale,
         work.used, work.barrier, *settled, logit_scale, v_scale, sink, window, *key, rows, launch.tail_items,
-        kv_stride, k_stride, codes.stride(1), norms.stride(1), capacity, cap, *counter_offsets[:5], **(later | sketch), **attend,
-        CAPPED=cap < 1, DP4A=q.is_cuda,
+        kv_stride, k_stride, codes.stride(1), norms.stride(1), capacity, cap, *counter_offsets[:5],
+        **(later | sketch), **attend, CAPPED=cap < 1, DP4A=q.is_cuda,
     )  # fmt: skip
     attend_exact(merged=True)
     if audit_rate > 0:
