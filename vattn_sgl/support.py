@@ -8,12 +8,12 @@ from typing import Any
 
 from vattn_kernels.checks import MAX_GROUP
 from vattn_kernels.cpu import DTYPES, MAX_HEAD_DIM
-from vattn_kernels.ops import GPU_DTYPES, GPU_HEAD_DIMS
+from vattn_kernels.ops import GPU_DTYPES, GPU_HEAD_DIMS, SELECTORS
 from vattn_sgl.config import Settings
 
 DENSE_ADVICE = "serve this model with another --attention-backend"
 DEVICES = ("cpu", "cuda")
-GPU_SELECTORS = ("sketch",)
+GPU_SELECTORS = SELECTORS
 
 
 class Unsupported(ValueError):

@@ -16,20 +16,23 @@ from torch import Tensor
 
 from vattn_kernels import params as parameters
 from vattn_kernels.checks import check_cache, check_decode, require
-from vattn_kernels.ops import GPU_DTYPES, GPU_HEAD_DIMS, STATE_WIDTH
+from vattn_kernels.ops import GPU_DTYPES, GPU_HEAD_DIMS, SELECTORS, STATE_WIDTH
 from vattn_kernels.quantiles import TARGETS
+from vattn_kernels.signature import WORD_BITS
 from vattn_kernels.sketch import GROUPS_PER_WORD
 from vattn_kernels.triton import layout
 from vattn_kernels.triton.attend import attend_exact_fwd_kernel, attend_fwd_kernel, retry_fwd_kernel
 from vattn_kernels.triton.attend_gluon import attend_lists_fwd_kernel
 from vattn_kernels.triton.audit import audit_fwd_kernel, choose_fwd_kernel
 from vattn_kernels.triton.combine import combine_fwd_kernel
+from vattn_kernels.triton.pages import bound_pages_fwd_kernel, mark_slots_fwd_kernel
 from vattn_kernels.triton.prepare import prepare_fwd_kernel
 from vattn_kernels.triton.select import select_fwd_kernel
 from vattn_kernels.triton.select_gluon import select_lists_fwd_kernel
+from vattn_kernels.triton.side import check_bounds, check_codes, side_of, sizes_of
+from vattn_kernels.triton.signature import ROWS, sign_keys_fwd_kernel, sign_queries_fwd_kernel, warps_of
 from vattn_kernels.triton.update import update_fwd_kernel
 
-WORDS = (1, 2, 4)
 # Steps after which what was learnt of a request row is no longer trusted.
 MOST_AGE = 64
 LEAST_ROWS = 1024
@@ -45,17 +48,6 @@ def _check_cache(k_cache: Tensor, v_cache: Tensor) -> None:
     allowed = GPU_DTYPES if k_cache.is_cuda else (*GPU_DTYPES, torch.float32)
     check_cache(k_cache, v_cache, allowed)
     require(k_cache.shape[-1] in GPU_HEAD_DIMS, "head_dim {}, expected one of {}", k_cache.shape[-1], GPU_HEAD_DIMS)
-
-
-def _check_codes(codes: Tensor, norms: Tensor, steps: Tensor) -> None:
-    require(codes.shape[-1] in WORDS, "codes of {} words, expected {}", codes.shape[-1], WORDS)
-    for name, side in (("codes", codes), ("norms", norms)):
-        require(
-            side.stride(2) == 1 and side.stride(0) == side.shape[2],
-            "{} must lie by head, then slot: strides {} of shape {}",
-            *(name, side.stride(), tuple(side.shape)),
-        )
-    require(steps.is_contiguous(), "steps must be contiguous")
 
 
 def reserve(
@@ -90,25 +82,18 @@ def decode(
     num_kv_heads = k_cache.shape[1]
     group = num_qo_heads // num_kv_heads
     require(sampler == "proportional", "sampler {!r} runs on the CPU only; expected 'proportional'", sampler)
-    require(selector == "sketch", "selector {!r} runs on the CPU only; expected 'sketch'", selector)
     require(group_score == "max", "group_score {!r} runs on the CPU only; expected 'max'", group_score)
     check_decode(q, k_cache, kv_indices, seq_lens, out, stats, target)
-    if codes is None or norms is None or valid is None or mean is None or query_basis is None:
-        raise ValueError(
-            "vattn: selector 'sketch' needs side data, got None in place of a tensor; make it with ops.encode"
-        )
-    if steps is None or fields is None:
-        raise ValueError("vattn: selector 'sketch' needs the tables that made its codes, got None for steps or fields")
+    side = side_of(selector, q, k_cache, codes, norms, valid, mean, query_basis, steps, fields)
     if state is None or state_rows is None:
         raise ValueError("vattn: a GPU needs state and state_rows, got None; see vattn_kernels.ops.decode")
-    _check_codes(codes, norms, steps)
 
     rows, max_len = batch * num_kv_heads, kv_indices.shape[1]
     work = layout.workspace(q.device, batch, max_len, num_qo_heads, num_kv_heads, _power_of_two(head_dim))
     splits, tail = layout.splits_of(rows), layout.tail_splits_of(rows, max_len)
     capacity = layout.capacity(rows, max_len)
-    words, width = codes.shape[-1], layout.width_of(group)
-    groups, coded = GROUPS_PER_WORD * words, _power_of_two(4 * GROUPS_PER_WORD * words)
+    words, groups, width = side.words, side.groups, layout.width_of(group)
+    coded = _power_of_two(max(16, 4 * groups))
     padded_group, padded_dim = _power_of_two(group), _power_of_two(head_dim)
     kv_stride, k_stride = kv_indices.stride(0), k_cache.stride(0)
     launch = layout.LAUNCH
@@ -119,19 +104,28 @@ def decode(
     counters_p = _power_of_two(counters.numel())
     # One compiled kernel serves every usual batch.
     rows_p = max(LEAST_ROWS, _power_of_two(rows))
+    is_sketch = selector == "sketch"
+    choice = {"SELECTOR": SELECTORS.index(selector)}
+    if query_basis is not None and fields is not None and not is_sketch:
+        first, second, bits = sizes_of(fields, query_basis, head_dim)
+        sign_queries_fwd_kernel[(-(-batch // ROWS.value), num_qo_heads)](
+            q, query_basis, work.query, batch, query_basis.shape[1],
+            HQ=num_qo_heads, D=head_dim, FIRST=first, SECOND=second, LAST=bits,
+            num_warps=warps_of(head_dim, first, second),
+        )  # fmt: skip
     # Follows what is not ours, so it starts after the end of that, and what comes next may load what a step only reads.
     prepare_fwd_kernel[(2 * rows,)](
-        q, k_cache, kv_indices, seq_lens, mean, query_basis, steps, fields, covered, state, state_rows,
-        work.mode, work.codes, work.bias, work.log_scale, work.fixed, work.scale,
+        q, k_cache, kv_indices, seq_lens, mean, query_basis, steps, side.fields, covered, state, state_rows,
+        work.mode, work.codes, work.query, work.bias, work.log_scale, work.fixed, work.scale,
         sm_scale, floor, sink, window, dense_below, pilot_min, kv_stride, k_stride,
-        **model, GP=max(16, padded_group), R=steps.shape[-1], C=coded, CODES=4 * groups, F=launch.prepare_block,
+        **model, **choice, GP=max(16, padded_group), R=side.width, C=coded, CODES=4 * groups, F=launch.prepare_block,
         WIDTH=STATE_WIDTH, MOST_AGE=MOST_AGE, DEPENDENT=overlap, num_warps=launch.prepare_warps,
     )  # fmt: skip
 
     target_id = TARGETS.index(target)
     lists = (work.mode, work.slots, work.pi, work.counts, work.outs, work.scalars)
     sketch = {
-        "R": steps.shape[-1], "GROUPS": groups, "WORDS": words, "TARGET": target_id, "MOST": layout.MOST_LISTS,
+        "R": side.width, "GROUPS": groups, "WORDS": words, "TARGET": target_id, "MOST": layout.MOST_LISTS,
     }  # fmt: skip
     merge = model | {
         "GP": padded_group, "WIDTH": width, "MOST": layout.MOST_LISTS, "STATE": STATE_WIDTH, "TARGET": target_id,
@@ -166,20 +160,22 @@ def decode(
             STAGES=launch.exact_stages, num_warps=launch.exact_warps,
         )  # fmt: skip
 
+    query = work.codes if is_sketch else work.query
     score = (
-        codes, norms, kv_indices, seq_lens, fields, work.mode, work.codes, work.bias, work.log_scale, work.scale,
-        work.slots, work.pi, work.counts, work.reads, sink, window, *key, kv_stride, codes.stride(1), norms.stride(1),
-        capacity,
+        side.rows, side.norms, kv_indices, seq_lens, side.fields, work.mode, query, work.bias, work.log_scale,
+        work.scale, work.slots, work.pi, work.counts, work.reads, sink, window, *key, kv_stride, side.head_stride,
+        side.norm_stride, capacity,
     )  # fmt: skip
-    if q.is_cuda and layout.tensor_cores_score(group, words):
+    if q.is_cuda and is_sketch and layout.tensor_cores_score(group, words):
         select_lists_fwd_kernel[(rows * splits,)](
             *score, HKV=num_kv_heads, G=group, SPLITS=splits, **sketch, **follow, num_warps=warps,
             maxnreg=layout.select_registers(group, words),
         )  # fmt: skip
     else:
         select_fwd_kernel[(rows * splits,)](
-            *score, HKV=num_kv_heads, G=group, SPLITS=splits, **sketch, **follow, DP4A=q.is_cuda, num_warps=warps
-        )
+            *score, side.valid, v_cache, sm_scale, side.row_stride, HKV=num_kv_heads, G=group, D=head_dim,
+            SPLITS=splits, **sketch, **choice, **follow, DP4A=q.is_cuda, num_warps=warps,
+        )  # fmt: skip
     is_aligned = k_cache.data_ptr() % 16 == 0 and v_cache.data_ptr() % 16 == 0
     if q.is_cuda and is_aligned and layout.one_warp_attends(q.dtype, head_dim, group):
         attend_lists_fwd_kernel[(rows * (splits + 1),)](
@@ -195,9 +191,10 @@ def decode(
         )  # fmt: skip
     combine(last=0, first=True)
     retry_fwd_kernel[(min(launch.tail_programs, rows * (tail + 1)),)](
-        q, k_cache, v_cache, kv_indices, seq_lens, *lists, codes, norms, fields, work.codes, work.bias, work.scale,
-        work.log_scale, work.reads, work.used, sm_scale, sink, window, *key, rows, launch.tail_items, kv_stride,
-        k_stride, codes.stride(1), norms.stride(1), capacity, **attend, **sketch, **few, **follow, DP4A=q.is_cuda,
+        q, k_cache, v_cache, kv_indices, seq_lens, *lists, side.rows, side.norms, side.fields, query, work.bias,
+        work.scale, work.log_scale, work.reads, work.used, sm_scale, sink, window, *key, rows, launch.tail_items,
+        kv_stride, k_stride, side.head_stride, side.norm_stride, capacity, side.valid, side.row_stride,
+        **attend, **sketch, **choice, **few, **follow, DP4A=q.is_cuda,
     )  # fmt: skip
     combine(last=2 if cap < 1 else 1)
     attend_exact()
@@ -240,7 +237,7 @@ def encode_layers(
     for k, v in zip(k_caches, v_caches, strict=True):
         _check_cache(k, v)
         require(k.stride() == k_cache.stride(), "K caches of strides {} and {}", k.stride(), k_cache.stride())
-    _check_codes(codes[0], norms[0], steps)
+    check_codes(codes[0], norms[0], steps)
     if not slots.numel():
         return
     words, (_, heads, head_dim) = codes.shape[-1], k_cache.shape
@@ -250,4 +247,47 @@ def encode_layers(
         slots.numel(), k_cache.stride(0), codes.stride(0), codes.stride(2), norms.stride(0), norms.stride(2),
         valid.stride(0), HKV=heads, D=head_dim, DP=_power_of_two(head_dim), R=steps.shape[-1],
         C=_power_of_two(4 * GROUPS_PER_WORD * words), WORDS=words, BT=16, num_warps=4,
+    )  # fmt: skip
+
+
+def encode_signature(
+    k_cache: Tensor, slots: Tensor, mean: Tensor, nets: Tensor, widths: Tensor, codes: Tensor, norms: Tensor,
+    valid: Tensor, centred: bool,
+) -> None:  # fmt: skip
+    """GPU implementation of `vattn_kernels.ops.encode_signature`: one launch."""
+    _check_cache(k_cache, k_cache)
+    _, heads, head_dim = k_cache.shape
+    first, second, bits = sizes_of(widths, nets, head_dim)
+    require(
+        nets.shape[0] % heads == 0 and codes.shape[-1] * WORD_BITS * heads == nets.shape[0] * bits,
+        "{} nets of {} bits do not fill {} words of {} KV heads",
+        *(nets.shape[0], bits, codes.shape[-1], heads),
+    )
+    require(codes.stride(2) == 1, "the words of a signature must lie together, strides {}", codes.stride())
+    if not slots.numel():
+        return
+    each = nets.shape[0] // heads
+    sign_keys_fwd_kernel[(-(-slots.numel() // ROWS.value), heads, each)](
+        k_cache, slots, mean, nets, codes, norms, valid, slots.numel(), nets.shape[1], k_cache.stride(0),
+        codes.stride(0), codes.stride(1), norms.stride(0), norms.stride(1),
+        EACH=each, CENTRED=centred, D=head_dim, FIRST=first, SECOND=second, LAST=bits,
+        num_warps=warps_of(head_dim, first, second),
+    )  # fmt: skip
+
+
+def encode_pages(k_cache: Tensor, v_cache: Tensor, slots: Tensor, bounds: Tensor, norms: Tensor, valid: Tensor) -> None:
+    """GPU implementation of `vattn_kernels.ops.encode_pages`: two launches."""
+    _check_cache(k_cache, v_cache)
+    check_bounds(bounds, k_cache)
+    count, (num_slots, heads, head_dim) = slots.numel(), k_cache.shape
+    if not count:
+        return
+    padded_dim = _power_of_two(head_dim)
+    mark_slots_fwd_kernel[(-(-count // 16), heads)](
+        v_cache, slots, norms, valid, count, k_cache.stride(0), norms.stride(0), norms.stride(1),
+        D=head_dim, DP=padded_dim, BT=16, num_warps=4,
+    )  # fmt: skip
+    bound_pages_fwd_kernel[(count, heads)](
+        k_cache, slots, valid, bounds, num_slots, k_cache.stride(0), bounds.stride(0), bounds.stride(1),
+        D=head_dim, DP=padded_dim, num_warps=4,
     )  # fmt: skip

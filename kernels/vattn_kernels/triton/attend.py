@@ -58,10 +58,11 @@ def retry_fwd_kernel(
     p_q, p_k, p_v, p_kv_indices, p_seq_lens, p_mode, p_slots, p_pi, p_counts, p_outs, p_scalars,
     p_codes, p_norms, p_fields, p_query, p_bias, p_scale, p_log_scale, p_reads, p_used,
     sm_scale, sink, window, seed, layer, rows, items, kv_stride, k_stride, code_head, norm_head, capacity,
+    p_valid, row_stride,
     HKV: tl.constexpr, G: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr,
     SPLITS: tl.constexpr, LEAST: tl.constexpr, MOST: tl.constexpr, TARGET: tl.constexpr, WIDE: tl.constexpr,
     R: tl.constexpr, GROUPS: tl.constexpr, WORDS: tl.constexpr, DP4A: tl.constexpr, ROWS_P: tl.constexpr,
-    DEPENDENT: tl.constexpr,
+    SELECTOR: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Second round, for rows that the first left open: select and attend at the larger scale."""
     begin_next(DEPENDENT)
@@ -80,7 +81,8 @@ def retry_fwd_kernel(
                     i_row, i_split, splits, p_codes, p_norms, p_kv_indices, p_seq_lens, p_fields,
                     p_query, p_bias, p_log_scale, p_scale, p_slots, p_pi, p_counts, p_reads,
                     sink, window, seed, layer, kv_stride, code_head, norm_head, capacity,
-                    HKV, G, R, GROUPS, WORDS, TARGET != DENOMINATOR, MOST, DP4A,
+                    p_valid, p_v, sm_scale, row_stride,
+                    HKV, G, D, R, GROUPS, WORDS, TARGET != DENOMINATOR, MOST, DP4A, SELECTOR,
                 )  # fmt: skip
             tl.debug_barrier()
             attend_list(
