@@ -8,12 +8,11 @@ from typing import Any
 
 from vattn_kernels.checks import MAX_GROUP
 from vattn_kernels.cpu import DTYPES, MAX_HEAD_DIM
-from vattn_kernels.ops import GPU_DTYPES, GPU_HEAD_DIMS, SELECTORS
+from vattn_kernels.ops import GPU_DTYPES, GPU_HEAD_DIMS
 from vattn_sgl.config import Settings
 
 DENSE_ADVICE = "serve this model with another --attention-backend"
 DEVICES = ("cpu", "cuda")
-GPU_SELECTORS = SELECTORS
 
 
 class Unsupported(ValueError):
@@ -140,9 +139,6 @@ def gpu_reasons(args: Any, settings: Settings) -> Iterator[str]:
         In force at start.
     """
     here = "the GPU kernels of this version"
-    if settings.selector not in GPU_SELECTORS:
-        allowed = " or ".join(GPU_SELECTORS)
-        yield f"selector {settings.selector}: {here} do not read its side data; set selector to {allowed}"
     if settings.sampler != "proportional":
         yield f"sampler {settings.sampler}: {here} do not draw by it; set sampler to proportional"
     if settings.group_score != "max":

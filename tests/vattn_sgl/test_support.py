@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from vattn_kernels import ops
 from vattn_sgl import support
 from vattn_sgl.config import Settings
 
@@ -35,7 +36,6 @@ ARGUMENTS = [
     ({"enable_pdmux": True}, "--enable-pdmux"),
 ]
 GPU_SETTINGS = [
-    ({"selector": "quest"}, "set selector to sketch"),
     ({"sampler": "uniform"}, "set sampler to proportional"),
     ({"bound": "bernstein"}, "leave bound at null"),
     ({"group_score": "mean"}, "set group_score to max"),
@@ -117,8 +117,9 @@ def test_a_plain_server_is_served_on_a_gpu(monkeypatch):
     graphs = SimpleNamespace(prefill=SimpleNamespace(backend="breakable"))
     args = SimpleNamespace(device="cuda", dp_size=2, page_size=16, cuda_graph_config=graphs)
     assert list(support.argument_reasons(args)) == []
-    for selector in support.GPU_SELECTORS:
-        assert list(support.gpu_reasons(args, Settings(selector=selector))) == []
+    for selector in ops.SELECTORS:
+        settings = Settings(hash_weights="weights.pt" if selector == "hash" else None, selector=selector)
+        assert list(support.gpu_reasons(args, settings)) == []
     graphs.prefill.backend = "full"
     assert "use breakable" in next(support.gpu_reasons(args, Settings()))
     monkeypatch.setenv("SGLANG_ENABLE_METADATA_GLUE_GRAPH", "1")

@@ -1,6 +1,6 @@
 """Selectors other than ``sketch``: what ``select`` needs of a query, and the estimated logits of a block of tokens.
 
-``oracle`` and ``quest`` weigh a row of numbers a token, its key or the bounds of its page; ``sign`` and ``hash`` compare
+``oracle`` and ``quest`` weigh a row of numbers a token, its key or its page's bounds; ``sign`` and ``hash`` compare
 signatures. The math is `vattn_kernels.reference.quest` and `vattn_kernels.reference.signature`; scores that a cap cuts
 are neither ranked nor shrunk here, as the CPU's are.
 """

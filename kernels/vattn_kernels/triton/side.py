@@ -72,7 +72,9 @@ def check_bounds(bounds: Tensor, k_cache: Tensor) -> None:
     expected = (-(-k_cache.shape[0] // PAGE), k_cache.shape[1], 2, k_cache.shape[2])
     require(bounds.dtype == k_cache.dtype, "page bounds are {}, the KV cache {}", bounds.dtype, k_cache.dtype)
     require(tuple(bounds.shape) == expected, "page bounds of shape {}, expected {}", tuple(bounds.shape), expected)
-    require(bounds[0, 0].is_contiguous(), "page bounds of strides {}: a page and head must lie together", bounds.stride())
+    require(
+        bounds[0, 0].is_contiguous(), "page bounds of strides {}: a page and head must lie together", bounds.stride()
+    )
 
 
 def sizes_of(widths: Tensor, nets: Tensor, head_dim: int) -> tuple[int, int, int]:
@@ -85,7 +87,9 @@ def sizes_of(widths: Tensor, nets: Tensor, head_dim: int) -> tuple[int, int, int
     require(max(hidden, default=0) <= MAX_WIDTH, "a net of width {} is above {}", max(hidden, default=0), MAX_WIDTH)
     require(first == head_dim, "nets take {} inputs, keys have {}", first, head_dim)
     require(last % WORD_BITS == 0 and last <= MAX_BITS, "{} bits: multiples of {} up to {}", last, WORD_BITS, MAX_BITS)
-    require(nets.shape[1] == parameters, "nets have {} parameters, widths {} need {}", nets.shape[1], widths, parameters)
+    require(
+        nets.shape[1] == parameters, "nets have {} parameters, widths {} need {}", nets.shape[1], widths, parameters
+    )
     require(nets.is_contiguous(), "nets must be contiguous")
     first_hidden, second_hidden = (*hidden, 0, 0)[:2]
     return first_hidden, second_hidden, last

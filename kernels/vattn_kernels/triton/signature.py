@@ -101,7 +101,7 @@ def sign_keys_fwd_kernel(
     EACH: tl.constexpr, CENTRED: tl.constexpr, D: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr,
     LAST: tl.constexpr,
 ):  # fmt: skip
-    """Words of new keys by one of the ``EACH`` nets of a KV head; the first one's program stores norm and valid byte."""
+    """Words of new keys by one of the ``EACH`` nets of a KV head; the first one's also stores norm and valid byte."""
     i_block, h, i_net = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     o_t, o_c = i_block * ROWS + tl.arange(0, ROWS), tl.arange(0, COLUMNS)
     m_t = o_t < num_new

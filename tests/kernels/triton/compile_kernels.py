@@ -24,6 +24,7 @@ from vattn_kernels.triton.attend import attend_exact_fwd_kernel, attend_fwd_kern
 from vattn_kernels.triton.attend_gluon import attend_lists_fwd_kernel
 from vattn_kernels.triton.audit import audit_fwd_kernel, choose_fwd_kernel
 from vattn_kernels.triton.combine import combine_fwd_kernel
+from vattn_kernels.triton.pages import bound_pages_fwd_kernel, mark_slots_fwd_kernel
 from vattn_kernels.triton.prepare import prepare_fwd_kernel
 from vattn_kernels.triton.select import select_fwd_kernel
 from vattn_kernels.triton.select_gluon import select_lists_fwd_kernel
@@ -34,7 +35,7 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 FLOATS = {"sm_scale", "floor", "cap", "rate"}
 # Selectors whose rows are of the cache's type.
 ROWS_OF_NUMBERS = {"oracle", "quest"}
-CACHE = {"p_q", "p_k", "p_v", "p_out"}
+CACHE = {"p_q", "p_k", "p_v", "p_out", "p_bounds"}
 TYPES = {
     "p_kv_indices": "i32", "p_seq_lens": "i64", "p_fields": "i32", "p_covered": "i32", "p_state_rows": "i64",
     "p_mode": "i32", "p_valid": "u8", "p_norms": "u8", "p_slots": "i32", "p_counts": "i32", "p_counters": "fp64",
@@ -98,6 +99,10 @@ def shapes_of_selectors(arch: int, dtype: str, head_dim: int, group: int, words:
         yield selector, prepare_fwd_kernel, prepare_warps, prepare | {"R": 1, "C": 16, "CODES": 4, "SELECTOR": i}
         yield selector, select_fwd_kernel, warps, merge | {"DP4A": True} | own
         yield selector, retry_fwd_kernel, warps, retry | own
+        if selector == "quest":
+            vector = {"D": head_dim, "DP": prepare["DP"]}
+            yield selector, mark_slots_fwd_kernel, 4, vector | {"BT": 16}
+            yield selector, bound_pages_fwd_kernel, 4, vector
         if signed:
             net |= {"D": head_dim, "LAST": 32 * words}
             yield selector, sign_queries_fwd_kernel, 4, net | {"HQ": 8 * group}
@@ -127,7 +132,7 @@ def resources(cubin: bytes) -> dict[str, int]:
 
 def type_of(name: str, kernel, dtype: str, selector: str) -> str:
     """Type of an argument that is no constant."""
-    if name in CACHE or (name == "p_codes" and selector in ROWS_OF_NUMBERS) and kernel is not prepare_fwd_kernel:
+    if name in CACHE or ((name == "p_codes" and selector in ROWS_OF_NUMBERS) and kernel is not prepare_fwd_kernel):
         return f"*{dtype}"
     if name == "p_codes":
         return "*i8" if kernel is prepare_fwd_kernel else "*i32"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from pathlib import Path
 
@@ -16,7 +17,6 @@ from vattn_kernels import triton as gpu
 from vattn_kernels.reference import quest as reference_quest
 from vattn_kernels.reference import rng
 from vattn_kernels.reference import signature as reference_signature
-from vattn_kernels.reference import sketch as reference_sketch
 
 SELECTORS = pytest.mark.parametrize("selector", ops.SELECTORS[1:])
 
@@ -33,7 +33,7 @@ class Deep(Step):
 
     def hashed(self):
         g, sizes = torch.Generator().manual_seed(1), (self.head_dim, 96, 40, self.bits)
-        pairs = list(zip(sizes[:-1], sizes[1:], strict=True))
+        pairs = list(itertools.pairwise(sizes))
         matrices = [torch.randn(self.num_qo_heads, i, o, generator=g) / i**0.5 for i, o in pairs]
         biases = [0.1 * torch.randn(self.num_qo_heads, o, generator=g) for _, o in pairs]
         nets, widths = signature.pack(matrices, biases)
@@ -44,7 +44,11 @@ def estimated(case, request, head, inner):
     """Logits that the reference estimates, float64 ``[group, n]``."""
     group = case.num_qo_heads // case.num_kv_heads
     rows = slice(head * group, (head + 1) * group)
-    q, scale, (codes, norms, _, mean, nets, line, widths) = case.q[request, rows].double(), case.step["sm_scale"], case.side
+    q, scale, (codes, norms, _, mean, nets, line, widths) = (
+        case.q[request, rows].double(),
+        case.step["sm_scale"],
+        case.side,
+    )
     if case.step["selector"] == "oracle":
         return scale * q @ case.k_cache[inner, head].double().T
     if case.step["selector"] == "quest":
@@ -79,12 +83,14 @@ def agrees(case, log_scale, tolerance=1e-3):
             sure = (u < (1 - tolerance) * pi) | (pi >= 1)
             assert sure[index].sum() == sure.sum()
             assert not ((u > (1 + tolerance) * pi)[index]).any()
-            assert case.workspace().reads[request * case.num_kv_heads + head, : 4 * gpu.layout.splits_of(
-                case.batch * case.num_kv_heads)].sum() == pytest.approx(float(pi.sum()), rel=tolerance)
+            assert case.workspace().reads[
+                request * case.num_kv_heads + head, : 4 * gpu.layout.splits_of(case.batch * case.num_kv_heads)
+            ].sum() == pytest.approx(float(pi.sum()), rel=tolerance)
 
 
-@pytest.mark.parametrize("bits", [32, 64, 96, 128])
-@pytest.mark.parametrize(("kind", "selector"), [(Step, "sign"), (Step, "hash"), (Shared, "hash"), (Deep, "hash")])
+@pytest.mark.parametrize(
+    ("kind", "selector", "bits"), [(Step, "sign", 32), (Step, "hash", 64), (Shared, "hash", 96), (Deep, "hash", 128)]
+)
 def test_signatures_are_the_references(kind, selector, bits):
     case = kind(batch=1, context=150, bits=bits, head_dim=96, settings={"selector": selector})
     k, _, mean, nets, widths, *_, centred = case.encode_arguments
@@ -110,19 +116,32 @@ def test_tokens_are_drawn_with_the_probability_of_their_score(selector, heads, h
     agrees(case, 1.5 if selector == "oracle" else 3.5)
 
 
-@pytest.mark.parametrize("bits", [32, 96, 128])
+@pytest.mark.parametrize("new", [[5], [3, 3, 40, 17, 3, 16, 16, 301, 299, 0], list(range(120, 303))])
+def test_page_bounds_are_the_references(new):
+    """Of slots in any order and more than once, in a cache whose last page is not whole."""
+    case = Step(batch=1, context=296, num_qo_heads=3, num_kv_heads=3, head_dim=96, settings={"selector": "quest"})
+    k, v, _, *side = case.encode_arguments
+    truth = [torch.zeros_like(t) for t in side]
+    ours = [by_head(t) if t.dim() > 1 else t.clone() for t in truth]
+    # Slots 18 and 20 are encoded beforehand: their keys count in the bounds of what is added later.
+    for slots in (torch.tensor([20, 18]), torch.tensor(new)):
+        reference_quest.encode_pages(k, v, slots, *truth)
+        gpu.encode_pages(k, v, slots, *ours)
+    assert torch.equal(truth[0], ours[0]) and torch.equal(truth[2], ours[2])
+    assert (truth[1] != ours[1]).double().mean() < 0.02
+
+
+@pytest.mark.parametrize("bits", [32, 128])
 @pytest.mark.parametrize(("kind", "selector"), [(Step, "sign"), (Step, "hash"), (Shared, "hash"), (Deep, "hash")])
 def test_signatures_of_every_size_are_read(kind, selector, bits):
-    case = kind(
-        context=333, num_qo_heads=3, num_kv_heads=1, bits=bits, epsilon=0.9, settings={"selector": selector}
-    )
+    case = kind(context=333, num_qo_heads=3, num_kv_heads=1, bits=bits, epsilon=0.9, settings={"selector": selector})
     agrees(case, 1.5 if selector == "oracle" else 3.5)
 
 
 @SELECTORS
-@pytest.mark.parametrize("target", ops.TARGETS)
+@pytest.mark.parametrize("target", ["output", "sdpa"])
 def test_a_sampled_step_is_within_epsilon(selector, target):
-    case = Step(batch=2, context=700, epsilon=0.2, settings={"selector": selector, "target": target})
+    case = Step(batch=1, context=700, epsilon=0.2, settings={"selector": selector, "target": target})
     out, stats, _ = case.run()
     assert case.errors(out).max() < 2e-5
     for _ in range(3):
@@ -141,10 +160,8 @@ def test_what_is_open_draws_again_and_then_reads_everything(selector):
     assert (stats[..., 0] == 1).all() and (stats[..., 3] == ops.OUTCOMES.index("certified")).all()
 
 
-@SELECTORS
+@pytest.mark.parametrize("selector", ["quest", "sign", "hash"])
 def test_slots_that_are_not_valid_are_read_for_certain(selector):
-    if selector == "oracle":
-        pytest.skip("reads keys")
     case = Step(context=600, epsilon=0.9, settings={"selector": selector})
     chosen = case.kv_indices[:, 100:140].long()
     case.side[2][chosen] = 0
