@@ -51,7 +51,7 @@ def shapes(arch: int, dtype: str, head_dim: int, group: int, words: int):
     padded = 1 << (group - 1).bit_length()
     common = {"HKV": kv, "G": group, "D": head_dim, "DP": power, "DEPENDENT": arch >= 90}
     launch = layout.LAUNCH
-    sketch = {"R": head_dim, "GROUPS": groups, "WORDS": words, "DP4A": True, "SELECTOR": 0}
+    sketch = {"R": head_dim, "GROUPS": groups, "WORDS": words, "DP4A": True, "SELECTOR": 0, "p_valid": None}
     merge = common | {
         "GP": padded, "WIDTH": width, "SPLITS": 8, "SPLITS_P": 16, "MOST": layout.MOST_LISTS, "STATE": 4,
         "TARGET": 0, "TABLE": 4, "POINTS": 33, "PER_UNIT": 64, "BUDGET_EDGES": 12, "BUDGET_EDGES_P": 16,
@@ -94,11 +94,15 @@ def shapes_of_selectors(arch: int, dtype: str, head_dim: int, group: int, words:
         net = {"FIRST": 128, "SECOND": 128} if selector == "hash" else {"FIRST": 0, "SECOND": 0}
         each = group if selector == "hash" else 1
         signed = selector in ("sign", "hash")
-        own = {"R": 1, "GROUPS": words if signed else 1, "WORDS": each * words if signed else 1, "SELECTOR": i}
+        absent = {
+            "oracle": ("p_norms", "p_valid", "p_mean", "p_query_basis", "p_steps"), "quest": ("p_query_basis",)
+        }.get(selector, ())  # fmt: skip
+        none = dict.fromkeys(("p_fields", *absent))
+        own = none | {"R": 1, "GROUPS": words if signed else 1, "WORDS": each * words if signed else 1, "SELECTOR": i}
         prepare_warps, prepare = given[prepare_fwd_kernel]
-        yield selector, prepare_fwd_kernel, prepare_warps, prepare | {"R": 1, "C": 16, "CODES": 4, "SELECTOR": i}
+        yield selector, prepare_fwd_kernel, prepare_warps, prepare | none | {"R": 1, "C": 16, "CODES": 4, "SELECTOR": i}
         yield selector, select_fwd_kernel, warps, merge | {"DP4A": True} | own
-        yield selector, retry_fwd_kernel, warps, retry | own
+        yield selector, retry_fwd_kernel, warps, {n: c for n, c in retry.items() if n != "p_valid"} | own
         if selector == "quest":
             vector = {"D": head_dim, "DP": prepare["DP"]}
             yield selector, mark_slots_fwd_kernel, 4, vector | {"BT": 16}

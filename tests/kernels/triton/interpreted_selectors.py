@@ -12,7 +12,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 from interpreted import SINK, WINDOW, Step, by_head, few_programs  # noqa: F401
 
-from vattn_kernels import ops, pages, quantiles, signature
+from vattn_kernels import ops, quantiles, signature
 from vattn_kernels import triton as gpu
 from vattn_kernels.reference import quest as reference_quest
 from vattn_kernels.reference import rng
@@ -40,23 +40,6 @@ class Deep(Step):
         return self.signatures(nets, nets.clone(), widths, angular=False)
 
 
-def estimated(case, request, head, inner):
-    """Logits that the reference estimates, float64 ``[group, n]``."""
-    group = case.num_qo_heads // case.num_kv_heads
-    rows = slice(head * group, (head + 1) * group)
-    q, scale, (codes, norms, _, mean, nets, line, widths) = (
-        case.q[request, rows].double(),
-        case.step["sm_scale"],
-        case.side,
-    )
-    if case.step["selector"] == "oracle":
-        return scale * q @ case.k_cache[inner, head].double().T
-    if case.step["selector"] == "quest":
-        return reference_quest.logits(q, codes[inner // pages.PAGE, head], mean[head], line[head], scale)
-    side = codes[inner, head], norms[inner, head], mean[head], nets[rows], line[head], widths
-    return reference_signature.logits(q, *side, case.step["selector"] == "sign", scale)
-
-
 def agrees(case, log_scale, tolerance=1e-3):
     """Whether every row's list holds what the reference draws, with its probabilities."""
     case.learnt(log_scale)
@@ -67,7 +50,7 @@ def agrees(case, log_scale, tolerance=1e-3):
             logits, slots = case.logits(request, head)
             inner = slots[SINK : case.context - WINDOW]
             fixed = torch.cat([logits[:, :SINK], logits[:, case.context - WINDOW :]], 1).logsumexp(1, keepdim=True)
-            score = (estimated(case, request, head, inner) + log_scale - fixed).amax(0).exp()
+            score = (case.estimated(request, head, inner) + log_scale - fixed).amax(0).exp()
             if step["selector"] not in quantiles.COARSE_SELECTORS and step["target"] != "denominator":
                 score *= case.v_cache[inner, head].double().norm(dim=-1)
             pi = (score + step["floor"] * 100.0 / inner.numel()).clamp(max=1)
