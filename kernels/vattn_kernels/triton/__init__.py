@@ -3,7 +3,7 @@
 A step is eight launches: ``prepare``, ``select``, ``attend``, ``combine``, ``retry``, ``combine``, ``attend_exact``,
 ``combine``. The first draw takes a scale predicted from the request's last step; a group that it does not certify draws
 again at the scale its variance asks for, and one that is still open reads everything. The last four launches end at
-once where nothing is left to do. Audits, where they are on, add three: ``choose``, ``attend_exact``, ``audit``. From
+once where nothing is left to do. Selectors ``sign`` and ``hash`` sign the queries ahead of it. Audits, where they are on, add three: ``choose``, ``attend_exact``, ``audit``. From
 sm_90 on a launch starts while the one ahead ends.
 """
 
@@ -30,7 +30,7 @@ from vattn_kernels.triton.prepare import prepare_fwd_kernel
 from vattn_kernels.triton.select import select_fwd_kernel
 from vattn_kernels.triton.select_gluon import select_lists_fwd_kernel
 from vattn_kernels.triton.side import check_bounds, check_codes, side_of, sizes_of
-from vattn_kernels.triton.signature import ROWS, sign_keys_fwd_kernel, sign_queries_fwd_kernel, warps_of
+from vattn_kernels.triton.signature import ROWS, sign_keys_fwd_kernel, sign_queries_fwd_kernel
 from vattn_kernels.triton.update import update_fwd_kernel
 
 # Steps after which what was learnt of a request row is no longer trusted.
@@ -110,8 +110,7 @@ def decode(
         first, second, bits = sizes_of(fields, query_basis, head_dim)
         sign_queries_fwd_kernel[(-(-batch // ROWS.value), num_qo_heads)](
             q, query_basis, work.query, batch, query_basis.shape[1],
-            HQ=num_qo_heads, D=head_dim, FIRST=first, SECOND=second, LAST=bits,
-            num_warps=warps_of(head_dim, first, second),
+            HQ=num_qo_heads, D=head_dim, FIRST=first, SECOND=second, LAST=bits, num_warps=4,
         )  # fmt: skip
     # Follows what is not ours, so it starts after the end of that, and what comes next may load what a step only reads.
     prepare_fwd_kernel[(2 * rows,)](
@@ -270,8 +269,7 @@ def encode_signature(
     sign_keys_fwd_kernel[(-(-slots.numel() // ROWS.value), heads, each)](
         k_cache, slots, mean, nets, codes, norms, valid, slots.numel(), nets.shape[1], k_cache.stride(0),
         codes.stride(0), codes.stride(1), norms.stride(0), norms.stride(1),
-        EACH=each, CENTRED=centred, D=head_dim, FIRST=first, SECOND=second, LAST=bits,
-        num_warps=warps_of(head_dim, first, second),
+        EACH=each, CENTRED=centred, D=head_dim, FIRST=first, SECOND=second, LAST=bits, num_warps=4,
     )  # fmt: skip
 
 

@@ -8,46 +8,50 @@ import triton.language as tl
 from vattn_kernels.triton.estimate import FIRST_WORD
 from vattn_kernels.triton.update import level_of
 
-# Rows of a tile: keys or queries; columns of a tile of a hidden layer, and of a word.
+# Rows of a tile: keys or queries. Columns of a tile of inputs or of a hidden layer.
 ROWS = tl.constexpr(16)
 COLUMNS = tl.constexpr(64)
-BITS = tl.constexpr(32)
-
-
-def warps_of(*widths: int) -> int:
-    """Warps that hold the tiles of a net's widest layer."""
-    return 4 if max(widths) <= 128 else 8
+WORD = tl.constexpr(32)
 
 
 @triton.jit
-def layer_of_net(x, p_layer, INNER: tl.constexpr, OUTER: tl.constexpr, WIDE: tl.constexpr):
-    """One linear layer: tiles ``[ROWS, COLUMNS]`` of ``INNER`` columns in all to tiles of ``WIDE`` columns."""
-    o_i, o_o = tl.arange(0, COLUMNS), tl.arange(0, WIDE)
-    outs = ()
-    for j in tl.static_range(0, OUTER, WIDE):
-        m_o = j + o_o < OUTER
-        acc = tl.zeros([ROWS, WIDE], tl.float32)
-        for i in tl.static_range(0, INNER, COLUMNS):
-            at = (i + o_i)[:, None] * OUTER + (j + o_o)[None, :]
-            matrix = tl.load(p_layer + at, mask=(i + o_i < INNER)[:, None] & m_o[None, :], other=0.0)
-            acc = tl.dot(x[i // COLUMNS], matrix, acc, input_precision="tf32x3")
-        bias = tl.load(p_layer + INNER * OUTER + j + o_o, mask=m_o, other=0.0)
-        outs = outs + (acc + bias[None, :],)
-    return outs
+def bias_of(p_layer, j, INNER: tl.constexpr, OUTER: tl.constexpr, WIDE: tl.constexpr):
+    """Columns from ``j`` on of a layer whose inputs are all 0, ``[ROWS, WIDE]``."""
+    column = tl.arange(0, WIDE) + j
+    bias = tl.load(p_layer + INNER * OUTER + column, mask=column < OUTER, other=0.0)
+    return tl.zeros([ROWS, WIDE], tl.float32) + bias[None, :]
 
 
 @triton.jit
-def activated(x):
-    """SiLU of every tile."""
-    outs = ()
+def add_product(acc, x, p_layer, i, j, INNER: tl.constexpr, OUTER: tl.constexpr, WIDE: tl.constexpr):
+    """``acc`` plus what inputs ``x`` from ``i`` on, ``[ROWS, COLUMNS]``, give columns from ``j`` on."""
+    row, column = tl.arange(0, COLUMNS) + i, tl.arange(0, WIDE) + j
+    mask = (row < INNER)[:, None] & (column < OUTER)[None, :]
+    matrix = tl.load(p_layer + row[:, None] * OUTER + column[None, :], mask=mask, other=0.0)
+    return tl.dot(x, matrix, acc, input_precision="tf32x3")
+
+
+@triton.jit
+def first_layer(x, p_layer, j, INNER: tl.constexpr, OUTER: tl.constexpr, WIDE: tl.constexpr):
+    """Columns from ``j`` on of the layer that takes the net's inputs ``x``, a tuple of tiles."""
+    acc = bias_of(p_layer, j, INNER, OUTER, WIDE)
     for i in tl.static_range(len(x)):
-        outs = outs + (x[i] / (1.0 + tl.exp(-x[i])),)
-    return outs
+        acc = add_product(acc, x[i], p_layer, i * COLUMNS, j, INNER, OUTER, WIDE)
+    return acc
+
+
+@triton.jit
+def silu(x):
+    """Activation between layers."""
+    return x / (1.0 + tl.exp(-x))
 
 
 @triton.jit
 def words_of(x, p_net, D: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, LAST: tl.constexpr):
-    """Signs of a net's outputs, one int32 ``[ROWS]`` for 32 of them.
+    """Signs of a net's outputs, int32 ``[ROWS, 1, 2 or 4]``; a word behind the last output is 0.
+
+    A hidden layer is made tile by tile, for wide ones fit no registers: the first anew for every tile of the second.
+    In one stage, for the tiles of several would fill shared memory.
 
     Parameters
     ----------
@@ -58,20 +62,34 @@ def words_of(x, p_net, D: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexp
     FIRST, SECOND, LAST : int
         Widths of its layers; 0 for a hidden layer that there is not.
     """
+    wide: tl.constexpr = 32 if LAST <= 32 else 64 if LAST <= 64 else 128
     if FIRST == 0:
-        outs = layer_of_net(x, p_net, D, LAST, BITS)
+        acc = first_layer(x, p_net, 0, D, LAST, wide)
+    elif SECOND == 0:
+        p_last = p_net + (D + 1) * FIRST
+        acc = bias_of(p_last, 0, FIRST, LAST, wide)
+        for i in tl.range(0, FIRST, COLUMNS, num_stages=1):
+            hidden = silu(first_layer(x, p_net, i, D, FIRST, COLUMNS))
+            acc = add_product(acc, hidden, p_last, i, 0, FIRST, LAST, wide)
     else:
-        x = activated(layer_of_net(x, p_net, D, FIRST, COLUMNS))
-        p_net += (D + 1) * FIRST
-        if SECOND == 0:
-            outs = layer_of_net(x, p_net, FIRST, LAST, BITS)
-        else:
-            x = activated(layer_of_net(x, p_net, FIRST, SECOND, COLUMNS))
-            outs = layer_of_net(x, p_net + (FIRST + 1) * SECOND, SECOND, LAST, BITS)
-    words = ()
-    for i in tl.static_range(len(outs)):
-        words = words + (tl.sum((outs[i] > 0.0).to(tl.int32) << tl.arange(0, BITS)[None, :], 1),)
-    return words
+        p_second = p_net + (D + 1) * FIRST
+        p_last = p_second + (FIRST + 1) * SECOND
+        acc = bias_of(p_last, 0, SECOND, LAST, wide)
+        for j in tl.range(0, SECOND, COLUMNS, num_stages=1):
+            hidden = bias_of(p_second, j, FIRST, SECOND, COLUMNS)
+            for i in tl.range(0, FIRST, COLUMNS, num_stages=1):
+                inner = silu(first_layer(x, p_net, i, D, FIRST, COLUMNS))
+                hidden = add_product(hidden, inner, p_second, i, j, FIRST, SECOND, COLUMNS)
+            acc = add_product(acc, silu(hidden), p_last, j, 0, SECOND, LAST, wide)
+    signs = tl.reshape((acc > 0.0).to(tl.int32), [ROWS, wide // WORD, WORD])
+    return tl.sum(signs << tl.arange(0, WORD)[None, None, :], 2)
+
+
+@triton.jit
+def store_words(p_word, words, mask, COUNT: tl.constexpr):
+    """Store the first ``COUNT`` words of every row at its pointer."""
+    o_w = tl.arange(0, words.shape[1])
+    tl.store(p_word[:, None] + o_w[None, :], words, mask=mask[:, None] & (o_w < COUNT)[None, :])
 
 
 @triton.jit
@@ -90,8 +108,7 @@ def sign_queries_fwd_kernel(
         x = x + (tile.to(tl.float32),)
     words = words_of(x, p_nets + head.to(tl.int64) * parameters, D, FIRST, SECOND, LAST)
     p_word = (p_query + (o_t * HQ + head) * (2 * D) + FIRST_WORD).to(tl.pointer_type(tl.int32))
-    for w in tl.static_range(len(words)):
-        tl.store(p_word + w, words[w], mask=m_t)
+    store_words(p_word, words, m_t, LAST // WORD)
 
 
 @triton.jit
@@ -119,9 +136,8 @@ def sign_keys_fwd_kernel(
             key = offset
         x = x + (key,)
     words = words_of(x, p_nets + (h * EACH + i_net).to(tl.int64) * parameters, D, FIRST, SECOND, LAST)
-    p_word = p_codes + slot * row_stride + h.to(tl.int64) * code_head + i_net * len(words)
-    for w in tl.static_range(len(words)):
-        tl.store(p_word + w, words[w], mask=m_t)
+    p_word = p_codes + slot * row_stride + h.to(tl.int64) * code_head + i_net * (LAST // WORD)
+    store_words(p_word, words, m_t, LAST // WORD)
     if i_net == 0:
         tl.store(p_norms + slot * norm_slot + h.to(tl.int64) * norm_head, level_of(square), mask=m_t)
         if h == 0:

@@ -32,7 +32,7 @@ class Deep(Step):
     """``hash`` with nets of three layers."""
 
     def hashed(self):
-        g, sizes = torch.Generator().manual_seed(1), (self.head_dim, 96, 40, self.bits)
+        g, sizes = torch.Generator().manual_seed(1), (self.head_dim, 96, 72, self.bits)
         pairs = list(itertools.pairwise(sizes))
         matrices = [torch.randn(self.num_qo_heads, i, o, generator=g) / i**0.5 for i, o in pairs]
         biases = [0.1 * torch.randn(self.num_qo_heads, o, generator=g) for _, o in pairs]
