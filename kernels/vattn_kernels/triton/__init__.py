@@ -3,8 +3,8 @@
 A step is eight launches: ``prepare``, ``select``, ``attend``, ``combine``, ``retry``, ``combine``, ``attend_exact``,
 ``combine``. The first draw takes a scale predicted from the request's last step; a group that it does not certify draws
 again at the scale its variance asks for, and one that is still open reads everything. The last four launches end at
-once where nothing is left to do. Selectors ``sign`` and ``hash`` sign the queries ahead of it. Audits, where they are on, add three: ``choose``, ``attend_exact``, ``audit``. From
-sm_90 on a launch starts while the one ahead ends.
+once where nothing is left to do. For ``sign`` and ``hash`` one more, ahead of all, signs the queries. Audits, where
+they are on, add three: ``choose``, ``attend_exact``, ``audit``. From sm_90 on a launch starts while the one ahead ends.
 """
 
 from __future__ import annotations
@@ -106,10 +106,10 @@ def decode(
     rows_p = max(LEAST_ROWS, _power_of_two(rows))
     is_sketch = selector == "sketch"
     choice = {"SELECTOR": SELECTORS.index(selector)}
-    if query_basis is not None and fields is not None and not is_sketch:
-        first, second, bits = sizes_of(fields, query_basis, head_dim)
+    if side.nets is not None:
+        first, second, bits = side.sizes
         sign_queries_fwd_kernel[(-(-batch // ROWS.value), num_qo_heads)](
-            q, query_basis, work.query, batch, query_basis.shape[1],
+            q, side.nets, work.query, batch, side.nets.shape[1],
             HQ=num_qo_heads, D=head_dim, FIRST=first, SECOND=second, LAST=bits, num_warps=4,
         )  # fmt: skip
     # Follows what is not ours, so it starts after the end of that, and what comes next may load what a step only reads.

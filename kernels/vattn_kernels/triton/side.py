@@ -36,6 +36,8 @@ class Side(NamedTuple):
         Entries from one row to the next and from head to head, and from head to head of the norms.
     words, groups, width : int
         Words of a token and KV head; groups of a sketch's fields, or words of one signature; coded dimensions.
+    nets, sizes
+        Of the queries, see `sizes_of`; None where the selector has none.
     """
 
     rows: Tensor
@@ -48,6 +50,8 @@ class Side(NamedTuple):
     words: int
     groups: int
     width: int
+    nets: Tensor | None = None
+    sizes: tuple[int, int, int] = (0, 0, 0)
 
 
 def by_head(name: str, side: Tensor) -> None:
@@ -79,8 +83,8 @@ def check_bounds(bounds: Tensor, k_cache: Tensor) -> None:
 
 def sizes_of(widths: Tensor, nets: Tensor, head_dim: int) -> tuple[int, int, int]:
     """Widths of two hidden layers, 0 for those that there are not, and of the outputs."""
-    require(widths.device.type == "cpu", "the widths of nets lie on {}: they shape launches, so keep them on a CPU",
-            widths.device)  # fmt: skip
+    where = widths.device
+    require(where.type == "cpu", "the widths of nets lie on {}; they shape launches, so keep them on a CPU", where)
     first, *hidden, last = widths.tolist()
     parameters = sum((i + 1) * o for i, o in zip((first, *hidden), (*hidden, last), strict=True))
     require(len(hidden) < MAX_LAYERS, "{} layers of a net: 1 to {} are supported", len(hidden) + 1, MAX_LAYERS)
@@ -126,15 +130,16 @@ def side_of(
         return Side(codes, norms, None, fields, *strides, words, GROUPS_PER_WORD * words, steps.shape[-1])
     by_head("norms", norms)
     require(steps.is_contiguous(), "the line must be contiguous")
-    words = own = 1
+    strides = codes.stride(0), codes.stride(1), norms.stride(1)
     if selector == "quest":
         check_bounds(codes, k_cache)
-    else:
-        assert query_basis is not None and fields is not None
-        words, own = codes.shape[-1], sizes_of(fields, query_basis, k_cache.shape[2])[-1] // WORD_BITS
-        group = q.shape[1] // k_cache.shape[1]
-        require(
-            words in (own, group * own) and codes.stride(2) == 1,
-            "signatures of {} words, queries of {}: expected one signature a KV head, or one a query head", words, own,
-        )  # fmt: skip
-    return Side(codes, norms, valid, None, codes.stride(0), codes.stride(1), norms.stride(1), words, own, 1)
+        return Side(codes, norms, valid, None, *strides, 1, 1, 1)
+    assert query_basis is not None and fields is not None
+    sizes = sizes_of(fields, query_basis, k_cache.shape[2])
+    words, own, group = codes.shape[-1], sizes[-1] // WORD_BITS, q.shape[1] // k_cache.shape[1]
+    require(
+        words in (own, group * own) and codes.stride(2) == 1,
+        "signatures of {} words, queries of {}: expected one signature a KV head, or one a query head", words, own,
+    )  # fmt: skip
+    require(query_basis.shape[0] == q.shape[1], "{} nets for {} query heads", query_basis.shape[0], q.shape[1])
+    return Side(codes, norms, valid, None, *strides, words, own, 1, query_basis, sizes)
