@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 
 from vattn_kernels import params as parameters
-from vattn_kernels.checks import check_cache, check_decode, require
+from vattn_kernels.checks import check_cache, check_decode, check_signatures, require
 from vattn_kernels.ops import GPU_DTYPES, GPU_HEAD_DIMS, SELECTORS, STATE_WIDTH
 from vattn_kernels.quantiles import TARGETS
-from vattn_kernels.signature import WORD_BITS
 from vattn_kernels.sketch import GROUPS_PER_WORD
 from vattn_kernels.triton import layout
 from vattn_kernels.triton.attend import attend_exact_fwd_kernel, attend_fwd_kernel, retry_fwd_kernel
@@ -29,7 +28,7 @@ from vattn_kernels.triton.pages import bound_pages_fwd_kernel, mark_slots_fwd_ke
 from vattn_kernels.triton.prepare import prepare_fwd_kernel
 from vattn_kernels.triton.select import select_fwd_kernel
 from vattn_kernels.triton.select_gluon import select_lists_fwd_kernel
-from vattn_kernels.triton.side import check_bounds, check_codes, side_of, sizes_of
+from vattn_kernels.triton.side import check_codes, check_pages, side_of, sizes_of
 from vattn_kernels.triton.signature import ROWS, sign_keys_fwd_kernel, sign_queries_fwd_kernel
 from vattn_kernels.triton.update import update_fwd_kernel
 
@@ -257,11 +256,7 @@ def encode_signature(
     _check_cache(k_cache, k_cache)
     _, heads, head_dim = k_cache.shape
     first, second, bits = sizes_of(widths, nets, head_dim)
-    require(
-        nets.shape[0] % heads == 0 and codes.shape[-1] * WORD_BITS * heads == nets.shape[0] * bits,
-        "{} nets of {} bits do not fill {} words of {} KV heads",
-        *(nets.shape[0], bits, codes.shape[-1], heads),
-    )
+    check_signatures(nets, bits, codes, heads)
     require(codes.stride(2) == 1, "the words of a signature must lie together, strides {}", codes.stride())
     if not slots.numel():
         return
@@ -276,7 +271,7 @@ def encode_signature(
 def encode_pages(k_cache: Tensor, v_cache: Tensor, slots: Tensor, bounds: Tensor, norms: Tensor, valid: Tensor) -> None:
     """GPU implementation of `vattn_kernels.ops.encode_pages`: two launches."""
     _check_cache(k_cache, v_cache)
-    check_bounds(bounds, k_cache)
+    check_pages(bounds, k_cache)
     count, (num_slots, heads, head_dim) = slots.numel(), k_cache.shape
     if not count:
         return
