@@ -158,6 +158,23 @@ def test_what_is_missing_or_misshapen_is_named():
         case.side = tuple(None if j == i else t for j, t in enumerate(good))
         with pytest.raises(ValueError, match=name):
             case.run()
-    case.side = (*good[:6], good[6] * 2)
-    with pytest.raises(ValueError, match="nets take 128 inputs"):
-        case.run()
+    for i, wrong, message in (
+        (6, good[6] * 2, "nets take 128 inputs"),
+        (6, good[6].to("meta"), "keep them on a CPU"),
+        (1, good[1].contiguous(), "norms must lie by head"),
+        (0, good[0].repeat(1, 1, 2), "one signature a KV head, or one a query head"),
+        (4, good[4][:2].contiguous(), "2 query nets for 6 query heads"),
+    ):
+        case.side = (*good[:i], wrong, *good[i + 1 :])
+        with pytest.raises(ValueError, match=message):
+            case.run()
+
+
+def test_exact_scores_need_no_side_data_and_ignore_it():
+    case, given = (Step(context=400, epsilon=0.9, settings={"selector": s}) for s in ("oracle", "hash"))
+    agrees(case, 1.5)
+    expected = case.lists(1, 0)
+    case.side = given.side
+    case.learnt(1.5)
+    case.run()
+    assert all(torch.equal(a, b) for a, b in zip(case.lists(1, 0), expected, strict=True))
