@@ -1,10 +1,10 @@
 """GPU implementation of the ops in Triton and Gluon: kernels of fixed grids, no wait for the host, no allocation.
 
-A step is eight launches: ``prepare``, ``select``, ``attend``, ``combine``, ``retry``, ``combine``, ``attend_exact``,
-``combine``. The first draw takes a scale predicted from the request's last step; a group that it does not certify draws
-again at the scale its variance asks for, and one that is still open reads everything. The last four launches end at
-once where nothing is left to do. For ``sign`` and ``hash`` one more, ahead of all, signs the queries. Audits, where
-they are on, add three: ``choose``, ``attend_exact``, ``audit``. From sm_90 on a launch starts while the one ahead ends.
+A step is six launches: ``prepare``, ``select``, ``attend``, ``combine``, ``retry``, ``attend_exact``. The first draw
+takes a scale predicted from the request's last step; a group that it does not certify draws again at the scale its
+variance asks for, and one that is still open reads everything. The last two launches end at once where nothing is left
+to do. For ``sign`` and ``hash`` one more, ahead of all, signs the queries. Audits, where they are on, add three:
+``choose``, ``attend_exact``, ``audit``. From sm_90 on a launch starts while the one ahead ends.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ from vattn_kernels.ops import GPU_DTYPES, GPU_HEAD_DIMS, SELECTORS, STATE_WIDTH
 from vattn_kernels.quantiles import TARGETS
 from vattn_kernels.sketch import GROUPS_PER_WORD
 from vattn_kernels.triton import layout
-from vattn_kernels.triton.attend import attend_exact_fwd_kernel, attend_fwd_kernel, retry_fwd_kernel
+from vattn_kernels.triton.attend import attend_fwd_kernel
 from vattn_kernels.triton.attend_gluon import attend_lists_fwd_kernel
 from vattn_kernels.triton.audit import audit_fwd_kernel, choose_fwd_kernel
 from vattn_kernels.triton.combine import combine_fwd_kernel
 from vattn_kernels.triton.pages import bound_pages_fwd_kernel, mark_slots_fwd_kernel
 from vattn_kernels.triton.prepare import prepare_fwd_kernel
+from vattn_kernels.triton.rounds import attend_exact_fwd_kernel, retry_fwd_kernel
 from vattn_kernels.triton.select import select_fwd_kernel
 from vattn_kernels.triton.select_gluon import select_lists_fwd_kernel
 from vattn_kernels.triton.side import check_codes, check_pages, side_of, sizes_of
@@ -111,13 +112,12 @@ def decode(
             q, side.nets, work.query, batch, side.nets.shape[1],
             HQ=num_qo_heads, D=head_dim, FIRST=first, SECOND=second, LAST=bits, num_warps=4,
         )  # fmt: skip
-    # Follows what is not ours, so it starts after the end of that, and what comes next may load what a step only reads.
     prepare_fwd_kernel[(2 * rows,)](
         q, k_cache, kv_indices, seq_lens, mean, query_basis, steps, side.fields, covered, state, state_rows,
         work.mode, work.codes, work.query, work.bias, work.log_scale, work.fixed, work.scale,
         sm_scale, floor, sink, window, dense_below, pilot_min, kv_stride, k_stride,
         **model, **choice, GP=max(16, padded_group), R=side.width, C=coded, CODES=4 * groups, F=launch.prepare_block,
-        WIDTH=STATE_WIDTH, MOST_AGE=MOST_AGE, DEPENDENT=overlap, num_warps=launch.prepare_warps,
+        WIDTH=STATE_WIDTH, MOST_AGE=MOST_AGE, **follow, num_warps=launch.prepare_warps,
     )  # fmt: skip
 
     target_id = TARGETS.index(target)
@@ -133,29 +133,23 @@ def decode(
         "ERROR_EDGES_P": _power_of_two(error_edges.numel() + 1), "COUNTERS_P": counters_p,
     }  # fmt: skip
     warps = layout.LISTS.value
-    attend = model | {
-        "WIDTH": width, "BN": launch.attend_block, "WIDE": q.dtype != torch.bfloat16, "num_warps": warps,
+    attend = {"BN": launch.attend_block, "WIDE": q.dtype != torch.bfloat16, "num_warps": warps}
+    later = merge | follow | {
+        "SPLITS": tail, "SPLITS_P": _power_of_two(tail + 1), "LEAST": layout.LEAST_SPLITS, "ROWS_P": rows_p
     }  # fmt: skip
-    few = {"SPLITS": tail, "LEAST": layout.LEAST_SPLITS, "ROWS_P": rows_p}
     key = (seed & 0x7FFFFFFF, layer_id)
+    settled = (
+        work.heads, work.log_scale, work.fixed, work.reads, work.arrivals, params, state, state_rows, budget_edges,
+        error_edges, out, stats, counters,
+    )  # fmt: skip
 
-    def combine(last: int, exact: bool = False, first: bool = False) -> None:
-        parts = splits if first else tail
-        # Few rows draw again, and mostly none, which few programs see soonest; what is read whole may be every row.
-        programs = rows * group if first or exact else min(launch.combine_programs, rows * group)
-        combine_fwd_kernel[(programs,)](
-            work.outs, work.scalars, work.heads, seq_lens, work.mode, work.counts, work.log_scale, work.fixed,
-            work.reads, work.arrivals, work.used, params, state, state_rows, budget_edges, error_edges, out, stats,
-            counters, sink, window, cap, last, rows, *counter_offsets[:5], **merge, EXACT=exact, FIRST=first,
-            SPLITS=parts, SPLITS_P=_power_of_two(parts + 1), ROWS_P=rows_p,
-            **follow, num_warps=max(1, _power_of_two(parts + 1) // launch.splits_a_warp),
-        )  # fmt: skip
-
-    def attend_exact() -> None:
-        attend_exact_fwd_kernel[(min(launch.tail_programs, rows * tail),)](
-            q, k_cache, v_cache, kv_indices, seq_lens, work.mode, work.outs, work.scalars, work.used, sm_scale, rows,
-            launch.tail_items, kv_stride, k_stride, **model, WIDTH=width, **few, **follow, BN=launch.exact_block,
-            STAGES=launch.exact_stages, num_warps=launch.exact_warps,
+    def attend_exact(merged: bool) -> None:
+        each, registers = layout.exact_programs(width, padded_dim)
+        attend_exact_fwd_kernel[(min(layout.programs_at_once(q.device, each), rows * tail),)](
+            q, k_cache, v_cache, kv_indices, seq_lens, work.mode, work.counts, work.outs, work.scalars, work.used,
+            work.barrier, *settled, sm_scale, sink, window, rows, launch.tail_items, kv_stride, k_stride,
+            cap, *counter_offsets[:5], **later, MERGE=merged, BN=launch.exact_block, STAGES=launch.exact_stages,
+            num_warps=launch.exact_warps, maxnreg=registers,
         )  # fmt: skip
 
     query = work.codes if is_sketch else work.query
@@ -184,25 +178,28 @@ def decode(
     else:
         attend_fwd_kernel[(rows * (splits + 1),)](
             q, k_cache, v_cache, kv_indices, seq_lens, *lists, sm_scale, sink, window, kv_stride, k_stride, capacity,
-            **attend, **follow, SPLITS=splits, MOST=layout.MOST_LISTS, TARGET=target_id,
+            **model, WIDTH=width, **attend, **follow, SPLITS=splits, MOST=layout.MOST_LISTS, TARGET=target_id,
             maxnreg=layout.attend_registers(width, padded_dim),
         )  # fmt: skip
-    combine(last=0, first=True)
-    retry_fwd_kernel[(min(launch.tail_programs, rows * (tail + 1)),)](
-        q, k_cache, v_cache, kv_indices, seq_lens, *lists, side.rows, side.norms, side.fields, query, work.bias,
-        work.scale, work.log_scale, work.reads, work.used, sm_scale, sink, window, *key, rows, launch.tail_items,
-        kv_stride, k_stride, side.head_stride, side.norm_stride, capacity, side.valid, side.row_stride,
-        **attend, **sketch, **choice, **few, **follow, DP4A=q.is_cuda,
+    combine_fwd_kernel[(rows * group,)](
+        work.outs, work.scalars, work.heads, seq_lens, work.mode, work.counts, *settled[1:], sink, window, cap,
+        *counter_offsets[:5], **merge, **follow, SPLITS=splits, SPLITS_P=_power_of_two(splits + 1),
+        num_warps=max(1, _power_of_two(splits + 1) // launch.splits_a_warp),
     )  # fmt: skip
-    combine(last=2 if cap < 1 else 1)
-    attend_exact()
-    combine(last=2, exact=True)
+    retry_programs = layout.programs_at_once(q.device, launch.retry_programs)
+    retry_fwd_kernel[(min(retry_programs, rows * (tail + 1)),)](
+        q, k_cache, v_cache, kv_indices, seq_lens, *lists, side.rows, side.norms, side.fields, query, work.bias,
+        work.scale, work.used, work.barrier, *settled, sm_scale, sink, window, *key, rows, launch.tail_items, kv_stride,
+        k_stride, side.head_stride, side.norm_stride, capacity, cap, *counter_offsets[:5], side.valid, side.row_stride,
+        **(later | sketch), **attend, **choice, CAPPED=cap < 1, DP4A=q.is_cuda,
+    )  # fmt: skip
+    attend_exact(merged=True)
     if audit_rate > 0:
         choose_fwd_kernel[(rows,)](
             seq_lens, stats, work.mode, *key, audit_rate, HKV=num_kv_heads, G=group, STATS=stats.shape[-1], **follow,
             num_warps=1,
         )  # fmt: skip
-        attend_exact()
+        attend_exact(merged=False)
         audit_fwd_kernel[(rows,)](
             work.outs, work.scalars, work.mode, work.used, params, audit_edges, out, counters,
             *counter_offsets[5:], G=group, GP=padded_group, WIDTH=width, D=head_dim, DP=padded_dim, SPLITS=tail,

@@ -7,8 +7,6 @@ import triton.language as tl
 
 from vattn_kernels.triton.layout import (
     DENOMINATOR,
-    DENSE,
-    EXHAUSTED,
     LISTS,
     LOG2E,
     MASS,
@@ -19,10 +17,7 @@ from vattn_kernels.triton.layout import (
     SQUARE,
     await_last,
     begin_next,
-    rows_in_mode,
-    splits_for,
 )
-from vattn_kernels.triton.select import select_split
 
 
 @triton.jit
@@ -51,46 +46,6 @@ def attend_fwd_kernel(
             sm_scale, sink, window, kv_stride, k_stride, capacity,
             HKV, G, WIDTH, D, DP, BN, SPLITS, MOST, TARGET, WIDE,
         )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["seed", "layer", "sink"])
-def retry_fwd_kernel(
-    p_q, p_k, p_v, p_kv_indices, p_seq_lens, p_mode, p_slots, p_pi, p_counts, p_outs, p_scalars,
-    p_codes, p_norms, p_fields, p_query, p_bias, p_scale, p_log_scale, p_reads, p_used,
-    sm_scale, sink, window, seed, layer, rows, items, kv_stride, k_stride, code_head, norm_head, capacity,
-    p_valid, row_stride,
-    HKV: tl.constexpr, G: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr,
-    SPLITS: tl.constexpr, LEAST: tl.constexpr, MOST: tl.constexpr, TARGET: tl.constexpr, WIDE: tl.constexpr,
-    R: tl.constexpr, GROUPS: tl.constexpr, WORDS: tl.constexpr, DP4A: tl.constexpr, ROWS_P: tl.constexpr,
-    SELECTOR: tl.constexpr, DEPENDENT: tl.constexpr,
-):  # fmt: skip
-    """Second round, for rows that the first left open: select and attend at the larger scale."""
-    begin_next(DEPENDENT)
-    await_last(DEPENDENT)
-    open_rows = rows_in_mode(p_mode, rows, SAMPLED, SAMPLED, ROWS_P)
-    if open_rows == 0:
-        return
-    splits = splits_for(open_rows, items, SPLITS, LEAST)
-    tl.store(p_used, splits)
-    item = tl.program_id(0)
-    while item < rows * (splits + 1):
-        i_row, i_split = item // (splits + 1), item % (splits + 1)
-        if tl.load(p_mode + i_row) == SAMPLED:
-            if i_split < splits:
-                select_split(
-                    i_row, i_split, splits, p_codes, p_norms, p_kv_indices, p_seq_lens, p_fields,
-                    p_query, p_bias, p_log_scale, p_scale, p_slots, p_pi, p_counts, p_reads,
-                    sink, window, seed, layer, kv_stride, code_head, norm_head, capacity,
-                    p_valid, p_v, sm_scale, row_stride,
-                    HKV, G, D, R, GROUPS, WORDS, TARGET != DENOMINATOR, MOST, DP4A, SELECTOR,
-                )  # fmt: skip
-            tl.debug_barrier()
-            attend_list(
-                i_row, i_split, splits, p_q, p_k, p_v, p_kv_indices, p_seq_lens, p_slots, p_pi, p_counts, p_outs,
-                p_scalars, sm_scale, sink, window, kv_stride, k_stride, capacity,
-                HKV, G, WIDTH, D, DP, BN, SPLITS, MOST, TARGET, WIDE,
-            )  # fmt: skip
-        item += tl.num_programs(0)
 
 
 @triton.jit
@@ -192,33 +147,6 @@ def attend_list(
     tl.store(p_own + SPREAD * WIDTH, tl.sum(spread, 1))
     if TARGET != DENOMINATOR:
         tl.store(p_own + SQUARE * WIDTH, tl.sum(square, 1))
-
-
-@triton.jit
-def attend_exact_fwd_kernel(
-    p_q, p_k, p_v, p_kv_indices, p_seq_lens, p_mode, p_outs, p_scalars, p_used,
-    sm_scale, rows, items, kv_stride, k_stride,
-    HKV: tl.constexpr, G: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr,
-    SPLITS: tl.constexpr, LEAST: tl.constexpr, STAGES: tl.constexpr, ROWS_P: tl.constexpr,
-    DEPENDENT: tl.constexpr,
-):  # fmt: skip
-    """Last round, for rows that are served densely or that sampling could not certify."""
-    begin_next(DEPENDENT)
-    await_last(DEPENDENT)
-    open_rows = rows_in_mode(p_mode, rows, DENSE, EXHAUSTED, ROWS_P)
-    if open_rows == 0:
-        return
-    splits = splits_for(open_rows, items, SPLITS, LEAST)
-    tl.store(p_used, splits)
-    item = tl.program_id(0)
-    while item < rows * splits:
-        i_row, i_split = item // splits, item % splits
-        if tl.load(p_mode + i_row) >= DENSE:
-            attend_everything(
-                i_row, i_split, splits, p_q, p_k, p_v, p_kv_indices, p_seq_lens, p_outs, p_scalars, sm_scale,
-                kv_stride, k_stride, HKV, G, WIDTH, D, DP, BN, SPLITS, STAGES,
-            )  # fmt: skip
-        item += tl.num_programs(0)
 
 
 @triton.jit

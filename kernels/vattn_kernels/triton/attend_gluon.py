@@ -102,8 +102,7 @@ def attend_lists_fwd_kernel(
     q = gl.load(p_q + (i_row * G + o_q % G)[:, None] * D + d_q[None, :], mask=(o_q < 2 * G)[:, None], other=0.0)
     # All above is loaded while `select` still runs, which does not write it.
     await_last(DEPENDENT)
-    if gl.load(p_mode + i_row) != SAMPLED:
-        return
+    mode = gl.load(p_mode + i_row)
     # Sink and window are two lists.
     counts = ()
     starts = ()
@@ -120,6 +119,9 @@ def attend_lists_fwd_kernel(
         starts = starts + (start,)
         firsts = firsts + (firsts[j] + (own + TILE - 1) // TILE,)
     tiles = firsts[LISTS]
+    # Asked only now, so that the counts are on their way with the mode.
+    if mode != SAMPLED:
+        return
 
     keys = gl.allocate_shared_memory(p_k.dtype.element_ty, [BUFFERS, TILE, D], swizzled)
     values = gl.allocate_shared_memory(p_v.dtype.element_ty, [BUFFERS, TILE, D], swizzled)

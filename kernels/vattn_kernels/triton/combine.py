@@ -28,7 +28,6 @@ from vattn_kernels.triton.layout import (
     STATE_SCALE,
     await_last,
     begin_next,
-    rows_in_mode,
 )
 
 LN2 = tl.constexpr(0.6931471805599453)
@@ -44,6 +43,10 @@ AIM = tl.constexpr(0.6)
 DECAY = tl.constexpr(0.15)
 RETRY_AIM = tl.constexpr(0.15)
 MOST_GROWTH = tl.constexpr(3.0)
+# What may follow a round.
+MAY_RETRY = tl.constexpr(0)
+MAY_READ_ALL = tl.constexpr(1)
+LAST = tl.constexpr(2)
 CERTIFIED = tl.constexpr(0)
 UNCERTIFIED = tl.constexpr(1)
 CAPPED = tl.constexpr(2)
@@ -53,7 +56,8 @@ SERVED_DENSELY = tl.constexpr(3)
 @triton.jit
 def half_width(variance, spread, unit, p_table, POINTS: tl.constexpr, PER_UNIT: tl.constexpr):
     """Relative half-width ``z sqrt(V) / unit``, z at ``nu = 2 / spread`` where ``spread`` is Var(V) / V^2."""
-    x = tl.minimum(spread * (0.5 * PER_UNIT), POINTS - 1.0)
+    # A row that does not take part may bring any number, and none may lead out of the table.
+    x = tl.minimum(tl.maximum(spread * (0.5 * PER_UNIT), 0.0), POINTS - 1.0)
     j = tl.minimum(x.to(tl.int32), POINTS - 2)
     low, high = tl.load(p_table + j), tl.load(p_table + j + 1)
     z = low + (x - j.to(tl.float32)) * (high - low)
@@ -82,64 +86,102 @@ def hits(o_c, entries, mask):
 @triton.jit
 def combine_fwd_kernel(
     p_outs, p_scalars, p_heads, p_seq_lens, p_mode, p_counts,
-    p_log_scale, p_fixed, p_reads, p_arrivals, p_used, p_params, p_state, p_state_rows, p_budget_edges, p_error_edges,
-    p_out, p_stats, p_counters, sink, window, cap, last, rows, at_context, at_read, at_outcome, at_budget, at_error,
+    p_log_scale, p_fixed, p_reads, p_arrivals, p_params, p_state, p_state_rows, p_budget_edges, p_error_edges,
+    p_out, p_stats, p_counters, sink, window, cap, at_context, at_read, at_outcome, at_budget, at_error,
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     SPLITS: tl.constexpr, SPLITS_P: tl.constexpr, MOST: tl.constexpr, STATE: tl.constexpr, TARGET: tl.constexpr,
-    EXACT: tl.constexpr, FIRST: tl.constexpr, TABLE: tl.constexpr, POINTS: tl.constexpr,
-    PER_UNIT: tl.constexpr, BUDGET_EDGES: tl.constexpr, BUDGET_EDGES_P: tl.constexpr, ERROR_EDGES: tl.constexpr,
-    ERROR_EDGES_P: tl.constexpr, COUNTERS_P: tl.constexpr, ROWS_P: tl.constexpr, DEPENDENT: tl.constexpr,
+    TABLE: tl.constexpr, POINTS: tl.constexpr, PER_UNIT: tl.constexpr, BUDGET_EDGES: tl.constexpr,
+    BUDGET_EDGES_P: tl.constexpr, ERROR_EDGES: tl.constexpr, ERROR_EDGES_P: tl.constexpr, COUNTERS_P: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """One head after the other; the last of a group's heads to arrive decides for the group."""
+    """First round: one head a program."""
     begin_next(DEPENDENT)
     budget_edges = load_edges(p_budget_edges, BUDGET_EDGES, BUDGET_EDGES_P)
     error_edges = load_edges(p_error_edges, ERROR_EDGES, ERROR_EDGES_P)
+    # Brings the table of quantiles near, of which a head looks up an entry.
+    epsilon = tl.load(p_params)
     await_last(DEPENDENT)
-    if not FIRST:
-        if rows_in_mode(p_mode, rows, DENSE if EXACT else SAMPLED, EXHAUSTED if EXACT else SAMPLED, ROWS_P) == 0:
-            return
+    combine_head(
+        tl.program_id(0), SPLITS, MAY_RETRY, epsilon, budget_edges, error_edges, p_outs, p_scalars, p_heads,
+        p_seq_lens, p_mode, p_counts, p_log_scale, p_fixed, p_reads, p_arrivals, p_params, p_state, p_state_rows,
+        p_out, p_stats, p_counters, sink, window, cap, at_context, at_read, at_outcome, at_budget, at_error,
+        HKV, G, GP, WIDTH, D, DP, SPLITS, SPLITS_P, MOST, STATE, TARGET, False, TABLE, POINTS, PER_UNIT, COUNTERS_P,
+    )  # fmt: skip
+
+
+@triton.jit
+def combine_round(
+    rows, last, splits, p_outs, p_scalars, p_heads, p_seq_lens, p_mode, p_counts, p_log_scale, p_fixed, p_reads,
+    p_arrivals, p_params, p_state, p_state_rows, p_budget_edges, p_error_edges, p_out, p_stats, p_counters,
+    sink, window, cap, at_context, at_read, at_outcome, at_budget, at_error,
+    HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    SPLITS: tl.constexpr, SPLITS_P: tl.constexpr, MOST: tl.constexpr, STATE: tl.constexpr, TARGET: tl.constexpr,
+    EXACT: tl.constexpr, TABLE: tl.constexpr, POINTS: tl.constexpr, PER_UNIT: tl.constexpr,
+    BUDGET_EDGES: tl.constexpr, BUDGET_EDGES_P: tl.constexpr, ERROR_EDGES: tl.constexpr, ERROR_EDGES_P: tl.constexpr,
+    COUNTERS_P: tl.constexpr,
+):  # fmt: skip
+    """A later round: the rows that took part in it, by all programs of a launch."""
+    budget_edges = load_edges(p_budget_edges, BUDGET_EDGES, BUDGET_EDGES_P)
+    error_edges = load_edges(p_error_edges, ERROR_EDGES, ERROR_EDGES_P)
+    epsilon = tl.load(p_params)
     item = tl.program_id(0)
     while item < rows * G:
-        i_head, i_row = item % G, item // G
-        splits = SPLITS
-        if not FIRST:
-            splits = tl.load(p_used)
-        mode = tl.load(p_mode + i_row)
-        wanted = mode == SAMPLED
-        if EXACT:
-            wanted = mode >= DENSE
-        if wanted:
-            # Loaded by every head, so that the last one, which decides, has not to wait for it.
-            known = row_of_round(
-                i_row, splits, p_seq_lens, p_log_scale, p_fixed, p_counts, p_reads, HKV, G, GP, MOST, EXACT
-            )
-            width, guard, start, residual = merge_head(
-                i_row, i_head, splits, p_outs, p_scalars, p_params, p_out,
-                G, WIDTH, D, DP, SPLITS, SPLITS_P, TARGET, EXACT, TABLE, POINTS, PER_UNIT,
+        mode = tl.load(p_mode + item // G, cache_modifier=".cg")
+        if (mode >= DENSE) if EXACT else (mode == SAMPLED):
+            combine_head(
+                item, splits, last, epsilon, budget_edges, error_edges, p_outs, p_scalars, p_heads, p_seq_lens, p_mode,
+                p_counts, p_log_scale, p_fixed, p_reads, p_arrivals, p_params, p_state, p_state_rows, p_out, p_stats,
+                p_counters, sink, window, cap, at_context, at_read, at_outcome, at_budget, at_error,
+                HKV, G, GP, WIDTH, D, DP, SPLITS, SPLITS_P, MOST, STATE, TARGET, EXACT, TABLE, POINTS, PER_UNIT,
+                COUNTERS_P,
             )  # fmt: skip
-            p_result = p_heads + (i_row * G + i_head) * 4
-            tl.store(p_result, width)
-            tl.store(p_result + 1, guard)
-            tl.store(p_result + 2, start)
-            tl.store(p_result + 3, residual)
-            tl.debug_barrier()
-            if tl.atomic_add(p_arrivals + i_row, 1, sem="acq_rel") == G - 1:
-                tl.store(p_arrivals + i_row, 0)
-                o_g = tl.arange(0, GP)
-                m_g = o_g < G
-                p_results = p_heads + (i_row * G + o_g) * 4
-                settle_group(
-                    i_row, mode, known,
-                    tl.load(p_results, mask=m_g, other=0.0, cache_modifier=".cg"),
-                    tl.load(p_results + 1, mask=m_g, other=-1e9, cache_modifier=".cg"),
-                    tl.load(p_results + 2, mask=m_g, other=0.0, cache_modifier=".cg"),
-                    tl.load(p_results + 3, mask=m_g, other=0.0, cache_modifier=".cg"),
-                    p_mode, p_log_scale, p_params, p_state, p_state_rows, budget_edges, error_edges, p_stats,
-                    p_counters,
-                    sink, window, cap, last, at_context, at_read, at_outcome, at_budget, at_error,
-                    HKV, G, GP, STATE, EXACT, TABLE, COUNTERS_P,
-                )  # fmt: skip
         item += tl.num_programs(0)
+
+
+@triton.jit
+def combine_head(
+    item, splits, last, epsilon, budget_edges, error_edges, p_outs, p_scalars, p_heads, p_seq_lens, p_mode,
+    p_counts, p_log_scale, p_fixed, p_reads, p_arrivals, p_params, p_state, p_state_rows, p_out, p_stats, p_counters,
+    sink, window, cap, at_context, at_read, at_outcome, at_budget, at_error,
+    HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    SPLITS: tl.constexpr, SPLITS_P: tl.constexpr, MOST: tl.constexpr, STATE: tl.constexpr, TARGET: tl.constexpr,
+    EXACT: tl.constexpr, TABLE: tl.constexpr, POINTS: tl.constexpr, PER_UNIT: tl.constexpr, COUNTERS_P: tl.constexpr,
+):  # fmt: skip
+    """Merge one head of a row that took part in the round; the last of a group's heads decides for the group."""
+    i_head, i_row = item % G, item // G
+    mode = tl.load(p_mode + i_row, cache_modifier=".cg")
+    # Loaded by every head, so that the last one, which decides, has not to wait for it.
+    known = row_of_round(i_row, splits, p_seq_lens, p_log_scale, p_fixed, p_counts, p_reads, HKV, G, GP, MOST, EXACT)
+    # All is loaded and merged before the mode is asked, which saves a trip to memory; a row that does not take part
+    # merges what is not its own, and drops it.
+    wanted = (mode >= DENSE) if EXACT else (mode == SAMPLED)
+    width, guard, start, residual = merge_head(
+        i_row, i_head, splits, wanted, epsilon, p_outs, p_scalars, p_params, p_out,
+        G, WIDTH, D, DP, SPLITS, SPLITS_P, TARGET, EXACT, TABLE, POINTS, PER_UNIT,
+    )  # fmt: skip
+    if wanted:
+        p_result = p_heads + (i_row * G + i_head) * 4
+        tl.store(p_result, width)
+        tl.store(p_result + 1, guard)
+        tl.store(p_result + 2, start)
+        tl.store(p_result + 3, residual)
+        tl.debug_barrier()
+        if tl.atomic_add(p_arrivals + i_row, 1, sem="acq_rel") == G - 1:
+            tl.store(p_arrivals + i_row, 0)
+            o_g = tl.arange(0, GP)
+            m_g = o_g < G
+            p_results = p_heads + (i_row * G + o_g) * 4
+            settle_group(
+                i_row, mode, known, epsilon,
+                tl.load(p_results, mask=m_g, other=0.0, cache_modifier=".cg"),
+                tl.load(p_results + 1, mask=m_g, other=-1e9, cache_modifier=".cg"),
+                tl.load(p_results + 2, mask=m_g, other=0.0, cache_modifier=".cg"),
+                tl.load(p_results + 3, mask=m_g, other=0.0, cache_modifier=".cg"),
+                p_mode, p_log_scale, p_params, p_state, p_state_rows, budget_edges, error_edges, p_stats,
+                p_counters,
+                sink, window, cap, last, at_context, at_read, at_outcome, at_budget, at_error,
+                HKV, G, GP, STATE, EXACT, TABLE, COUNTERS_P,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -186,7 +228,7 @@ def merge_splits(
 
 @triton.jit
 def merge_head(
-    i_row, g, splits, p_outs, p_scalars, p_params, p_out,
+    i_row, g, splits, wanted, epsilon, p_outs, p_scalars, p_params, p_out,
     G: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SPLITS: tl.constexpr,
     SPLITS_P: tl.constexpr, TARGET: tl.constexpr, EXACT: tl.constexpr, TABLE: tl.constexpr, POINTS: tl.constexpr,
     PER_UNIT: tl.constexpr,
@@ -199,7 +241,7 @@ def merge_head(
     top, f, masses, mass, out = merge_splits(i_row, g, parts, p_outs, p_scalars, WIDTH, DP, SPLITS, SPLITS_P)
     norm2 = tl.sum(out * out, 0)
     norm = tl.sqrt(norm2)
-    tl.store(p_out + (i_row * G + g) * D + o_d, out.to(p_out.dtype.element_ty), mask=o_d < D)
+    tl.store(p_out + (i_row * G + g) * D + o_d, out.to(p_out.dtype.element_ty), mask=(o_d < D) & wanted)
     width = norm * 0.0
     residual = norm * 0.0
     if not EXACT:
@@ -233,7 +275,6 @@ def merge_head(
     if TARGET == DENOMINATOR:
         size = size * 0.0 + 1.0
     log_mass = top * LN2 + tl.log(mass)
-    epsilon = tl.load(p_params)
     share = epsilon * size / GUARD
     if TARGET > NUMERATOR:
         share = 0.5 * share
@@ -245,15 +286,15 @@ def merge_head(
 
 @triton.jit
 def settle_group(
-    i_row, mode, known, widths, guards, starts, residuals, p_mode, p_log_scale, p_params, p_state, p_state_rows,
-    budget_edges, error_edges, p_stats, p_counters,
+    i_row, mode, known, epsilon, widths, guards, starts, residuals, p_mode, p_log_scale, p_params, p_state,
+    p_state_rows, budget_edges, error_edges, p_stats, p_counters,
     sink, window, cap, last, at_context, at_read, at_outcome, at_budget, at_error,
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, STATE: tl.constexpr, EXACT: tl.constexpr,
     TABLE: tl.constexpr, COUNTERS_P: tl.constexpr,
 ):  # fmt: skip
     """Send a group into another round, or close its step.
 
-    ``last`` is 0 in the first round, 1 before exact attention, 2 in the end.
+    ``last`` is what may follow: another draw, exact attention, or nothing.
 
     The next step's scale lies above what this one needed, never below the guard, and within the cap.
     """
@@ -261,7 +302,6 @@ def settle_group(
     low = tl.minimum(sink, n)
     total = tl.maximum(n - window, low) - low
     fixed_tokens = n - total
-    epsilon = tl.load(p_params)
     o_g = tl.arange(0, GP)
     m_g = o_g < G
     head = i_row * G + o_g
@@ -282,7 +322,7 @@ def settle_group(
         growth = tl.where(widths <= epsilon, 0.0, tl.minimum(needs + RETRY_AIM, MOST_GROWTH))
         growth = tl.maximum(growth, tl.where((used < guards - SLACK) & (budget < total), guards - used, 0.0))
         growth = tl.where(m_g, growth, 0.0)
-        if last < 2:
+        if last < LAST:
             again = (tl.max(growth, 0) > 0.0) & (limit > 0.02)
             tl.store(p_log_scale + head, tl.where(again, used + tl.minimum(growth, limit), used), mask=m_g)
         change = needs + AIM
@@ -297,12 +337,12 @@ def settle_group(
             starts = tl.minimum(starts, starts - certain + tl.log(tl.maximum(cap * total.to(tl.float32), 1.0)))
         following = tl.where(mode == EXHAUSTED, tl.maximum(used + AIM, guards), starts)
     if again:
-        if last == 1:
+        if last == MAY_READ_ALL:
             tl.store(p_mode + i_row, EXHAUSTED)
     else:
         close_group(
-            i_row, mode, widths, residuals, following + fixed, expected, limit, n, low, total, budget, read, p_mode,
-            p_params, p_state, p_state_rows, budget_edges, error_edges, p_stats, p_counters,
+            i_row, mode, epsilon, widths, residuals, following + fixed, expected, limit, n, low, total, budget, read,
+            p_mode, p_state, p_state_rows, budget_edges, error_edges, p_stats, p_counters,
             at_context, at_read, at_outcome, at_budget, at_error,
             HKV, G, GP, STATE, COUNTERS_P,
         )  # fmt: skip
@@ -310,14 +350,13 @@ def settle_group(
 
 @triton.jit
 def close_group(
-    i_row, mode, widths, residuals, following, expected, limit, n, low, total, budget, read, p_mode,
-    p_params, p_state, p_state_rows, budget_edges, error_edges, p_stats, p_counters,
+    i_row, mode, epsilon, widths, residuals, following, expected, limit, n, low, total, budget, read,
+    p_mode, p_state, p_state_rows, budget_edges, error_edges, p_stats, p_counters,
     at_context, at_read, at_outcome, at_budget, at_error,
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, STATE: tl.constexpr, COUNTERS_P: tl.constexpr,
 ):  # fmt: skip
     """Write statistics and counters, and what the next step starts from."""
     b, h = i_row // HKV, i_row % HKV
-    epsilon = tl.load(p_params)
     o_g = tl.arange(0, GP)
     m_g = o_g < G
     head = i_row * G + o_g

@@ -68,14 +68,14 @@ MOST_LISTS: Final = LISTS.value * MOST_SPLITS
 class Launch:
     """How kernels are launched; the figures behind the choices are in ``kernels/benchmarks/RESULTS.md``.
 
-    ``tail`` are the rounds after the first: so many programs, and about so many splits of the rows that are open.
+    ``tail`` are the rounds after the first: about so many splits of the rows that are open. ``retry_programs`` are how
+    many of theirs run at once on a multiprocessor.
     ``overlap`` is off only to time or compare launches one by one, see `launches_overlap`.
     """
 
     programs: int = 1024
     overlap: bool = True
-    tail_programs: int = 264
-    combine_programs: int = 132
+    retry_programs: int = 2
     tail_items: int = 1024
     prepare_warps: int = 4
     prepare_block: int = 32
@@ -86,6 +86,7 @@ class Launch:
     exact_block: int = 128
     exact_warps: int = 8
     exact_stages: int = 3
+    exact_registers: int = 128
 
 
 LAUNCH: Final = Launch()
@@ -106,6 +107,11 @@ def select_registers(group: int, words: int) -> int | None:
 def attend_registers(width: int, head_dim: int) -> int | None:
     """Registers a thread of ``attend``: three programs a multiprocessor, while the output's tile fits them."""
     return LAUNCH.attend_registers if width * head_dim <= 16 * 128 else None
+
+
+def exact_programs(width: int, head_dim: int) -> tuple[int, int | None]:
+    """Programs of ``attend_exact`` that run at once on a multiprocessor, and registers a thread that allow it."""
+    return (2, LAUNCH.exact_registers) if width * head_dim <= 16 * 128 else (1, None)
 
 
 def one_warp_attends(dtype: torch.dtype, head_dim: int, group: int) -> bool:
@@ -150,6 +156,12 @@ def tail_splits_of(rows: int, max_len: int) -> int:
     return max(1 << max(0, wanted.bit_length() - 1), LEAST_SPLITS)
 
 
+@functools.cache
+def programs_at_once(device: torch.device, each: int) -> int:
+    """Programs that run at once on a GPU, ``each`` a multiprocessor; an interpreter runs one after the other."""
+    return each * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
 @dataclass
 class Workspace:
     """Buffers of one device, reused by every layer.
@@ -175,6 +187,8 @@ class Workspace:
         int32 ``[rows]``, heads of a row that are done; 0 between launches.
     used : torch.Tensor
         int32 ``[1]``, splits a row in the round that is under way, after the first.
+    barrier : torch.Tensor
+        int32 ``[2]``, see `vattn_kernels.triton.rounds.await_all`; the first is 0 between launches.
     counts, reads : torch.Tensor
         int32 and float32 ``[rows, MOST_LISTS]``, tokens selected and their expected number, by list.
     outs, scalars : torch.Tensor
@@ -193,6 +207,7 @@ class Workspace:
     heads: torch.Tensor
     arrivals: torch.Tensor
     used: torch.Tensor
+    barrier: torch.Tensor
     counts: torch.Tensor
     reads: torch.Tensor
     outs: torch.Tensor
@@ -269,7 +284,8 @@ def workspace(
         empty(heads, 4),
         torch.zeros(rows, dtype=torch.int32, device=device),
         empty(1, dtype=torch.int32),
-        empty(rows, MOST_LISTS, dtype=torch.int32),
+        torch.zeros(2, dtype=torch.int32, device=device),
+        torch.zeros(rows, MOST_LISTS, dtype=torch.int32, device=device),
         empty(rows, MOST_LISTS),
         empty(splits, width, dim),
         empty(splits, NUM_SCALARS.value, width),
@@ -290,20 +306,3 @@ def await_last(DEPENDENT: tl.constexpr):
     """Wait for the end of the launch ahead, and so of all before; what they store may be loaded from here on."""
     if DEPENDENT:
         gdc_wait()
-
-
-@triton.jit
-def rows_in_mode(p_mode, rows, least: tl.constexpr, most: tl.constexpr, ROWS_P: tl.constexpr):
-    """Number of rows whose mode lies in ``[least, most]``: a launch that finds none ends after one load."""
-    o_r = tl.arange(0, ROWS_P)
-    modes = tl.load(p_mode + o_r, mask=o_r < rows, other=0)
-    return tl.sum(((modes >= least) & (modes <= most)).to(tl.int32), 0)
-
-
-@triton.jit
-def splits_for(open_rows, items, SPLITS: tl.constexpr, LEAST: tl.constexpr):
-    """Splits of each open row: a power of two up to ``SPLITS`` that makes about ``items`` of them."""
-    used = open_rows * 0 + SPLITS
-    for _ in tl.static_range(6):
-        used = tl.where((used > LEAST) & (used * open_rows > items), used // 2, used)
-    return used

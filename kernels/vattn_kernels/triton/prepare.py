@@ -17,6 +17,7 @@ from vattn_kernels.triton.layout import (
     STATE_READS,
     STATE_SCALE,
     UNIT,
+    await_last,
     begin_next,
 )
 
@@ -35,6 +36,8 @@ def prepare_fwd_kernel(
     SELECTOR: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Two programs a row, because neither half waits for the other: the fixed set with the mode, and the query."""
+    # What comes next loads before it waits what a step only reads, and what is not ours may still write it.
+    await_last(DEPENDENT)
     begin_next(DEPENDENT)
     i_row = tl.program_id(0) // 2
     b, h = i_row // HKV, i_row % HKV

@@ -198,8 +198,7 @@ def select_lists_fwd_kernel(
 
     # All above is loaded while `prepare` still runs, which does not write it.
     await_last(DEPENDENT)
-    if gl.load(p_mode + i_row) != SAMPLED:
-        return
+    mode = gl.load(p_mode + i_row)
     p_own = p_scale + i_row * NUM_SCALES
     unit, coding, least = gl.load(p_own + UNIT), gl.load(p_own + CODING), gl.load(p_own + FLOOR)
     unit2 = unit * LOG2E
@@ -221,6 +220,9 @@ def select_lists_fwd_kernel(
                     mask=(head < G) & (row % 4 == quarter), other=0,
                 )  # fmt: skip
                 queries = queries + (query,)
+    # Asked only now, so that all of the query is on its way with the mode.
+    if mode != SAMPLED:
+        return
     is_upper = lane >= RUN // 2
     twin = lane ^ (RUN // 2)
     # The lane that holds this lane's score once the halves of the warp have exchanged heads.

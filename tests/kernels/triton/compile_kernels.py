@@ -20,12 +20,13 @@ from triton.experimental.gluon._runtime import GluonASTSource
 
 from vattn_kernels.ops import SELECTORS
 from vattn_kernels.triton import layout
-from vattn_kernels.triton.attend import attend_exact_fwd_kernel, attend_fwd_kernel, retry_fwd_kernel
+from vattn_kernels.triton.attend import attend_fwd_kernel
 from vattn_kernels.triton.attend_gluon import attend_lists_fwd_kernel
 from vattn_kernels.triton.audit import audit_fwd_kernel, choose_fwd_kernel
 from vattn_kernels.triton.combine import combine_fwd_kernel
 from vattn_kernels.triton.pages import bound_pages_fwd_kernel, mark_slots_fwd_kernel
 from vattn_kernels.triton.prepare import prepare_fwd_kernel
+from vattn_kernels.triton.rounds import attend_exact_fwd_kernel, retry_fwd_kernel
 from vattn_kernels.triton.select import select_fwd_kernel
 from vattn_kernels.triton.select_gluon import select_lists_fwd_kernel
 from vattn_kernels.triton.signature import sign_keys_fwd_kernel, sign_queries_fwd_kernel
@@ -39,7 +40,7 @@ CACHE = {"p_q", "p_k", "p_v", "p_out", "p_bounds"}
 TYPES = {
     "p_kv_indices": "i32", "p_seq_lens": "i64", "p_fields": "i32", "p_covered": "i32", "p_state_rows": "i64",
     "p_mode": "i32", "p_valid": "u8", "p_norms": "u8", "p_slots": "i32", "p_counts": "i32", "p_counters": "fp64",
-    "p_nets": "fp32", "p_new": "i64", "p_arrivals": "i32", "p_used": "i32", "p_pools": "i64",
+    "p_nets": "fp32", "p_new": "i64", "p_arrivals": "i32", "p_used": "i32", "p_barrier": "i32", "p_pools": "i64",
 }  # fmt: skip
 
 
@@ -72,10 +73,10 @@ def shapes(arch: int, dtype: str, head_dim: int, group: int, words: int):
         yield attend_lists_fwd_kernel, 1, merge
     else:
         yield attend_fwd_kernel, warps, merge | attend
-    yield combine_fwd_kernel, 1, merge | few | {"EXACT": False, "FIRST": True}
-    yield retry_fwd_kernel, warps, merge | sketch | attend | few
+    yield combine_fwd_kernel, 1, merge
+    yield retry_fwd_kernel, warps, merge | sketch | attend | few | {"CAPPED": False}
     yield attend_exact_fwd_kernel, launch.exact_warps, merge | few | {
-        "BN": launch.exact_block, "STAGES": launch.exact_stages
+        "BN": launch.exact_block, "STAGES": launch.exact_stages, "MERGE": True
     }  # fmt: skip
     yield choose_fwd_kernel, 1, common | {"STATS": 6}
     yield audit_fwd_kernel, 4, merge | few | {"AUDIT_EDGES": 10, "AUDIT_EDGES_P": 16}
@@ -117,6 +118,8 @@ def registers(kernel, constants: dict) -> int | None:
     """The limit that a launch sets."""
     if kernel is select_lists_fwd_kernel:
         return layout.select_registers(constants["G"], constants["WORDS"])
+    if kernel is attend_exact_fwd_kernel:
+        return layout.exact_programs(constants["WIDTH"], constants["DP"])[1]
     if kernel is attend_fwd_kernel:
         return layout.attend_registers(constants["WIDTH"], constants["DP"])
     return None

@@ -78,7 +78,6 @@ class Step(DecodeCase):
 @pytest.fixture(autouse=True)
 def few_programs(monkeypatch):
     monkeypatch.setattr(layout.LAUNCH, "programs", 8)
-    monkeypatch.setattr(layout.LAUNCH, "tail_programs", 3)
     monkeypatch.setattr(layout.LAUNCH, "tail_items", 6)
 
 

@@ -19,7 +19,7 @@ MAIN = {"dtype": "bf16", "head_dim": 128, "group": 4, "words": 2}
 MOST_REGISTERS = {
     "prepare_fwd_kernel": 200, "select_fwd_kernel": 255, "select_lists_fwd_kernel": 80, "attend_fwd_kernel": 168,
     "attend_lists_fwd_kernel": 168, "combine_fwd_kernel": 160,
-    "retry_fwd_kernel": 255, "attend_exact_fwd_kernel": 168, "choose_fwd_kernel": 64, "audit_fwd_kernel": 168,
+    "retry_fwd_kernel": 255, "attend_exact_fwd_kernel": 128, "choose_fwd_kernel": 64, "audit_fwd_kernel": 168,
     "update_fwd_kernel": 255, "mark_slots_fwd_kernel": 64, "bound_pages_fwd_kernel": 64,
     "sign_queries_fwd_kernel": 255, "sign_keys_fwd_kernel": 255,
 }  # fmt: skip
