@@ -119,9 +119,9 @@ class Settings(BaseModel):
     pilot, pilot_min : float, int
         First sample, as a share of the range, and its least size in tokens.
     cap : float
-        Largest share of the range that a sample may read; a budget it cuts is not certified, and selectors `quest`,
-        `sign` and `hash` serve it shrunk (`vattn_kernels.reference.estimate.shrunk`), `quest` and `hash` after
-        reading the best scores first (`vattn_kernels.reference.proportional.ranked`).
+        Largest share of the range that a sample may read; a budget it cuts is not certified, and on a CPU selectors
+        `quest`, `sign` and `hash` serve it shrunk (`vattn_kernels.reference.estimate.shrunk`), `quest` and `hash` after
+        reading the best scores first (`vattn_kernels.reference.proportional.ranked`). A GPU does neither.
     dense_below : int
         Contexts shorter than this are served densely.
     hash_weights : str or None

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
+from vattn_kernels.pages import PAGE
 from vattn_kernels.quantiles import TARGETS
+from vattn_kernels.signature import MAX_BITS, MAX_LAYERS, MAX_WIDTH, WORD_BITS
 
 SAMPLERS = ("proportional", "uniform")
 GROUP_SCORES = ("max", "mean")
 MAX_GROUP = 16
 # Of a cache that GPU kernels read beside queries of two bytes.
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
+# Side-data arguments of ``decode``, and those that each selector cannot do without.
+SIDE = ("codes", "norms", "valid", "mean", "query_basis", "steps", "fields")
+NEEDED = dict.fromkeys(("sketch", "sign", "hash"), SIDE) | {
+    "oracle": (),
+    "quest": ("codes", "norms", "valid", "mean", "steps"),
+}
 
 
 def require(condition: bool, message: str, *values: object) -> None:
@@ -70,3 +80,42 @@ def check_decode(
     )
     require(seq_lens.dtype in (torch.int32, torch.int64), "seq_lens must be int32 or int64, got {}", seq_lens.dtype)
     require(target in TARGETS, "target {!r} is unknown, expected one of {}", target, TARGETS)
+
+
+def needed_side(selector: str, given: tuple[Tensor | None, ...]) -> dict[str, Tensor]:
+    """The side-data arguments that a selector reads, by name; refuses a call that lacks one."""
+    named = dict(zip(SIDE, given, strict=True))
+    side = {name: tensor for name in NEEDED[selector] if (tensor := named[name]) is not None}
+    missing = [name for name in NEEDED[selector] if name not in side]
+    require(not missing, "selector {!r} needs side data, got no {}", selector, ", ".join(missing))
+    return side
+
+
+def check_bounds(bounds: Tensor, k_cache: Tensor) -> None:
+    """Refuse page bounds of another dtype than a cache's, or of too few pages."""
+    require(bounds.dtype == k_cache.dtype, "page bounds are {}, the KV cache {}", bounds.dtype, k_cache.dtype)
+    pages, slots = bounds.shape[0], k_cache.shape[0]
+    require(pages * PAGE >= slots, "{} pages do not cover {} slots", pages, slots)
+
+
+def check_nets(nets: Tensor, widths: Tensor, head_dim: int) -> list[int]:
+    """Widths of nets from head_dim to the bits of a signature; refuses nets that do not fit them."""
+    sizes: list[int] = widths.tolist()
+    parameters = sum((inner + 1) * outer for inner, outer in itertools.pairwise(sizes))
+    require(2 <= len(sizes) <= MAX_LAYERS + 1, "{} layers of a net: 1 to {} are supported", len(sizes) - 1, MAX_LAYERS)
+    require(max(sizes) <= MAX_WIDTH, "a net of width {} is above {}", max(sizes), MAX_WIDTH)
+    require(sizes[0] == head_dim, "nets take {} inputs, keys have {}", sizes[0], head_dim)
+    fits = sizes[-1] % WORD_BITS == 0 and sizes[-1] <= MAX_BITS
+    require(fits, "{} bits: multiples of 32 up to {}", sizes[-1], MAX_BITS)
+    require(nets.shape[1] == parameters, "nets have {} parameters, widths {} need {}", nets.shape[1], sizes, parameters)
+    require(nets.dtype == torch.float32 and nets.is_contiguous(), "nets must be contiguous float32")
+    return sizes
+
+
+def check_signatures(nets: Tensor, bits: int, codes: Tensor, num_kv_heads: int) -> None:
+    """Refuse signatures of another size than the nets of keys give."""
+    require(
+        nets.shape[0] % num_kv_heads == 0 and codes.shape[-1] * WORD_BITS * num_kv_heads == nets.shape[0] * bits,
+        "{} nets of {} bits do not fill {} words of {} KV heads",
+        *(nets.shape[0], bits, codes.shape[-1], num_kv_heads),
+    )

@@ -104,15 +104,15 @@ def decode(
         int32 or int64 ``[batch]``, tokens in each cache, the current one included; 0 is a padded row.
     codes : torch.Tensor, optional
         int32 ``[num_slots, num_kv_heads, words]`` sketch or signature of every slot's key, contiguous on a CPU; on a
-        GPU one head's slots lie side by side, ``norms`` likewise; ``quest``: page bounds of
+        GPU one head's rows lie side by side, ``norms`` likewise; ``quest``: page bounds of
         k_cache's dtype ``[num_pages, num_kv_heads, 2, head_dim]``, see `encode_pages`. ``oracle`` ignores the seven
         side-data arguments, ``quest`` uses neither query_basis nor fields, the other selectors need all.
     norms : torch.Tensor, optional
         uint8 ``[num_slots, num_kv_heads, norms]``, each ``2^((byte - 128) / 8)``: coding error and norm of v
         (``sketch``), norm of v (``quest``), norm of the key less the mean (``sign``, ``hash``).
     valid : torch.Tensor, optional
-        uint8 ``[num_slots]``; a token whose byte is 0 has no usable side data and is read for certain. A GPU reads an
-        error byte of `vattn_kernels.sketch.UNUSABLE` instead.
+        uint8 ``[num_slots]``; a token whose byte is 0 has no usable side data and is read for certain. For ``sketch``
+        a GPU reads an error byte of `vattn_kernels.sketch.UNUSABLE` instead.
     mean : torch.Tensor, optional
         float32 ``[num_kv_heads, head_dim]`` mean key.
     query_basis : torch.Tensor, optional
@@ -121,7 +121,8 @@ def decode(
     steps : torch.Tensor, optional
         ``sketch``: as in `vattn_kernels.sketch.SketchTables`. Others: line of `vattn_kernels.line.LineTables`.
     fields : torch.Tensor, optional
-        ``sketch``: as in `vattn_kernels.sketch.SketchTables`. ``sign``, ``hash``: int32 widths of the nets.
+        ``sketch``: as in `vattn_kernels.sketch.SketchTables`. ``sign``, ``hash``: int32 widths of the nets, always on
+        a CPU, for they shape launches.
     params : torch.Tensor
         float32 ``[PARAMS_WIDTH]``, see `vattn_kernels.params`.
     covered : torch.Tensor
@@ -200,7 +201,7 @@ def encode(
     Parameters
     ----------
     k_cache, v_cache : torch.Tensor
-        As in `decode`.
+        ``[num_slots, num_kv_heads, head_dim]``, of a dtype that the device's `decode` reads.
     slots : torch.Tensor
         int64 ``[num_new]`` slots to encode.
     mean, key_basis, steps, fields : torch.Tensor
@@ -277,7 +278,7 @@ def encode_signature(
     Parameters
     ----------
     k_cache : torch.Tensor
-        ``[num_slots, num_kv_heads, head_dim]``, float32 or bfloat16.
+        ``[num_slots, num_kv_heads, head_dim]``, of a dtype that the device's `decode` reads.
     slots : torch.Tensor
         int64 ``[num_new]`` slots to encode.
     mean : torch.Tensor
@@ -286,7 +287,7 @@ def encode_signature(
         float32 ``[num_kv_heads or num_qo_heads, parameters]`` from `vattn_kernels.signature.pack`; one net per query
         head gives every query head its own signature of the key.
     widths : torch.Tensor
-        int32 ``[layers + 1]``.
+        int32 ``[layers + 1]``, on a CPU whatever the device.
     codes, norms, valid : torch.Tensor
         Side data as in `decode`; the given slots are overwritten.
     centred : bool
@@ -316,7 +317,7 @@ def encode_pages(
     Parameters
     ----------
     k_cache, v_cache : torch.Tensor
-        ``[num_slots, num_kv_heads, head_dim]``, float32 or bfloat16.
+        ``[num_slots, num_kv_heads, head_dim]``, of a dtype that the device's `decode` reads.
     slots : torch.Tensor
         int64 ``[num_new]`` slots to encode.
     bounds : torch.Tensor
@@ -342,6 +343,8 @@ _LIBRARY.impl("encode_pages", cpu.encode_pages, "CPU")
 _LIBRARY.impl("decode", lambda *args, **kwargs: _gpu().decode(*args, **kwargs), "CUDA")
 _LIBRARY.impl("encode", lambda *args, **kwargs: _gpu().encode(*args, **kwargs), "CUDA")
 _LIBRARY.impl("encode_layers", lambda *args, **kwargs: _gpu().encode_layers(*args, **kwargs), "CUDA")
+_LIBRARY.impl("encode_signature", lambda *args: _gpu().encode_signature(*args), "CUDA")
+_LIBRARY.impl("encode_pages", lambda *args: _gpu().encode_pages(*args), "CUDA")
 
 
 @torch.library.register_fake("vattn::decode", lib=_LIBRARY)

@@ -22,7 +22,7 @@ TARGETS = tuple(BOUNDS_OF_TARGET)
 PROVABLE_SELECTORS = ("sketch", "oracle", "quest")
 # Selectors whose scores are off by more than the norms of values differ. The tokens that matter most have short values,
 # so a norm would push them down; and what a cap leaves uncertified is too noisy to serve unshrunk (RESULTS.md of the
-# benchmarks).
+# benchmarks), which only a CPU does for now.
 COARSE_SELECTORS = ("quest", "sign", "hash")
 # Those whose scores rank tokens better than they weigh them, so that a cap gives most of its reads to the best.
 RANKING_SELECTORS = ("quest", "hash")

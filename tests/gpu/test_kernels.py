@@ -10,6 +10,7 @@ from decode_case import OFFSETS, DecodeCase
 from scipy import stats as statistics
 
 from vattn_kernels import ops, params
+from vattn_kernels.reference import rng
 from vattn_kernels.triton import layout
 
 pytestmark = pytest.mark.gpu
@@ -31,7 +32,7 @@ FP8_SHAPES = [
 
 
 def by_head(side):
-    return side.cuda().transpose(0, 1).contiguous().transpose(0, 1)
+    return None if side is None else side.cuda().transpose(0, 1).contiguous().transpose(0, 1)
 
 
 class GpuCase(DecodeCase):
@@ -44,8 +45,12 @@ class GpuCase(DecodeCase):
         self.dtype = wanted
         for name in ("q", "k_cache", "v_cache"):
             setattr(self, name, getattr(self, name).to(wanted))
-        codes, norms, *tables = self.side
-        self.side = (by_head(codes), by_head(norms), *(t.cuda() for t in tables))
+        codes, norms, *tables, fields = self.side
+        if self.step["selector"] == "quest":
+            codes = codes.to(wanted)
+        if self.step["selector"] == "sketch":
+            fields = fields.cuda()
+        self.side = (by_head(codes), by_head(norms), *(None if t is None else t.cuda() for t in tables), fields)
         for name in ("q", "k_cache", "v_cache", "kv_indices", "seq_lens"):
             setattr(self, name, getattr(self, name).cuda())
         self.state = torch.zeros(self.batch, self.num_qo_heads, ops.STATE_WIDTH, device="cuda")
@@ -62,6 +67,12 @@ class GpuCase(DecodeCase):
         # Outputs are poisoned with NaN by the parent.
         return tuple(a.cuda() if torch.is_tensor(a) else a for a in super().arguments())
 
+    def learnt(self, log_scale):
+        """Set what the last step learnt, relative to the log-sum-exp of the fixed set."""
+        self.state[..., layout.STATE_SCALE.value] = log_scale
+        self.state[..., layout.STATE_CONTEXT.value] = self.context - 1
+        self.state[..., layout.STATE_READS.value] = 100.0
+
     def run(self, **settings):
         arguments = self.arguments()
         ops.decode(*arguments, **(self.step | settings), state=self.state, state_rows=self.state_rows)
@@ -70,7 +81,8 @@ class GpuCase(DecodeCase):
     def lists(self):
         """Which slots every row's last round listed, and their inclusion probabilities, 0 elsewhere."""
         rows, max_len = self.batch * self.num_kv_heads, self.kv_indices.shape[1]
-        work = layout.workspace(self.q.device, self.batch, max_len, self.num_qo_heads, self.num_kv_heads, self.head_dim)
+        padded_dim = 1 << (self.head_dim - 1).bit_length()
+        work = layout.workspace(self.q.device, self.batch, max_len, self.num_qo_heads, self.num_kv_heads, padded_dim)
         splits, lists = layout.splits_of(rows), layout.LISTS.value
         pi = torch.zeros(rows, self.k_cache.shape[0], device="cuda")
         of_row = layout.capacity(rows, max_len)
@@ -305,6 +317,105 @@ def test_launches_that_overlap_change_no_bit(heads, monkeypatch):
         assert all(torch.equal(a, b) for a, b in zip(ours[:2], theirs[:2], strict=True))
 
 
+OTHERS = pytest.mark.parametrize("selector", ops.SELECTORS[1:])
+
+
+@OTHERS
+@pytest.mark.parametrize("shape", SHAPES[2:], ids=lambda s: "B{}-N{}-H{}-K{}-D{}-{}".format(*s))
+def test_other_selectors_are_exact_at_first_and_hold_epsilon_later(selector, shape):
+    c = case(*shape, epsilon=0.1, settings={"selector": selector})
+    out, _, _ = c.run()
+    assert c.errors(out).max() < ROUNDING
+    for _ in range(6):
+        out, stats, _ = c.run()
+    assert torch.isfinite(out).all() and (stats[..., 2] <= 0.1).all()
+    # Weak scores use delta up, so single heads miss epsilon, by little.
+    assert c.errors(out).max() < 0.2
+
+
+@OTHERS
+@pytest.mark.parametrize("bits", [32, 64, 128])
+@pytest.mark.parametrize(
+    ("heads", "head_dim"), [((4, 4), 64), ((3, 1), 128), ((8, 2), 96), ((5, 1), 64), ((16, 1), 256)], ids=str
+)
+def test_other_selectors_draw_by_the_score_of_the_reference(selector, heads, head_dim, bits):
+    if bits != 64 and selector not in ("sign", "hash"):
+        pytest.skip("no signatures")
+    c = case(2, 3001, *heads, head_dim, bits=bits, epsilon=0.9, settings={"selector": selector})
+    if selector != "oracle":
+        unusable = c.kv_indices[:, 1000:1100].long()
+        c.side[2][unusable] = 0
+    log_scale, group = 2.0 if selector == "oracle" else 4.0, heads[0] // heads[1]
+    c.learnt(log_scale)
+    c.run()
+    drawn = c.lists()[1].double().cpu()
+    for request in range(c.batch):
+        slots = c.kv_indices[request].long()
+        inner = slots[c.step["sink"] : c.context - c.step["window"]]
+        fixed = torch.cat([slots[: c.step["sink"]], slots[c.context - c.step["window"] :]])
+        for head in range(heads[1]):
+            q = c.q[request, head * group : (head + 1) * group].double()
+            mass = (c.step["sm_scale"] * q @ c.k_cache[fixed, head].double().T).logsumexp(1, keepdim=True).cpu()
+            where = inner if selector == "oracle" else inner.cpu()
+            score = (c.estimated(request, head, where) + log_scale - mass).amax(0).exp()
+            if selector == "oracle":
+                score *= c.v_cache[inner, head].double().norm(dim=-1).cpu()
+            pi = (score + c.step["floor"] * 100.0 / inner.numel()).clamp(max=1)
+            if selector != "oracle":
+                pi[c.side[2][inner].cpu() == 0] = 1
+            key = rng.stream_key(c.step["seed"], c.step["layer_id"], head, c.context)
+            u = rng.uniform(torch.arange(c.step["sink"], c.context - c.step["window"]), key)
+            own = drawn[request * heads[1] + head, inner.cpu()]
+            assert 0 < (own > 0).sum() < inner.numel()
+            assert (own / pi)[own > 0].log().abs().max() < 0.02
+            assert (own > 0)[(u < 0.98 * pi) | (pi >= 1)].all() and not (own > 0)[u > 1.02 * pi].any()
+
+
+@pytest.mark.parametrize("selector", ["sign", "hash", "quest"])
+@pytest.mark.parametrize("head_dim", [64, 96, 256])
+def test_side_data_of_other_selectors_are_the_cpus(selector, head_dim):
+    c = case(1, 1003, 6, 2, head_dim, bits=128, settings={"selector": selector})
+    slots = torch.randperm(c.k_cache.shape[0], device="cuda")[:701]
+    slots = torch.cat([slots, slots[:5]])
+    ours = [torch.zeros_like(t) for t in c.side[:3]]
+    if selector == "quest":
+        truth = [torch.zeros_like(t) for t in c.encode_arguments[3:]]
+        ops.encode_pages(*c.encode_arguments[:2], slots.cpu(), *truth)
+        ops.encode_pages(c.k_cache, c.v_cache, slots, *ours)
+    else:
+        k, _, mean, nets, widths, *side, centred = c.encode_arguments
+        truth = [torch.zeros_like(t) for t in side]
+        ops.encode_signature(k, slots.cpu(), mean, nets, widths, *truth, centred)
+        ops.encode_signature(c.k_cache, slots, mean.cuda(), nets.cuda(), widths, *ours, centred)
+    for a, b in zip(truth, ours, strict=True):
+        # A sign near zero may turn, and a norm between two levels round the other way.
+        assert (a != b.cpu()).double().mean() < (0.02 if a.dtype != torch.bfloat16 else 1e-9)
+
+
+@OTHERS
+def test_other_selectors_in_a_graph_repeat_what_they_did(selector):
+    c = case(2, 3000, 8, 2, 128, epsilon=0.2, settings={"selector": selector})
+    arguments = c.arguments()
+    out, stats = arguments[-4:-2]
+
+    def step():
+        ops.decode(*arguments, **c.step, state=c.state, state_rows=c.state_rows)
+
+    ops.reserve(torch.device("cuda", torch.cuda.current_device()), 2, 3000, 8, 2, 128)
+    for _ in range(3):
+        step()
+    before = c.state.clone()
+    step()
+    expected = out.clone(), stats.clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    c.state.copy_(before)
+    graph.replay()
+    assert torch.equal(out, expected[0]) and torch.equal(stats, expected[1])
+    assert 0 < float(stats[..., 0].mean()) < 1
+
+
 def test_a_graph_takes_a_new_epsilon_between_replays():
     c = case(2, 4000, 8, 2, 128)
     arguments = c.arguments()
@@ -331,8 +442,9 @@ def test_a_graph_takes_a_new_epsilon_between_replays():
     assert density[1] < 0.8 * density[0]
 
 
-def test_opcheck():
-    c = case(2, 700, 4, 2, 64)
+@pytest.mark.parametrize("selector", ops.SELECTORS)
+def test_opcheck(selector):
+    c = case(2, 700, 4, 2, 64, settings={"selector": selector})
     torch.library.opcheck(
         torch.ops.vattn.decode, c.arguments(), c.step | {"state": c.state, "state_rows": c.state_rows}
     )

@@ -1,10 +1,12 @@
-"""The sketch's side data on a GPU: layout, and indexing inside a CUDA graph that is older than the calibration."""
+"""Side data on a GPU: layout, and indexing inside a CUDA graph that is older than the calibration."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
+from vattn_kernels import pages
+from vattn_kernels.sketch import UNUSABLE
 from vattn_sgl.config import Settings
 from vattn_sgl.selectors import REGISTRY, CacheGeometry
 
@@ -34,12 +36,26 @@ def pool():
     return Pool()
 
 
-@pytest.fixture
-def selector(tmp_path, monkeypatch):
+def hash_weights(path):
+    """A file of nets of two layers, in the format of HashAttention's authors."""
+    shapes = (HEAD_DIM, 48), (48, 64)
+    net = {
+        f"{side}_{kind}": [torch.randn(QO_HEADS, *(s if kind == "matrix" else s[1:])) for s in shapes]
+        for side in ("query", "key")
+        for kind in ("matrix", "bias")
+    }
+    torch.save(dict.fromkeys(range(LAYERS), net), path)
+    return str(path)
+
+
+@pytest.fixture(params=["sketch", "quest", "sign", "hash"])
+def selector(request, tmp_path, monkeypatch):
     monkeypatch.setenv("VATTN_CACHE", str(tmp_path))
+    weights = hash_weights(tmp_path / "weights.pt") if request.param == "hash" else None
+    settings = Settings(calibration_tokens=512, hash_weights=weights, selector=request.param)
     device = torch.device("cuda")
     geometry = CacheGeometry(LAYERS, SLOTS, KV_HEADS, HEAD_DIM, device, torch.bfloat16, num_qo_heads=QO_HEADS)
-    return REGISTRY["sketch"](Settings(calibration_tokens=512), geometry, range(LAYERS), "model")
+    return REGISTRY[request.param](settings, geometry, range(LAYERS), "model")
 
 
 def queries(count):
@@ -54,7 +70,8 @@ def write(selector, pool, q, slots, positions):
 def test_rows_of_a_head_stand_side_by_side(selector):
     for name in ("codes", "norms"):
         side = selector.side[name]
-        assert side.shape[:3] == (LAYERS, SLOTS, KV_HEADS)
+        slots = pages.PAGE if (selector.name, name) == ("quest", "codes") else 1
+        assert side.shape[:3] == (LAYERS, SLOTS // slots, KV_HEADS)
         assert side.transpose(1, 2).is_contiguous()
     assert selector.valid.is_contiguous()
 
@@ -82,11 +99,19 @@ def test_a_graph_older_than_the_calibration_indexes_by_it(selector, pool):
     positions.fill_(PROMPT)
     graph.replay()
     assert selector.valid[:, new].all() and (selector.positions[new] == PROMPT).all()
-    replayed = {name: side[:, new].clone() for name, side in selector.side.items()}
+    rows = {name: new // pages.PAGE if selector.name == "quest" and name == "codes" else new for name in selector.side}
+    replayed = {name: side[:, rows[name]].clone() for name, side in selector.side.items()}
     assert replayed["codes"].unique().numel() > BATCH
-    for side in selector.side.values():
-        side[:, new] = 0
+    for name, side in selector.side.items():
+        side[:, rows[name]] = 0
     for layer in range(LAYERS):
         selector.encode(layer, *pool.get_kv_buffer(layer), new)
     for name, side in selector.side.items():
-        assert torch.equal(side[:, new], replayed[name])
+        assert torch.equal(side[:, rows[name]], replayed[name])
+
+
+def test_what_somebody_else_wrote_is_read_for_certain(selector, pool):
+    selector.invalidate(torch.tensor([7, 9], device="cuda"))
+    if selector.name == "sketch":
+        assert (selector.norms[:, [7, 9], :, 0] == UNUSABLE).all()
+    assert not selector.valid[:, [7, 9]].any()

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 
 from vattn_kernels import line, ops, pages, params, quantiles, signature, sketch
+from vattn_kernels.reference import quest as reference_quest
+from vattn_kernels.reference import signature as reference_signature
 
 EDGES = torch.tensor([0.01, 0.05, 0.1])
 BUDGET_EDGES = torch.tensor([64.0, 256.0, 1024.0])
@@ -171,6 +173,19 @@ class DecodeCase:
         self.encode_arguments += (tables.steps[0], tables.fields[0], codes, norms, valid)
         ops.encode(*self.encode_arguments)
         return codes, norms, valid, tables.mean[0], tables.query_basis[0], tables.steps[0], tables.fields[0]
+
+    def estimated(self, request: int, head: int, slots: torch.Tensor) -> torch.Tensor:
+        """Logits that the reference estimates of a KV head's slots, selectors other than ``sketch``."""
+        group = self.num_qo_heads // self.num_kv_heads
+        rows, scale = slice(head * group, (head + 1) * group), self.step["sm_scale"]
+        q = self.q[request, rows].double().cpu()
+        if self.step["selector"] == "oracle":
+            return scale * q @ self.k_cache[slots, head].double().cpu().T
+        codes, norms, _, mean, nets, weights, widths = (None if t is None else t.cpu() for t in self.side)
+        if self.step["selector"] == "quest":
+            return reference_quest.logits(q, codes[slots // pages.PAGE, head], mean[head], weights[head], scale)
+        side = codes[slots, head], norms[slots, head], mean[head], nets[rows], weights[head], widths
+        return reference_signature.logits(q, *side, self.step["selector"] == "sign", scale)
 
     def arguments(self) -> tuple[Any, ...]:
         """Positional arguments with fresh, NaN-poisoned outputs."""

@@ -37,7 +37,6 @@ ARGUMENTS = [
     ({"enable_pdmux": True}, "--enable-pdmux"),
 ]
 GPU_SETTINGS = [
-    ({"selector": "quest"}, "set selector to sketch"),
     ({"sampler": "uniform"}, "set sampler to proportional"),
     ({"bound": "bernstein"}, "leave bound at null"),
     ({"group_score": "mean"}, "set group_score to max"),
@@ -120,8 +119,9 @@ def test_a_plain_server_is_served_on_a_gpu(monkeypatch):
     graphs = SimpleNamespace(prefill=SimpleNamespace(backend="breakable"))
     args = SimpleNamespace(device="cuda", dp_size=2, page_size=16, cuda_graph_config=graphs)
     assert list(support.argument_reasons(args)) == []
-    for selector in support.GPU_SELECTORS:
-        assert list(support.gpu_reasons(args, Settings(selector=selector))) == []
+    for selector in ops.SELECTORS:
+        settings = Settings(hash_weights="weights.pt" if selector == "hash" else None, selector=selector)
+        assert list(support.gpu_reasons(args, settings)) == []
     for name in ("fp8_e4m3", "fp8_e5m2"):
         args.kv_cache_dtype = name
         assert list(support.argument_reasons(args)) == []
@@ -154,6 +154,9 @@ def test_dtypes_on_a_gpu():
     assert list(support.gpu_pool_reasons(pool, (8, 9))) == []
     (reason,) = support.gpu_pool_reasons(pool, (8, 6))
     assert "takes compute capability 8.9, not 8.6; use --kv-cache-dtype fp8_e5m2" in reason
+    for selector in set(ops.SELECTORS) - {"sketch"}:
+        (reason,) = support.gpu_pool_reasons(pool, (9, 0), selector)
+        assert f"selector {selector}: it reads no KV cache of" in reason and "set selector to sketch" in reason
 
 
 def test_dtypes_on_a_cpu():

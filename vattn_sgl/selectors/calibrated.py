@@ -64,7 +64,8 @@ class CalibratedSelector:
         self._observing = False
         # A captured graph cannot learn later that there is a calibration. Codes of empty tables are harmless: nothing
         # is covered until the first calibration, which clears them.
-        # One launch after the last layer serves them all: a step reads a new token whole, for it lies in the window.
+        # After the last layer for them all, by one launch where a kernel can: a step reads a new token whole, for it
+        # lies in the window.
         self._encodes_at_once = geometry.device.type == "cuda"
         self._arguments = [self.side_arguments(layer) for layer in range(geometry.num_layers)]
         if calibration.tables is not None:
@@ -83,8 +84,10 @@ class CalibratedSelector:
         raise NotImplementedError
 
     def encode_layers(self, pool: Any, slots: torch.Tensor) -> None:
-        """Index ``slots`` of every layer at once, where the device has a kernel for it."""
-        raise NotImplementedError
+        """Index ``slots`` of every layer: layer by layer where a subclass has no kernel for all at once."""
+        for layer, layer_id in enumerate(self.layer_ids):
+            k_cache, v_cache = pool.get_kv_buffer(layer_id)
+            self.encode(layer, k_cache, v_cache, slots)
 
     def side_arguments(self, layer: int) -> SideArguments:
         """The op's seven side-data arguments, as views that stay."""

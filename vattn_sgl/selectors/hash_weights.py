@@ -38,7 +38,7 @@ class Nets:
     query, key : torch.Tensor
         float32 ``[num_qo_heads, parameters]`` and ``[num_kv_heads or num_qo_heads, parameters]``.
     query_widths, key_widths : torch.Tensor
-        int32 ``[layers + 1]``.
+        int32 ``[layers + 1]``, on a CPU: they shape launches.
     """
 
     query: torch.Tensor
@@ -52,8 +52,8 @@ class Nets:
         return int(self.key_widths[-1])
 
     def to(self, device: torch.device) -> Nets:
-        """Copy on another device."""
-        return Nets(*(t.to(device) for t in (self.query, self.key, self.query_widths, self.key_widths)))
+        """The nets on another device."""
+        return Nets(self.query.to(device), self.key.to(device), self.query_widths, self.key_widths)
 
 
 def _refuse(path: str, found: str, expected: str) -> ConfigError:

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import ctypes
-import itertools
 
 import torch
 from torch import Tensor
 
 from vattn_kernels import params as layout
-from vattn_kernels.checks import GROUP_SCORES, SAMPLERS, check_cache, check_decode, require
+from vattn_kernels.checks import (
+    GROUP_SCORES,
+    SAMPLERS,
+    SIDE,
+    check_bounds,
+    check_cache,
+    check_decode,
+    check_nets,
+    check_signatures,
+    needed_side,
+    require,
+)
 from vattn_kernels.cpu import build
-from vattn_kernels.pages import PAGE
 from vattn_kernels.quantiles import PROVABLE_SELECTORS, TARGETS
-from vattn_kernels.signature import MAX_BITS, MAX_LAYERS, MAX_WIDTH
 
 MAX_HEAD_DIM = 256
 DTYPES = (torch.float32, torch.bfloat16)
@@ -55,10 +63,8 @@ _PageArgs = _structure(
     "k_cache v_cache slots bounds norms valid",
     "num_slots pool_slots num_kv_heads head_dim is_bf16 threads",
 )
-# Numbered as in kernels.cpp, with the side-data arguments that each needs (all: codes to fields).
+# Numbered as in kernels.cpp.
 SELECTOR_NUMBERS = {"sketch": 0, "oracle": 1, "quest": 2, "sign": 3, "hash": 4}
-_SIDE = ("codes", "norms", "valid", "mean", "query_basis", "steps", "fields")
-_NEEDED = dict.fromkeys(SELECTOR_NUMBERS, _SIDE) | {"oracle": (), "quest": ("codes", "norms", "valid", "mean", "steps")}
 
 _workspace = torch.empty(0)
 
@@ -114,7 +120,7 @@ def decode(
     stride = (group + 1) * kv_indices.stride(0)
     args = _DecodeArgs(
         q.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(), kv_indices.data_ptr(), seq_lens.data_ptr(),
-        *(side[name].data_ptr() if name in side else None for name in _SIDE),
+        *(side[name].data_ptr() if name in side else None for name in SIDE),
         params.data_ptr(), covered.data_ptr(), out.data_ptr(),
         stats.data_ptr(), counters.data_ptr(), ctypes.addressof(offsets), budget_edges.data_ptr(),
         error_edges.data_ptr(), audit_edges.data_ptr(), _reserve(batch * num_kv_heads * stride),
@@ -135,39 +141,19 @@ def _side_data(
     selector: str, given: tuple[Tensor | None, ...], k_cache: Tensor, num_qo_heads: int
 ) -> dict[str, Tensor]:
     """The side-data arguments that a selector reads, checked."""
-    named = dict(zip(_SIDE, given, strict=True))
-    side = {name: tensor for name in _NEEDED[selector] if (tensor := named[name]) is not None}
-    missing = [name for name in _NEEDED[selector] if name not in side]
-    require(not missing, "selector {!r} needs side data, got no {}", selector, ", ".join(missing))
+    side = needed_side(selector, given)
     for name, tensor in side.items():
         require(tensor.is_contiguous(), "{} must be contiguous", name)
     if selector == "quest":
-        codes = side["codes"]
-        require(codes.dtype == k_cache.dtype, "page bounds are {}, the KV cache {}", codes.dtype, k_cache.dtype)
-        require(
-            codes.shape[0] * PAGE >= k_cache.shape[0],
-            "{} pages do not cover {} slots",
-            *(codes.shape[0], k_cache.shape[0]),
-        )
+        check_bounds(side["codes"], k_cache)
     if selector in ("sign", "hash"):
-        _check_nets(side["query_basis"], side["fields"], k_cache.shape[2])
+        check_nets(side["query_basis"], side["fields"], k_cache.shape[2])
         require(
             side["query_basis"].shape[0] == num_qo_heads,
             "{} query nets for {} query heads",
             *(side["query_basis"].shape[0], num_qo_heads),
         )
     return side
-
-
-def _check_nets(nets: Tensor, widths: Tensor, head_dim: int) -> None:
-    sizes = widths.tolist()
-    parameters = sum((inner + 1) * outer for inner, outer in itertools.pairwise(sizes))
-    require(2 <= len(sizes) <= MAX_LAYERS + 1, "{} layers of a net: 1 to {} are supported", len(sizes) - 1, MAX_LAYERS)
-    require(max(sizes) <= MAX_WIDTH, "a net of width {} is above {}", max(sizes), MAX_WIDTH)
-    require(sizes[0] == head_dim, "nets take {} inputs, keys have {}", sizes[0], head_dim)
-    require(sizes[-1] % 32 == 0 and sizes[-1] <= MAX_BITS, "{} bits: multiples of 32 up to {}", sizes[-1], MAX_BITS)
-    require(nets.shape[1] == parameters, "nets have {} parameters, widths {} need {}", nets.shape[1], sizes, parameters)
-    require(nets.dtype == torch.float32 and nets.is_contiguous(), "nets must be contiguous float32")
 
 
 def _check_slots(slots: Tensor) -> None:
@@ -210,13 +196,8 @@ def encode_signature(
     """CPU implementation of `vattn_kernels.ops.encode_signature`."""
     _check_cache(k_cache, k_cache)
     _check_slots(slots)
-    _check_nets(nets, widths, k_cache.shape[2])
-    bits = int(widths[-1])
-    require(
-        nets.shape[0] % k_cache.shape[1] == 0 and codes.shape[-1] * 32 * k_cache.shape[1] == nets.shape[0] * bits,
-        "{} nets of {} bits do not fill {} words of {} KV heads",
-        *(nets.shape[0], bits, codes.shape[-1], k_cache.shape[1]),
-    )
+    bits = check_nets(nets, widths, k_cache.shape[2])[-1]
+    check_signatures(nets, bits, codes, k_cache.shape[1])
     args = _SignatureArgs(
         k_cache.data_ptr(), slots.data_ptr(), mean.data_ptr(), nets.data_ptr(), widths.data_ptr(), codes.data_ptr(),
         norms.data_ptr(), valid.data_ptr(), slots.numel(), k_cache.shape[1], k_cache.shape[2], nets.shape[0],
@@ -229,7 +210,7 @@ def encode_pages(k_cache: Tensor, v_cache: Tensor, slots: Tensor, bounds: Tensor
     """CPU implementation of `vattn_kernels.ops.encode_pages`."""
     _check_cache(k_cache, v_cache)
     _check_slots(slots)
-    require(bounds.dtype == k_cache.dtype, "page bounds are {}, the KV cache {}", bounds.dtype, k_cache.dtype)
+    check_bounds(bounds, k_cache)
     args = _PageArgs(
         k_cache.data_ptr(), v_cache.data_ptr(), slots.data_ptr(), bounds.data_ptr(), norms.data_ptr(),
         valid.data_ptr(), slots.numel(), valid.shape[0], k_cache.shape[1], k_cache.shape[2],

@@ -3,8 +3,8 @@
 A step is six launches: ``prepare``, ``select``, ``attend``, ``combine``, ``retry``, ``attend_exact``. The first draw
 takes a scale predicted from the request's last step; a group that it does not certify draws again at the scale its
 variance asks for, and one that is still open reads everything. The last two launches end at once where nothing is left
-to do. Audits, where they are on, add three: ``choose``, ``attend_exact``, ``audit``. From sm_90 on a launch starts
-while the one ahead ends.
+to do. For ``sign`` and ``hash`` one more, ahead of all, signs the queries. Audits, where they are on, add three:
+``choose``, ``attend_exact``, ``audit``. From sm_90 on a launch starts while the one ahead ends.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from vattn_kernels import params as parameters
-from vattn_kernels.checks import check_cache, check_decode, require
-from vattn_kernels.ops import GPU_CACHE_DTYPES, GPU_DTYPES, GPU_HEAD_DIMS, STATE_WIDTH
+from vattn_kernels.checks import FP8_DTYPES, check_cache, check_decode, check_signatures, require
+from vattn_kernels.ops import GPU_CACHE_DTYPES, GPU_DTYPES, GPU_HEAD_DIMS, SELECTORS, STATE_WIDTH
 from vattn_kernels.quantiles import TARGETS
 from vattn_kernels.sketch import GROUPS_PER_WORD
 from vattn_kernels.triton import layout
@@ -24,13 +24,15 @@ from vattn_kernels.triton.attend import attend_fwd_kernel
 from vattn_kernels.triton.attend_gluon import attend_lists_fwd_kernel
 from vattn_kernels.triton.audit import audit_fwd_kernel, choose_fwd_kernel
 from vattn_kernels.triton.combine import combine_fwd_kernel
+from vattn_kernels.triton.pages import bound_pages_fwd_kernel, mark_slots_fwd_kernel
 from vattn_kernels.triton.prepare import prepare_fwd_kernel
 from vattn_kernels.triton.rounds import attend_exact_fwd_kernel, retry_fwd_kernel
 from vattn_kernels.triton.select import select_fwd_kernel
 from vattn_kernels.triton.select_gluon import select_lists_fwd_kernel
+from vattn_kernels.triton.side import check_codes, check_pages, side_of, sizes_of
+from vattn_kernels.triton.signature import ROWS, sign_keys_fwd_kernel, sign_queries_fwd_kernel
 from vattn_kernels.triton.update import update_fwd_kernel
 
-WORDS = (1, 2, 4)
 # Steps after which what was learnt of a request row is no longer trusted.
 MOST_AGE = 64
 LEAST_ROWS = 1024
@@ -47,15 +49,12 @@ def _check_cache(k_cache: Tensor, v_cache: Tensor) -> None:
     require(k_cache.shape[-1] in GPU_HEAD_DIMS, "head_dim {}, expected one of {}", k_cache.shape[-1], GPU_HEAD_DIMS)
 
 
-def _check_codes(codes: Tensor, norms: Tensor, steps: Tensor) -> None:
-    require(codes.shape[-1] in WORDS, "codes of {} words, expected {}", codes.shape[-1], WORDS)
-    for name, side in (("codes", codes), ("norms", norms)):
-        require(
-            side.stride(2) == 1 and side.stride(0) == side.shape[2],
-            "{} must lie by head, then slot: strides {} of shape {}",
-            *(name, side.stride(), tuple(side.shape)),
-        )
-    require(steps.is_contiguous(), "steps must be contiguous")
+def _check_scaled(selector: str, k_cache: Tensor, k_scale: float = 1.0, v_scale: float = 1.0) -> None:
+    require(
+        selector == "sketch" or (k_cache.dtype not in FP8_DTYPES and k_scale == v_scale == 1),
+        "selector {!r} reads no cache of {} or with scales; expected 'sketch', or 16 bits",
+        *(selector, k_cache.dtype),
+    )
 
 
 def reserve(
@@ -92,25 +91,18 @@ def decode(
     num_kv_heads = k_cache.shape[1]
     group = num_qo_heads // num_kv_heads
     require(sampler == "proportional", "sampler {!r} runs on the CPU only; expected 'proportional'", sampler)
-    require(selector == "sketch", "selector {!r} runs on the CPU only; expected 'sketch'", selector)
     require(group_score == "max", "group_score {!r} runs on the CPU only; expected 'max'", group_score)
     check_decode(q, k_cache, kv_indices, seq_lens, out, stats, target)
-    if codes is None or norms is None or valid is None or mean is None or query_basis is None:
-        raise ValueError(
-            "vattn: selector 'sketch' needs side data, got None in place of a tensor; make it with ops.encode"
-        )
-    if steps is None or fields is None:
-        raise ValueError("vattn: selector 'sketch' needs the tables that made its codes, got None for steps or fields")
+    side = side_of(selector, q, k_cache, codes, norms, valid, mean, query_basis, steps, fields)
     if state is None or state_rows is None:
         raise ValueError("vattn: a GPU needs state and state_rows, got None; see vattn_kernels.ops.decode")
-    _check_codes(codes, norms, steps)
 
     rows, max_len = batch * num_kv_heads, kv_indices.shape[1]
     work = layout.workspace(q.device, batch, max_len, num_qo_heads, num_kv_heads, _power_of_two(head_dim))
     splits, tail = layout.splits_of(rows), layout.tail_splits_of(rows, max_len)
     capacity = layout.capacity(rows, max_len)
-    words, width = codes.shape[-1], layout.width_of(group)
-    groups, coded = GROUPS_PER_WORD * words, _power_of_two(4 * GROUPS_PER_WORD * words)
+    words, groups, width = side.words, side.groups, layout.width_of(group)
+    coded = _power_of_two(max(16, 4 * groups))
     padded_group, padded_dim = _power_of_two(group), _power_of_two(head_dim)
     kv_stride, k_stride = kv_indices.stride(0), k_cache.stride(0)
     launch = layout.LAUNCH
@@ -121,18 +113,27 @@ def decode(
     counters_p = _power_of_two(counters.numel())
     # One compiled kernel serves every usual batch.
     rows_p = max(LEAST_ROWS, _power_of_two(rows))
+    is_sketch = selector == "sketch"
+    _check_scaled(selector, k_cache, k_scale, v_scale)
+    choice = {"SELECTOR": SELECTORS.index(selector)}
+    if side.nets is not None:
+        first, second, bits = side.sizes
+        sign_queries_fwd_kernel[(-(-batch // ROWS.value), num_qo_heads)](
+            q, side.nets, work.query, batch, side.nets.shape[1],
+            HQ=num_qo_heads, D=head_dim, FIRST=first, SECOND=second, LAST=bits, num_warps=4,
+        )  # fmt: skip
     prepare_fwd_kernel[(2 * rows,)](
-        q, k_cache, kv_indices, seq_lens, mean, query_basis, steps, fields, covered, state, state_rows,
-        work.mode, work.codes, work.bias, work.log_scale, work.fixed, work.scale,
+        q, k_cache, kv_indices, seq_lens, mean, query_basis, steps, side.fields, covered, state, state_rows,
+        work.mode, work.codes, work.query, work.bias, work.log_scale, work.fixed, work.scale,
         sm_scale, k_scale, floor, sink, window, dense_below, pilot_min, kv_stride, k_stride,
-        **model, GP=max(16, padded_group), R=steps.shape[-1], C=coded, CODES=4 * groups, F=launch.prepare_block,
+        **model, **choice, GP=max(16, padded_group), R=side.width, C=coded, CODES=4 * groups, F=launch.prepare_block,
         WIDTH=STATE_WIDTH, MOST_AGE=MOST_AGE, **follow, num_warps=launch.prepare_warps,
     )  # fmt: skip
 
     target_id = TARGETS.index(target)
     lists = (work.mode, work.slots, work.pi, work.counts, work.outs, work.scalars)
     sketch = {
-        "R": steps.shape[-1], "GROUPS": groups, "WORDS": words, "TARGET": target_id, "MOST": layout.MOST_LISTS,
+        "R": side.width, "GROUPS": groups, "WORDS": words, "TARGET": target_id, "MOST": layout.MOST_LISTS,
     }  # fmt: skip
     merge = model | {
         "GP": padded_group, "WIDTH": width, "MOST": layout.MOST_LISTS, "STATE": STATE_WIDTH, "TARGET": target_id,
@@ -162,20 +163,22 @@ def decode(
             num_warps=launch.exact_warps, maxnreg=registers,
         )  # fmt: skip
 
+    query = work.codes if is_sketch else work.query
     score = (
-        codes, norms, kv_indices, seq_lens, fields, work.mode, work.codes, work.bias, work.log_scale, work.scale,
-        work.slots, work.pi, work.counts, work.reads, sink, window, *key, kv_stride, codes.stride(1), norms.stride(1),
-        capacity,
+        side.rows, side.norms, kv_indices, seq_lens, side.fields, work.mode, query, work.bias, work.log_scale,
+        work.scale, work.slots, work.pi, work.counts, work.reads, sink, window, *key, kv_stride, side.head_stride,
+        side.norm_stride, capacity,
     )  # fmt: skip
-    if q.is_cuda and layout.tensor_cores_score(group, words):
+    if q.is_cuda and is_sketch and layout.tensor_cores_score(group, words):
         select_lists_fwd_kernel[(rows * splits,)](
             *score, HKV=num_kv_heads, G=group, SPLITS=splits, **sketch, **follow, num_warps=warps,
             maxnreg=layout.select_registers(group, words),
         )  # fmt: skip
     else:
         select_fwd_kernel[(rows * splits,)](
-            *score, HKV=num_kv_heads, G=group, SPLITS=splits, **sketch, **follow, DP4A=q.is_cuda, num_warps=warps
-        )
+            *score, side.valid, v_cache, sm_scale, side.row_stride, HKV=num_kv_heads, G=group, D=head_dim,
+            SPLITS=splits, **sketch, **choice, **follow, DP4A=q.is_cuda, num_warps=warps,
+        )  # fmt: skip
     is_aligned = k_cache.data_ptr() % 16 == 0 and v_cache.data_ptr() % 16 == 0
     if q.is_cuda and is_aligned and layout.one_warp_attends(k_cache.dtype, head_dim, group):
         attend_lists_fwd_kernel[(rows * (splits + 1),)](
@@ -196,10 +199,11 @@ def decode(
     )  # fmt: skip
     retry_programs = layout.programs_at_once(q.device, launch.retry_programs)
     retry_fwd_kernel[(min(retry_programs, rows * (tail + 1)),)](
-        q, k_cache, v_cache, kv_indices, seq_lens, *lists, codes, norms, fields, work.codes, work.bias, work.scale,
-        work.used, work.barrier, *settled, logit_scale, v_scale, sink, window, *key, rows, launch.tail_items,
-        kv_stride, k_stride, codes.stride(1), norms.stride(1), capacity, cap, *counter_offsets[:5],
-        **(later | sketch), **attend, CAPPED=cap < 1, DP4A=q.is_cuda,
+        q, k_cache, v_cache, kv_indices, seq_lens, *lists, side.rows, side.norms, side.fields, query, work.bias,
+        work.scale, work.used, work.barrier, *settled, logit_scale, v_scale, sink, window, *key, rows,
+        launch.tail_items, kv_stride, k_stride, side.head_stride, side.norm_stride, capacity, cap,
+        *counter_offsets[:5], side.valid, side.row_stride, **(later | sketch), **attend, **choice, CAPPED=cap < 1,
+        DP4A=q.is_cuda,
     )  # fmt: skip
     attend_exact(merged=True)
     if audit_rate > 0:
@@ -242,7 +246,7 @@ def encode_layers(
     for k, v in zip(k_caches, v_caches, strict=True):
         _check_cache(k, v)
         require(k.stride() == k_cache.stride(), "K caches of strides {} and {}", k.stride(), k_cache.stride())
-    _check_codes(codes[0], norms[0], steps)
+    check_codes(codes[0], norms[0], steps)
     if not slots.numel():
         return
     words, (_, heads, head_dim) = codes.shape[-1], k_cache.shape
@@ -254,4 +258,44 @@ def encode_layers(
         slots.numel(), k_cache.stride(0), codes.stride(0), codes.stride(2), norms.stride(0), norms.stride(2),
         valid.stride(0), HKV=heads, D=head_dim, DP=_power_of_two(head_dim), R=steps.shape[-1],
         C=_power_of_two(4 * GROUPS_PER_WORD * words), WORDS=words, BT=16, num_warps=4,
+    )  # fmt: skip
+
+
+def encode_signature(
+    k_cache: Tensor, slots: Tensor, mean: Tensor, nets: Tensor, widths: Tensor, codes: Tensor, norms: Tensor,
+    valid: Tensor, centred: bool,
+) -> None:  # fmt: skip
+    """GPU implementation of `vattn_kernels.ops.encode_signature`: one launch."""
+    _check_cache(k_cache, k_cache)
+    _check_scaled("sign", k_cache)
+    _, heads, head_dim = k_cache.shape
+    first, second, bits = sizes_of(widths, nets, head_dim)
+    check_signatures(nets, bits, codes, heads)
+    require(codes.stride(2) == 1, "the words of a signature must lie together, strides {}", codes.stride())
+    if not slots.numel():
+        return
+    each = nets.shape[0] // heads
+    sign_keys_fwd_kernel[(-(-slots.numel() // ROWS.value), heads, each)](
+        k_cache, slots, mean, nets, codes, norms, valid, slots.numel(), nets.shape[1], k_cache.stride(0),
+        codes.stride(0), codes.stride(1), norms.stride(0), norms.stride(1),
+        EACH=each, CENTRED=centred, D=head_dim, FIRST=first, SECOND=second, LAST=bits, num_warps=4,
+    )  # fmt: skip
+
+
+def encode_pages(k_cache: Tensor, v_cache: Tensor, slots: Tensor, bounds: Tensor, norms: Tensor, valid: Tensor) -> None:
+    """GPU implementation of `vattn_kernels.ops.encode_pages`: two launches."""
+    _check_cache(k_cache, v_cache)
+    _check_scaled("quest", k_cache)
+    check_pages(bounds, k_cache)
+    count, (num_slots, heads, head_dim) = slots.numel(), k_cache.shape
+    if not count:
+        return
+    padded_dim = _power_of_two(head_dim)
+    mark_slots_fwd_kernel[(-(-count // 16), heads)](
+        v_cache, slots, norms, valid, count, k_cache.stride(0), norms.stride(0), norms.stride(1),
+        D=head_dim, DP=padded_dim, BT=16, num_warps=4,
+    )  # fmt: skip
+    bound_pages_fwd_kernel[(count, heads)](
+        k_cache, slots, valid, bounds, num_slots, k_cache.stride(0), bounds.stride(0), bounds.stride(1),
+        D=head_dim, DP=padded_dim, num_warps=4,
     )  # fmt: skip

@@ -172,6 +172,8 @@ class Workspace:
         int32 ``[rows]``, what a row does in the coming round.
     codes : torch.Tensor
         int8 ``[rows * group, fields]``, the query in the sketch's coordinates.
+    query : torch.Tensor
+        float32 ``[rows * group, 2 * head_dim]``, the query as the other selectors read it, see `estimate`.
     bias, log_scale, fixed : torch.Tensor
         float32 ``[rows * group]``: constant part of the estimated logits, log-scale of the sampling probabilities,
         log-sum-exp over sink and window.
@@ -195,6 +197,7 @@ class Workspace:
 
     mode: torch.Tensor
     codes: torch.Tensor
+    query: torch.Tensor
     bias: torch.Tensor
     log_scale: torch.Tensor
     fixed: torch.Tensor
@@ -271,6 +274,7 @@ def workspace(
     made = Workspace(
         empty(rows, dtype=torch.int32),
         empty(heads, MOST_CODES, dtype=torch.int8),
+        empty(heads, 2 * dim),
         empty(heads),
         empty(heads),
         empty(heads),

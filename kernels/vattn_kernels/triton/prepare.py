@@ -1,10 +1,11 @@
-"""Stage ``prepare``: the query in the sketch's coordinates, the fixed set's mass, the predicted scale."""
+"""Stage ``prepare``: the query as the selector reads it, the fixed set's mass, the predicted scale."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
+from vattn_kernels.triton.estimate import SKETCH, describe_query
 from vattn_kernels.triton.layout import (
     CODING,
     DENSE,
@@ -28,11 +29,11 @@ LEAST_STEP = tl.constexpr(1e-6)
 @triton.jit
 def prepare_fwd_kernel(
     p_q, p_k, p_kv_indices, p_seq_lens, p_mean, p_query_basis, p_steps, p_fields, p_covered, p_state, p_state_rows,
-    p_mode, p_codes, p_bias, p_log_scale, p_fixed, p_scale,
+    p_mode, p_codes, p_query, p_bias, p_log_scale, p_fixed, p_scale,
     sm_scale, k_scale, floor, sink, window, dense_below, pilot_min, kv_stride, k_stride,
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr,
     C: tl.constexpr, CODES: tl.constexpr, F: tl.constexpr, WIDTH: tl.constexpr, MOST_AGE: tl.constexpr,
-    DEPENDENT: tl.constexpr,
+    SELECTOR: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Two programs a row, because neither half waits for the other: the fixed set with the mode, and the query."""
     # What comes next loads before it waits what a step only reads, and what is not ours may still write it.
@@ -76,6 +77,11 @@ def prepare_fwd_kernel(
         fixed = top + tl.log(tl.maximum(mass, 1e-30))
         tl.store(p_fixed + head, fixed, mask=m_g)
         tl.store(p_log_scale + head, scale - fixed, mask=m_g)
+    elif SELECTOR != SKETCH:
+        reads = tl.max(tl.load(state + STATE_READS, mask=m_g, other=0.0), 0)
+        least = floor * tl.maximum(reads, 1.0) / tl.maximum(total, 1).to(tl.float32)
+        tl.store(p_scale + i_row * NUM_SCALES + FLOOR, least)
+        describe_query(q, head, m_g, h, p_mean, p_steps, p_query, p_bias, sm_scale, D, DP, SELECTOR)
     else:
         reads = tl.max(tl.load(state + STATE_READS, mask=m_g, other=0.0), 0)
         qf = q.to(tl.float32)

@@ -56,14 +56,14 @@ def retry_fwd_kernel(
     p_heads, p_log_scale, p_fixed, p_reads, p_arrivals, p_params, p_state, p_state_rows, p_budget_edges, p_error_edges,
     p_out, p_stats, p_counters,
     sm_scale, v_scale, sink, window, seed, layer, rows, items, kv_stride, k_stride, code_head, norm_head, capacity,
-    cap, at_context, at_read, at_outcome, at_budget, at_error,
+    cap, at_context, at_read, at_outcome, at_budget, at_error, p_valid, row_stride,
     HKV: tl.constexpr, G: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr,
     SPLITS: tl.constexpr, LEAST: tl.constexpr, MOST: tl.constexpr, TARGET: tl.constexpr, WIDE: tl.constexpr,
     R: tl.constexpr, GROUPS: tl.constexpr, WORDS: tl.constexpr, DP4A: tl.constexpr, ROWS_P: tl.constexpr,
     GP: tl.constexpr, STATE: tl.constexpr, TABLE: tl.constexpr, POINTS: tl.constexpr,
     PER_UNIT: tl.constexpr, BUDGET_EDGES: tl.constexpr, BUDGET_EDGES_P: tl.constexpr, ERROR_EDGES: tl.constexpr,
     ERROR_EDGES_P: tl.constexpr, COUNTERS_P: tl.constexpr,
-    CAPPED: tl.constexpr, DEPENDENT: tl.constexpr,
+    CAPPED: tl.constexpr, SELECTOR: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Second round, for rows that the first left open: select and attend at the larger scale."""
     begin_next(DEPENDENT)
@@ -82,7 +82,8 @@ def retry_fwd_kernel(
                     i_row, i_split, splits, p_codes, p_norms, p_kv_indices, p_seq_lens, p_fields,
                     p_query, p_bias, p_log_scale, p_scale, p_slots, p_pi, p_counts, p_reads,
                     sink, window, seed, layer, kv_stride, code_head, norm_head, capacity,
-                    HKV, G, R, GROUPS, WORDS, TARGET != DENOMINATOR, MOST, DP4A,
+                    p_valid, p_v, sm_scale, row_stride,
+                    HKV, G, D, R, GROUPS, WORDS, TARGET != DENOMINATOR, MOST, DP4A, SELECTOR,
                 )  # fmt: skip
             tl.debug_barrier()
             attend_list(

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from vattn_kernels.sketch import NORM_STEPS_PER_OCTAVE, NORM_ZERO
+from vattn_kernels.triton.estimate import HASH, ORACLE, SIGN, SKETCH, row_scores, signature_scores
 from vattn_kernels.triton.layout import (
     CODING,
     DENOMINATOR,
@@ -87,9 +88,9 @@ def dot_bytes(codes, query, acc, DP4A: tl.constexpr):
 def select_fwd_kernel(
     p_codes, p_norms, p_kv_indices, p_seq_lens, p_fields,
     p_mode, p_query, p_bias, p_log_scale, p_scale, p_slots, p_pi, p_counts, p_reads,
-    sink, window, seed, layer, kv_stride, code_head, norm_head, capacity,
-    HKV: tl.constexpr, G: tl.constexpr, R: tl.constexpr, GROUPS: tl.constexpr, WORDS: tl.constexpr,
-    TARGET: tl.constexpr, SPLITS: tl.constexpr, MOST: tl.constexpr, DP4A: tl.constexpr,
+    sink, window, seed, layer, kv_stride, code_head, norm_head, capacity, p_valid, p_v, sm_scale, row_stride,
+    HKV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, R: tl.constexpr, GROUPS: tl.constexpr, WORDS: tl.constexpr,
+    TARGET: tl.constexpr, SPLITS: tl.constexpr, MOST: tl.constexpr, DP4A: tl.constexpr, SELECTOR: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """First round: one split a program."""
@@ -100,8 +101,8 @@ def select_fwd_kernel(
         select_split(
             i_row, i_split, SPLITS, p_codes, p_norms, p_kv_indices, p_seq_lens, p_fields,
             p_query, p_bias, p_log_scale, p_scale, p_slots, p_pi, p_counts, p_reads,
-            sink, window, seed, layer, kv_stride, code_head, norm_head, capacity,
-            HKV, G, R, GROUPS, WORDS, TARGET != DENOMINATOR, MOST, DP4A,
+            sink, window, seed, layer, kv_stride, code_head, norm_head, capacity, p_valid, p_v, sm_scale, row_stride,
+            HKV, G, D, R, GROUPS, WORDS, TARGET != DENOMINATOR, MOST, DP4A, SELECTOR,
         )  # fmt: skip
 
 
@@ -156,11 +157,92 @@ def places(chosen):
 def select_split(
     i_row, i_split, splits, p_codes, p_norms, p_kv_indices, p_seq_lens, p_fields,
     p_query, p_bias, p_log_scale, p_scale, p_slots, p_pi, p_counts, p_reads,
+    sink, window, seed, layer, kv_stride, code_head, norm_head, capacity, p_valid, p_v, sm_scale, row_stride,
+    HKV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, R: tl.constexpr, GROUPS: tl.constexpr, WORDS: tl.constexpr,
+    WITH_VALUES: tl.constexpr, MOST: tl.constexpr, DP4A: tl.constexpr, SELECTOR: tl.constexpr,
+):  # fmt: skip
+    """List one split of one row: every ``splits``-th block of its tokens, a list for each warp."""
+    if SELECTOR == SKETCH:
+        select_by_sketch(
+            i_row, i_split, splits, p_codes, p_norms, p_kv_indices, p_seq_lens, p_fields,
+            p_query, p_bias, p_log_scale, p_scale, p_slots, p_pi, p_counts, p_reads,
+            sink, window, seed, layer, kv_stride, code_head, norm_head, capacity,
+            HKV, G, R, GROUPS, WORDS, WITH_VALUES, MOST, DP4A,
+        )  # fmt: skip
+    else:
+        select_by_estimate(
+            i_row, i_split, splits, p_codes, p_norms, p_kv_indices, p_seq_lens,
+            p_query, p_bias, p_log_scale, p_scale, p_slots, p_pi, p_counts, p_reads,
+            sink, window, seed, layer, kv_stride, code_head, norm_head, capacity, p_valid, p_v, sm_scale, row_stride,
+            HKV, G, D, GROUPS, WORDS, WITH_VALUES, MOST, DP4A, SELECTOR,
+        )  # fmt: skip
+
+
+@triton.jit
+def select_by_estimate(
+    i_row, i_split, splits, p_codes, p_norms, p_kv_indices, p_seq_lens,
+    p_query, p_bias, p_log_scale, p_scale, p_slots, p_pi, p_counts, p_reads,
+    sink, window, seed, layer, kv_stride, code_head, norm_head, capacity, p_valid, p_v, sm_scale, row_stride,
+    HKV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, GROUPS: tl.constexpr, WORDS: tl.constexpr,
+    WITH_VALUES: tl.constexpr, MOST: tl.constexpr, DP4A: tl.constexpr, SELECTOR: tl.constexpr,
+):  # fmt: skip
+    """`select_split` by the scores of `estimate`; a slot without usable side data is read for certain."""
+    block: tl.constexpr = REPEATS * LISTS * RUN
+    b, h = i_row // HKV, i_row % HKV
+    n = tl.load(p_seq_lens + b).to(tl.int32)
+    high = n - window
+    key = key_of(seed, layer, h, n)
+    least = tl.load(p_scale + i_row * NUM_SCALES + FLOOR)
+    p_rows = p_codes + h.to(tl.int64) * code_head
+    p_indices = p_kv_indices + b.to(tl.int64) * kv_stride
+    span = capacity // (splits * LISTS)
+    o_list = tl.arange(0, LISTS)
+    first = i_row.to(tl.int64) * capacity + (i_split * LISTS + o_list) * span  # [LISTS]
+    o_b = (
+        tl.arange(0, RUN)[:, None, None]
+        + (o_list * RUN)[None, :, None]
+        + (tl.arange(0, REPEATS) * (LISTS * RUN))[None, None, :]
+    )  # [RUN, LISTS, REPEATS]
+    reads = tl.zeros([RUN, LISTS, REPEATS], tl.float32)
+    at = first
+    for start in range(sink + i_split * block, high, splits * block):
+        position = start + o_b
+        m_b = position < high
+        slot = tl.load(p_indices + position, mask=m_b, other=0)
+        if (SELECTOR == SIGN) | (SELECTOR == HASH):
+            score = signature_scores(
+                slot, p_rows, p_norms + h.to(tl.int64) * norm_head, p_query, p_bias, p_log_scale, i_row, row_stride,
+                G, D, WORDS, GROUPS, SELECTOR, DP4A,
+            )  # fmt: skip
+        else:
+            score = row_scores(
+                start, high, p_rows, p_v + h * D, p_indices, p_query, p_bias, p_log_scale, i_row, sm_scale, row_stride,
+                G, D, SELECTOR, WITH_VALUES,
+            )  # fmt: skip
+        pi = tl.minimum(power_of_two(tl.minimum(score * LOG2E, 0.0), DP4A) + least, 1.0)
+        if SELECTOR != ORACLE:
+            pi = tl.where(tl.load(p_valid + slot) == 0, 1.0, pi)
+        chosen = m_b & (uniform(position, key) < pi)
+        reads += tl.where(m_b, pi, 0.0)
+        ranks, hits = places(chosen)
+        place = at[None, :, None] + ranks
+        tl.store(p_slots + place, slot, mask=chosen)
+        tl.store(p_pi + place, pi, mask=chosen)
+        at += hits
+    o_own = i_row * MOST + i_split * LISTS + o_list
+    tl.store(p_counts + o_own, (at - first).to(tl.int32))
+    tl.store(p_reads + o_own, tl.sum(tl.sum(reads, 2), 0))
+
+
+@triton.jit
+def select_by_sketch(
+    i_row, i_split, splits, p_codes, p_norms, p_kv_indices, p_seq_lens, p_fields,
+    p_query, p_bias, p_log_scale, p_scale, p_slots, p_pi, p_counts, p_reads,
     sink, window, seed, layer, kv_stride, code_head, norm_head, capacity,
     HKV: tl.constexpr, G: tl.constexpr, R: tl.constexpr, GROUPS: tl.constexpr, WORDS: tl.constexpr,
     WITH_VALUES: tl.constexpr, MOST: tl.constexpr, DP4A: tl.constexpr,
 ):  # fmt: skip
-    """List one split of one row: every ``splits``-th block of its tokens, a list for each warp."""
+    """`select_split` by the codes of sketches."""
     block: tl.constexpr = REPEATS * LISTS * RUN
     b, h = i_row // HKV, i_row % HKV
     n = tl.load(p_seq_lens + b).to(tl.int32)

@@ -18,26 +18,30 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from vattn_kernels import ops
+from vattn_kernels.ops import GPU_CACHE_CAPABILITY, SELECTORS
 from vattn_kernels.triton import layout
 from vattn_kernels.triton.attend import attend_fwd_kernel
 from vattn_kernels.triton.attend_gluon import attend_lists_fwd_kernel
 from vattn_kernels.triton.audit import audit_fwd_kernel, choose_fwd_kernel
 from vattn_kernels.triton.combine import combine_fwd_kernel
+from vattn_kernels.triton.pages import bound_pages_fwd_kernel, mark_slots_fwd_kernel
 from vattn_kernels.triton.prepare import prepare_fwd_kernel
 from vattn_kernels.triton.rounds import attend_exact_fwd_kernel, retry_fwd_kernel
 from vattn_kernels.triton.select import select_fwd_kernel
 from vattn_kernels.triton.select_gluon import select_lists_fwd_kernel
+from vattn_kernels.triton.signature import sign_keys_fwd_kernel, sign_queries_fwd_kernel
 from vattn_kernels.triton.update import update_fwd_kernel
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 FLOATS = {"sm_scale", "k_scale", "v_scale", "floor", "cap", "rate"}
-QUERY, CACHE = {"p_q", "p_out"}, {"p_k", "p_v"}
+QUERY, CACHE = {"p_q", "p_out"}, {"p_k", "p_v", "p_bounds"}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8e4nv": torch.float8_e4m3fn, "fp8e5": torch.float8_e5m2}
+# Selectors whose rows are of the cache's type.
+ROWS_OF_NUMBERS = {"oracle", "quest"}
 TYPES = {
     "p_kv_indices": "i32", "p_seq_lens": "i64", "p_fields": "i32", "p_covered": "i32", "p_state_rows": "i64",
     "p_mode": "i32", "p_valid": "u8", "p_norms": "u8", "p_slots": "i32", "p_counts": "i32", "p_counters": "fp64",
-    "p_new": "i64", "p_arrivals": "i32", "p_used": "i32", "p_barrier": "i32", "p_pools": "i64",
+    "p_nets": "fp32", "p_new": "i64", "p_arrivals": "i32", "p_used": "i32", "p_barrier": "i32", "p_pools": "i64",
 }  # fmt: skip
 
 
@@ -49,7 +53,7 @@ def shapes(arch: int, dtype: str, cache: str, head_dim: int, group: int, words: 
     padded = 1 << (group - 1).bit_length()
     common = {"HKV": kv, "G": group, "D": head_dim, "DP": power, "DEPENDENT": arch >= 90}
     launch = layout.LAUNCH
-    sketch = {"R": head_dim, "GROUPS": groups, "WORDS": words, "DP4A": True}
+    sketch = {"R": head_dim, "GROUPS": groups, "WORDS": words, "DP4A": True, "SELECTOR": 0, "p_valid": None}
     merge = common | {
         "GP": padded, "WIDTH": width, "SPLITS": 8, "MOST": layout.MOST_LISTS, "STATE": 4,
         "TARGET": 0, "TABLE": 4, "POINTS": 33, "PER_UNIT": 64, "BUDGET_EDGES": 12, "BUDGET_EDGES_P": 16,
@@ -58,7 +62,7 @@ def shapes(arch: int, dtype: str, cache: str, head_dim: int, group: int, words: 
     attend = {"BN": launch.attend_block, "WIDE": dtype == "fp16"}
     yield prepare_fwd_kernel, launch.prepare_warps, common | {
         "GP": max(16, padded), "R": head_dim, "C": coded, "CODES": 4 * groups, "F": launch.prepare_block, "WIDTH": 4,
-        "MOST_AGE": 64,
+        "MOST_AGE": 64, "SELECTOR": 0,
     }  # fmt: skip
     warps = layout.LISTS.value
     few = {"LEAST": layout.LEAST_SPLITS, "ROWS_P": 128}
@@ -80,6 +84,37 @@ def shapes(arch: int, dtype: str, cache: str, head_dim: int, group: int, words: 
     yield update_fwd_kernel, 4, {
         "HKV": 8, "D": head_dim, "DP": power, "R": head_dim, "C": coded, "WORDS": words, "BT": 16
     }  # fmt: skip
+
+
+def shapes_of_selectors(arch: int, dtype: str, cache: str, head_dim: int, group: int, words: int):
+    """The kernels that differ where the selector is another than ``sketch``, with its name."""
+    given = {
+        kernel: (warps, constants) for kernel, warps, constants in shapes(arch, dtype, cache, head_dim, group, words)
+    }
+    _, merge = given[combine_fwd_kernel]
+    warps, retry = given[retry_fwd_kernel]
+    for i, selector in enumerate(SELECTORS[1:], 1):
+        # One signature a query head, by nets of three layers as HashAttention's authors have them.
+        net = {"FIRST": 128, "SECOND": 128} if selector == "hash" else {"FIRST": 0, "SECOND": 0}
+        each = group if selector == "hash" else 1
+        signed = selector in ("sign", "hash")
+        absent = {
+            "oracle": ("p_norms", "p_valid", "p_mean", "p_query_basis", "p_steps"), "quest": ("p_query_basis",)
+        }.get(selector, ())  # fmt: skip
+        none = dict.fromkeys(("p_fields", *absent))
+        own = none | {"R": 1, "GROUPS": words if signed else 1, "WORDS": each * words if signed else 1, "SELECTOR": i}
+        prepare_warps, prepare = given[prepare_fwd_kernel]
+        yield selector, prepare_fwd_kernel, prepare_warps, prepare | none | {"R": 1, "C": 16, "CODES": 4, "SELECTOR": i}
+        yield selector, select_fwd_kernel, warps, merge | {"DP4A": True} | own
+        yield selector, retry_fwd_kernel, warps, {n: c for n, c in retry.items() if n != "p_valid"} | own
+        if selector == "quest":
+            vector = {"D": head_dim, "DP": prepare["DP"]}
+            yield selector, mark_slots_fwd_kernel, 4, vector | {"BT": 16}
+            yield selector, bound_pages_fwd_kernel, 4, vector
+        if signed:
+            net |= {"D": head_dim, "LAST": 32 * words}
+            yield selector, sign_queries_fwd_kernel, 4, net | {"HQ": 8 * group}
+            yield selector, sign_keys_fwd_kernel, 4, net | {"EACH": each, "CENTRED": selector == "sign"}
 
 
 def registers(kernel, constants: dict) -> int | None:
@@ -105,6 +140,21 @@ def resources(cubin: bytes) -> dict[str, int]:
     return {"registers": int(found["REG"]), "spills": int(found["STACK"]) + int(found.get("LOCAL", 0))}
 
 
+def type_of(name: str, kernel, dtype: str, cache: str, selector: str) -> str:
+    """Type of an argument that is no constant."""
+    if name in QUERY:
+        return f"*{dtype}"
+    if name in CACHE or ((name == "p_codes" and selector in ROWS_OF_NUMBERS) and kernel is not prepare_fwd_kernel):
+        return f"*{cache}"
+    if name == "p_codes":
+        return "*i8" if kernel is prepare_fwd_kernel else "*i32"
+    if name == "p_query" and selector == "sketch" and kernel is not prepare_fwd_kernel:
+        return "*i8"
+    if name.startswith("p_"):
+        return f"*{TYPES.get(name, 'fp32')}"
+    return "fp32" if name in FLOATS else "i32"
+
+
 def main() -> None:
     models = (
         ("bf16", "bf16", 128, 4, 2), ("bf16", "bf16", 64, 3, 2), ("fp16", "fp16", 96, 1, 4),
@@ -112,39 +162,35 @@ def main() -> None:
         ("bf16", "fp8e4nv", 128, 4, 2), ("fp16", "fp8e4nv", 96, 1, 4),
     )  # fmt: skip
     for arch in (80, 90):
-        for dtype, cache, head_dim, group, words in models[: int(sys.argv[1])] if sys.argv[1:] else models:
-            if divmod(arch, 10) < ops.GPU_CACHE_CAPABILITY.get(DTYPES[cache], (0, 0)):
+        for model in models[: int(sys.argv[1])] if sys.argv[1:] else models:
+            dtype, cache, head_dim, group, words = model
+            if divmod(arch, 10) < GPU_CACHE_CAPABILITY.get(DTYPES[cache], (0, 0)):
                 continue
-            for kernel, warps, given in shapes(arch, dtype, cache, head_dim, group, words):
+            kernels = [("sketch", *kernel) for kernel in shapes(arch, *model)]
+            if model == models[0]:
+                kernels += shapes_of_selectors(arch, *model)
+            for selector, kernel, warps, given in kernels:
                 constants = {name: value for name, value in given.items() if name in kernel.arg_names}
-                signature = {}
-                for name in kernel.arg_names:
-                    if name in constants:
-                        signature[name] = "constexpr"
-                    elif name in QUERY:
-                        signature[name] = f"*{dtype}"
-                    elif name in CACHE:
-                        signature[name] = f"*{cache}"
-                    elif name == "p_codes":
-                        signature[name] = "*i8" if kernel is prepare_fwd_kernel else "*i32"
-                    elif name == "p_query":
-                        signature[name] = "*i8"
-                    elif name.startswith("p_"):
-                        signature[name] = f"*{TYPES.get(name, 'fp32')}"
-                    else:
-                        signature[name] = "fp32" if name in FLOATS else "i32"
+                signature = {
+                    name: "constexpr" if name in constants else type_of(name, kernel, dtype, cache, selector)
+                    for name in kernel.arg_names
+                }
                 aligned = {
                     (i,): [["tt.divisibility", 16]]
                     for i, name in enumerate(kernel.arg_names)
-                    if name.startswith("p_") or name.endswith("_stride")
+                    if name.startswith("p_")
+                    or name.endswith("_stride")
+                    or (name == "code_head" and selector in ROWS_OF_NUMBERS)
                 }
                 kind = GluonASTSource if kernel.is_gluon() else ASTSource
                 source = kind(kernel, signature, constants, aligned)
                 options = {"num_warps": warps, "maxnreg": registers(kernel, constants)}
                 built = triton.compile(source, GPUTarget("cuda", arch, 32), options=options)
-                row = {"kernel": kernel.fn.__name__, "arch": arch, "dtype": dtype, "cache": cache,
-                       "head_dim": head_dim, "group": group, "words": words,
-                       "shared": built.metadata.shared, **resources(built.asm["cubin"])}  # fmt: skip
+                row = {
+                    "kernel": kernel.fn.__name__, "selector": selector, "arch": arch, "dtype": dtype, "cache": cache,
+                    "head_dim": head_dim, "group": group, "words": words, "shared": built.metadata.shared,
+                    **resources(built.asm["cubin"]),
+                }  # fmt: skip
                 print(json.dumps(row), flush=True)
 
 

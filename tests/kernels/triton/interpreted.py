@@ -36,7 +36,7 @@ class Step(DecodeCase):
     def __post_init__(self):
         self.settings, self.lanes = {"selector": "sketch", "floor": 0.02} | self.settings, True
         super().__post_init__()
-        self.side = (by_head(self.side[0]), by_head(self.side[1]), *self.side[2:])
+        self.side = (*(None if t is None else by_head(t) for t in self.side[:2]), *self.side[2:])
         self.state = torch.zeros(self.batch + 1, self.num_qo_heads, ops.STATE_WIDTH)
         self.state_rows = torch.arange(self.batch).flip(0)
 
@@ -365,7 +365,7 @@ def test_two_runs_give_equal_bits():
 
 def test_what_cannot_run_is_named():
     case = Step(context=100)
-    for setting, value in {"sampler": "uniform", "selector": "quest", "group_score": "mean"}.items():
+    for setting, value in {"sampler": "uniform", "selector": "unknown", "group_score": "mean"}.items():
         with pytest.raises(ValueError, match=setting):
             gpu.decode(
                 *case.arguments(), **(case.step | {setting: value}), state=case.state, state_rows=case.state_rows

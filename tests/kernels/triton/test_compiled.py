@@ -11,13 +11,17 @@ import pytest
 
 SCRIPT = Path(__file__).with_name("compile_kernels.py")
 KERNELS = 9
+# Those that a selector other than ``sketch`` has to itself.
+SELECTED = {"prepare_fwd_kernel", "select_fwd_kernel", "retry_fwd_kernel"}
+SIGNED = {"sign_queries_fwd_kernel", "sign_keys_fwd_kernel"}
 # The shape that the speed claims are about: nothing spills there, and as many programs fit a multiprocessor as planned.
 MAIN = {"dtype": "bf16", "cache": "bf16", "head_dim": 128, "group": 4, "words": 2}
 MOST_REGISTERS = {
     "prepare_fwd_kernel": 200, "select_fwd_kernel": 255, "select_lists_fwd_kernel": 80, "attend_fwd_kernel": 168,
     "attend_lists_fwd_kernel": 168, "combine_fwd_kernel": 160,
     "retry_fwd_kernel": 255, "attend_exact_fwd_kernel": 128, "choose_fwd_kernel": 64, "audit_fwd_kernel": 168,
-    "update_fwd_kernel": 255,
+    "update_fwd_kernel": 255, "mark_slots_fwd_kernel": 64, "bound_pages_fwd_kernel": 64,
+    "sign_queries_fwd_kernel": 255, "sign_keys_fwd_kernel": 255,
 }  # fmt: skip
 MOST_SHARED = 164 * 1024
 
@@ -31,17 +35,25 @@ def rows():
 
 @pytest.mark.parametrize(("arch", "count", "caches"), [(80, 6, {"fp8e5"}), (90, 8, {"fp8e5", "fp8e4nv"})])
 def test_every_kernel_compiles(rows, arch, count, caches):
-    built = [r for r in rows if r["arch"] == arch]
+    built = [r for r in rows if r["arch"] == arch and r["selector"] == "sketch"]
     models = {(r["dtype"], r["cache"], r["head_dim"], r["group"], r["words"]) for r in built}
     assert len(built) == KERNELS * len(models) and len(models) == count
     assert {r["cache"] for r in built} == caches | {"bf16", "fp16"}
-    assert {r["kernel"] for r in built} == set(MOST_REGISTERS)
-    assert all(r["shared"] <= MOST_SHARED for r in built)
+    others = [r for r in rows if r["arch"] == arch and r["selector"] != "sketch"]
+    assert {r["kernel"] for r in built + others} == set(MOST_REGISTERS)
+    assert all(r["shared"] <= MOST_SHARED for r in built + others)
 
 
 def test_kernels_of_the_main_shape_fit(rows):
     main = [r for r in rows if r["arch"] == 90 and MAIN.items() <= r.items()]
-    assert len(main) == KERNELS
+    assert len([r for r in main if r["selector"] == "sketch"]) == KERNELS
+    for selector, own in {
+        "oracle": SELECTED,
+        "quest": SELECTED | {"mark_slots_fwd_kernel", "bound_pages_fwd_kernel"},
+        "sign": SELECTED | SIGNED,
+        "hash": SELECTED | SIGNED,
+    }.items():
+        assert sorted(r["kernel"] for r in main if r["selector"] == selector) == sorted(own)
     for row in main:
         assert row["registers"] <= MOST_REGISTERS[row["kernel"]], row
         assert row["spills"] <= 8, row

@@ -1,4 +1,4 @@
-"""Runs ``interpreted.py``: Triton reads at import whether it interprets, so that takes a process of its own."""
+"""Runs the cases in Triton's interpreter: Triton reads at import whether it interprets, so that takes a new process."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-CASES = Path(__file__).with_name("interpreted.py")
+import pytest
+
+CASES = ("interpreted.py", "interpreted_selectors.py")
 
 
-def test_kernels_agree_with_float64_in_the_interpreter():
+@pytest.mark.parametrize("cases", CASES)
+def test_kernels_agree_with_float64_in_the_interpreter(cases):
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", CASES],
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", Path(__file__).with_name(cases)],
         env=os.environ | {"TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
