@@ -198,7 +198,7 @@ def gpu_pool_reasons(pool: Any, capability: tuple[int, int] | None = None, selec
         needed, found = (f"{major}.{minor}" for major, minor in (least, capability))
         yield f"KV cache of {dtype}: that takes compute capability {needed}, not {found}; use --kv-cache-dtype fp8_e5m2"
     elif dtype in FP8_DTYPES and selector != "sketch":
-        yield f"selector {selector}: it reads no KV cache of {dtype}; set selector to sketch or use --dtype bfloat16"
+        yield f"selector {selector}: it reads no KV cache of {dtype}; use sketch or --kv-cache-dtype auto"
 
 
 def cpu_reasons(settings: Settings) -> Iterator[str]:

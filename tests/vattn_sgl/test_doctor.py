@@ -216,10 +216,10 @@ def test_settings_that_a_gpu_cannot_serve(folder, monkeypatch, change_config):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Test GPU")
     assert (True, "GPU Test GPU: kernels are compiled as a server starts", "") in report(folder)
-    monkeypatch.setenv("VATTN_SELECTOR", "quest")
+    monkeypatch.setenv("VATTN_SAMPLER", "uniform")
     (failed,) = failures(folder)
-    assert "set selector to sketch" in failed
-    monkeypatch.delenv("VATTN_SELECTOR")
+    assert "set sampler to proportional" in failed
+    monkeypatch.delenv("VATTN_SAMPLER")
     change_config(head_dim=80)
     (failed,) = failures(folder)
     assert "GPU kernels of this version serve" in failed
