@@ -121,7 +121,8 @@ class Settings(BaseModel):
     cap : float
         Largest share of the range that a sample may read; a budget it cuts is not certified, and on a CPU selectors
         `quest`, `sign` and `hash` serve it shrunk (`vattn_kernels.reference.estimate.shrunk`), `quest` and `hash` after
-        reading the best scores first (`vattn_kernels.reference.proportional.ranked`). A GPU does neither.
+        reading the best scores first (`vattn_kernels.reference.proportional.ranked`). A GPU does neither, and keeps to
+        the share by the scores of the request's last step.
     dense_below : int
         Contexts shorter than this are served densely.
     hash_weights : str or None

@@ -33,8 +33,6 @@ EPSILON, DELTA = 0.05, 0.05
 # What no step can certify, so that every group reads its cap.
 UNREACHABLE = 1e-3
 STEPS_TO_SETTLE = 40
-# Queries that a layer's steps take in turn, so that the scale of one is not that of the last.
-QUERIES = 4
 DEFAULTS = Settings()
 REPLAYS = 15
 # Steps of a layer in one graph, about those of a model, so that its start weighs as little as there.
@@ -67,21 +65,20 @@ class Case:
         self.seq_lens = torch.full((batch,), context, dtype=torch.int64, device="cuda")
         self.q, self.k, self.v, self.side, self.state = [], [], [], [], []
         for _ in range(self.layers):
-            q = normal(QUERIES, batch, QO_HEADS, HEAD_DIM) * 2.5 / spread.norm() * HEAD_DIM**0.5
+            q = normal(batch, QO_HEADS, HEAD_DIM) * 2.5 / spread.norm() * HEAD_DIM**0.5
             k = normal(slots, KV_HEADS, HEAD_DIM) * spread
-            # Heavy tails: one key in a hundred is half as long again; needles: 16 keys a request look like each query.
+            # Heavy tails: one key in a hundred is half as long again; needles: 16 keys a request look like a query.
             k *= 1 + 0.5 * (torch.rand(slots, 1, 1, generator=generator, device="cuda") < 0.01)
-            for query in q:
-                needles = torch.randint(context, (batch, 16), generator=generator, device="cuda")
-                k[self.kv_indices.gather(1, needles).long()] += (0.8 * query[:, :: QO_HEADS // KV_HEADS])[:, None]
+            needles = torch.randint(context, (batch, 16), generator=generator, device="cuda")
+            k[self.kv_indices.gather(1, needles).long()] += (0.8 * q[:, :: QO_HEADS // KV_HEADS])[:, None]
             self.q.append(q.bfloat16())
             self.k.append(k.bfloat16())
             self.v.append((normal(slots, KV_HEADS, HEAD_DIM) + 1).bfloat16())
-            self.side.append(self.sketched(q.flatten(0, 1), self.k[-1], self.v[-1]))
+            self.side.append(self.sketched(q, self.k[-1], self.v[-1]))
             self.state.append(torch.zeros(batch, QO_HEADS, ops.STATE_WIDTH, device="cuda"))
         self.rows = torch.arange(batch, device="cuda")
         self.covered = torch.tensor([2**31 - 1], dtype=torch.int32, device="cuda")
-        self.out = torch.full_like(self.q[0][0], float("nan"))
+        self.out = torch.full_like(self.q[0], float("nan"))
         self.stats = torch.full((batch, QO_HEADS, len(ops.STATS)), float("nan"), device="cuda")
         self.counters = COUNTERS.allocate("cuda")[0]
         self.edges = COUNTERS.edge_tensors("cuda")
@@ -107,18 +104,12 @@ class Case:
         ops.encode(k, v, every, t.mean[0], t.key_basis[0], t.steps[0], t.fields[0], codes, norms, valid)
         return codes, norms, valid, t.mean[0], t.query_basis[0], t.steps[0], t.fields[0]
 
-    def inputs(self, step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Query, K and V of a step: layers in turn, and with each turn the next query."""
-        layer = step % self.layers
-        return self.q[layer][step // self.layers % QUERIES], self.k[layer], self.v[layer]
-
-    def decode(self, step: int, **settings: Any) -> torch.Tensor:
+    def decode(self, layer: int, **settings: Any) -> torch.Tensor:
         """One step of one layer by our op."""
-        q, k, v = self.inputs(step)
         ops.decode(
-            q, k, v, self.kv_indices, self.seq_lens, *self.side[step % self.layers], self.params,
+            self.q[layer], self.k[layer], self.v[layer], self.kv_indices, self.seq_lens, *self.side[layer], self.params,
             self.covered, *self.edges, self.out, self.stats, self.counters, list(COUNTERS.offsets),
-            **(self.step | settings), state=self.state[step % self.layers], state_rows=self.rows,
+            **(self.step | settings), state=self.state[layer], state_rows=self.rows,
         )  # fmt: skip
         return self.out
 
@@ -127,15 +118,15 @@ class Case:
         self.params.copy_(torch.tensor(params.pack(epsilon, DELTA, "f8")))
         for state in self.state:
             state.zero_()
-        for step in range(STEPS_TO_SETTLE * self.layers):
-            self.decode(step, cap=cap)
+        for _ in range(STEPS_TO_SETTLE):
+            for layer in range(self.layers):
+                self.decode(layer, cap=cap)
 
-    def errors(self, step: int, out: torch.Tensor) -> torch.Tensor:
+    def errors(self, layer: int, out: torch.Tensor) -> torch.Tensor:
         """Relative error of every head of the first request, float64."""
         slots = self.kv_indices[0].long()
-        queries, keys, values = self.inputs(step)
-        k, v = keys[slots].double(), values[slots].double()
-        q = queries[0].double().view(KV_HEADS, -1, HEAD_DIM)
+        k, v = self.k[layer][slots].double(), self.v[layer][slots].double()
+        q = self.q[layer][0].double().view(KV_HEADS, -1, HEAD_DIM)
         p = torch.softmax(torch.einsum("hgd,nhd->hgn", q, k) * self.step["sm_scale"], -1)
         exact = torch.einsum("hgn,nhd->hgd", p, v).reshape(QO_HEADS, HEAD_DIM)
         return (out[0].double() - exact).norm(dim=-1) / exact.norm(dim=-1)
@@ -154,11 +145,10 @@ def flashinfer(case: Case) -> Callable[[int], torch.Tensor]:
         pointers.cuda(), case.kv_indices.flatten(), last.cuda(), QO_HEADS, KV_HEADS, HEAD_DIM, 1,
         q_data_type=torch.bfloat16, kv_data_type=torch.bfloat16,
     )  # fmt: skip
-    out = torch.empty_like(case.out)
+    out = torch.empty_like(case.q[0])
 
-    def run(step: int) -> torch.Tensor:
-        q, k, v = case.inputs(step)
-        wrapper.run(q, (k.unsqueeze(1), v.unsqueeze(1)), out=out)
+    def run(layer: int) -> torch.Tensor:
+        wrapper.run(case.q[layer], (case.k[layer].unsqueeze(1), case.v[layer].unsqueeze(1)), out=out)
         return out
 
     return run
@@ -174,12 +164,11 @@ def sglang_triton(case: Case) -> Callable[[int], torch.Tensor]:
     logits = torch.empty(batch, QO_HEADS, splits, HEAD_DIM, device="cuda")
     lse = torch.empty(batch, QO_HEADS, splits, device="cuda")
     number = torch.full((batch,), splits, dtype=torch.int32, device="cuda")
-    out = torch.empty_like(case.out)
+    out = torch.empty_like(case.q[0])
 
-    def run(step: int) -> torch.Tensor:
-        q, k, v = case.inputs(step)
+    def run(layer: int) -> torch.Tensor:
         decode_attention_fwd(
-            q, k, v, out, pointers, indices, logits, lse, number, splits,
+            case.q[layer], case.k[layer], case.v[layer], out, pointers, indices, logits, lse, number, splits,
             case.step["sm_scale"], 1.0, 1.0,
         )  # fmt: skip
         return out
@@ -188,15 +177,16 @@ def sglang_triton(case: Case) -> Callable[[int], torch.Tensor]:
 
 
 def time_us(run: Callable[[int], Any], layers: int) -> float:
-    """Median time of a step of a layer in microseconds, by replays of one graph."""
-    for step in range(layers):
-        run(step)
+    """Median time of a layer in microseconds, by replays of one graph."""
+    for layer in range(layers):
+        run(layer)
     torch.cuda.synchronize()
-    steps = layers * max(QUERIES, -(-LAYERS_OF_A_MODEL // layers))
+    passes = -(-LAYERS_OF_A_MODEL // layers)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for step in range(steps):
-            run(step)
+        for _ in range(passes):
+            for layer in range(layers):
+                run(layer)
     times = []
     for _ in range(REPLAYS):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -204,13 +194,13 @@ def time_us(run: Callable[[int], Any], layers: int) -> float:
         graph.replay()
         end.record()
         torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) * 1e3 / steps)
+        times.append(start.elapsed_time(end) * 1e3 / (passes * layers))
     return sorted(times)[REPLAYS // 2]
 
 
 def stages_us(run: Callable[[int], Any], layers: int) -> dict[str, float]:
     """Mean time of each kernel a step, by the profiler, without overlap; what lies between launches is not in it."""
-    steps = QUERIES * layers
+    steps = 3
     # What the profiler leaves attached costs every later launch a third of a microsecond.
     os.environ["TEARDOWN_CUPTI"] = "1"
     # A launch that overlaps the one ahead is timed with what it waits.
@@ -218,15 +208,16 @@ def stages_us(run: Callable[[int], Any], layers: int) -> dict[str, float]:
     try:
         run(0)
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            for step in range(steps):
-                run(step)
+            for _ in range(steps):
+                for layer in range(layers):
+                    run(layer)
             torch.cuda.synchronize()
     finally:
         layout.LAUNCH.overlap = True
     total: dict[str, float] = defaultdict(float)
     for event in profile.events():
         if event.name.endswith("_fwd_kernel"):
-            total[event.name.removesuffix("_fwd_kernel")] += event.device_time / steps
+            total[event.name.removesuffix("_fwd_kernel")] += event.device_time / (steps * layers)
     return dict(total)
 
 
@@ -253,7 +244,7 @@ def bench(batch: int, context: int, order: str, densities: tuple[float, ...], ba
     device = torch.cuda.get_device_name()
     dense: dict[str, float] = {}
     makers: dict[str, Callable[[Case], Callable[[int], torch.Tensor]]] = {
-        "ours": lambda case: lambda step: case.decode(step, dense_below=1 << 30),
+        "ours": lambda case: lambda layer: case.decode(layer, dense_below=1 << 30),
         **({"flashinfer": flashinfer} if importlib.util.find_spec("flashinfer") else {}),
         **({"sglang_triton": sglang_triton} if importlib.util.find_spec("sglang") else {}),
     }
@@ -277,8 +268,8 @@ def bench(batch: int, context: int, order: str, densities: tuple[float, ...], ba
         cap, epsilon = (1.0, EPSILON) if density is None else (density, UNREACHABLE)
         case.settle(epsilon, cap)
 
-        def run(step: int, cap: float = cap) -> torch.Tensor:
-            return case.decode(step, cap=cap)
+        def run(layer: int, cap: float = cap) -> torch.Tensor:
+            return case.decode(layer, cap=cap)
 
         if density is None:
             checked(case, run, 3 * EPSILON, "epsilon .05")

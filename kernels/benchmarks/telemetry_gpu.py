@@ -55,14 +55,14 @@ def main() -> int:
         case.settle(UNREACHABLE, options.cap)
         times: dict[str, list[float]] = {name: [] for name in kernels}
 
-        def run(step: int, case: Case = case) -> torch.Tensor:
-            return case.decode(step, cap=options.cap)
+        def step(layer: int, case: Case = case) -> torch.Tensor:
+            return case.decode(layer, cap=options.cap)
 
         for _ in range(TURNS):
             for name, kernel in kernels.items():
                 gpu.combine_fwd_kernel = kernel
                 case.counters.zero_()
-                times[name].append(time_us(run, case.layers))
+                times[name].append(time_us(step, case.layers))
                 if bool(case.counters.any()) != (name == "on"):
                     raise SystemExit(f"{shape}: counters {name}, but they read {case.counters.tolist()}")
         on, off = (statistics.median(times[name]) for name in ("on", "off"))
@@ -70,7 +70,7 @@ def main() -> int:
         print(f"{torch.cuda.get_device_name()} {shape} density {float(case.stats[..., 0].mean()):.3f}: counters on "
               f"{on:.2f} us, off {off:.2f} us, {on - off:+.2f} us a layer ({(on - off) / off:+.2%} of attention), "
               f"spread of a time {spread:.2f} us", flush=True)  # fmt: skip
-        del case, run
+        del case, step
         torch.cuda.empty_cache()
     return 0
 

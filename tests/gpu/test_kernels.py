@@ -64,8 +64,9 @@ class GpuCase(DecodeCase):
         ops.encode(self.k_cache, self.v_cache, slots, *tables, *self.side[:3], **scales)
 
     def arguments(self):
-        # Outputs are poisoned with NaN by the parent.
-        return tuple(a.cuda() if torch.is_tensor(a) else a for a in super().arguments())
+        # Outputs are poisoned with NaN by the parent; widths of nets stay on the CPU.
+        stays = self.side[-1]
+        return tuple(a.cuda() if torch.is_tensor(a) and a is not stays else a for a in super().arguments())
 
     def learnt(self, log_scale):
         """Set what the last step learnt, relative to the log-sum-exp of the fixed set."""

@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
 
-from vattn_sgl import texts
+from vattn_sgl import support, texts
 from vattn_sgl.config import Settings
 from vattn_sgl.eval.capture import token_ids
 from vattn_sgl.eval.served import forced_runs, totals
@@ -244,6 +245,7 @@ def test_other_servers_agree_with_dense(dense, prompts, arguments, tmp_path):
         assert first == second
 
 
+@pytest.mark.skipif(torch.float8_e4m3fn not in support.TRIED_CACHE_DTYPES, reason="refused at start until tried")
 def test_a_sample_of_an_fp8_cache_agrees_with_all_of_it(dense, prompts, tmp_path):
     """Against the same server reading all: SGLang's triton backend rounds queries and weights to fp8 as well."""
     arguments = (*COMMON, *NO_PREFILL_GRAPHS, "--kv-cache-dtype", "fp8_e4m3")

@@ -121,7 +121,9 @@ def test_a_plain_server_is_served_on_a_gpu(monkeypatch):
     assert list(support.argument_reasons(args)) == []
     for selector in ops.SELECTORS:
         settings = Settings(hash_weights="weights.pt" if selector == "hash" else None, selector=selector)
-        assert list(support.gpu_reasons(args, settings)) == []
+        reasons = list(support.gpu_reasons(args, settings))
+        assert len(reasons) == (selector not in support.TRIED_SELECTORS)
+        assert all("tried on a GPU yet; set selector to sketch" in reason for reason in reasons)
     for name in ("fp8_e4m3", "fp8_e5m2"):
         args.kv_cache_dtype = name
         assert list(support.argument_reasons(args)) == []
@@ -143,21 +145,20 @@ def test_a_model_of_four_bytes_is_refused_on_a_gpu_whatever_its_cache():
 
 def test_dtypes_on_a_gpu():
     pool = MHATokenToKVPool()
-    served = dict.fromkeys(ops.GPU_CACHE_DTYPES, 0)
-    for dtype, reasons in (served | {torch.float32: 1, torch.float8_e4m3fnuz: 1}).items():
-        pool.dtype = dtype
-        assert len(list(support.gpu_pool_reasons(pool))) == reasons
-    for dtype in (torch.bfloat16, torch.float8_e5m2):
+    for dtype in support.TRIED_CACHE_DTYPES:
         pool.dtype = dtype
         assert list(support.gpu_pool_reasons(pool, (8, 0))) == []
+    for dtype in (torch.float32, torch.float8_e4m3fnuz):
+        pool.dtype = dtype
+        (reason,) = support.gpu_pool_reasons(pool)
+        assert "use --dtype bfloat16" in reason
+    for dtype in set(ops.GPU_CACHE_DTYPES) - set(support.TRIED_CACHE_DTYPES):
+        pool.dtype = dtype
+        (reason,) = support.gpu_pool_reasons(pool, (9, 0))
+        assert "tried on a GPU yet; use --kv-cache-dtype auto" in reason
     pool.dtype = torch.float8_e4m3fn
-    assert list(support.gpu_pool_reasons(pool, (8, 9))) == []
     (reason,) = support.gpu_pool_reasons(pool, (8, 6))
     assert "takes compute capability 8.9, not 8.6; use --kv-cache-dtype fp8_e5m2" in reason
-    for selector in set(ops.SELECTORS) - {"sketch"}:
-        (reason,) = support.gpu_pool_reasons(pool, (9, 0), selector)
-        assert f"selector {selector}: it reads no KV cache of" in reason
-        assert "use sketch or --kv-cache-dtype auto" in reason
 
 
 def test_dtypes_on_a_cpu():

@@ -146,11 +146,14 @@ class CalibratedSelector:
 
     def cached(self, pool: Any, layer: int, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V of ``slots`` as attention reads them, each ``[num_slots, num_kv_heads, head_dim]``."""
-        k, v = (cache[slots] for cache in pool.get_kv_buffer(self.layer_ids[layer]))
-        if self.geometry.scales:
-            k_scale, v_scale = self.geometry.scales_of(layer)
-            k, v = k.float() * k_scale, v.float() * v_scale
-        return k, v
+        caches = pool.get_kv_buffer(self.layer_ids[layer])
+        if not self.geometry.scales:
+            k, v = (cache[slots] for cache in caches)
+            return k, v
+        # Not every device gathers fp8, but each gathers bytes.
+        k, v = (cache.view(torch.uint8)[slots].view(cache.dtype).float() for cache in caches)
+        k_scale, v_scale = self.geometry.scales_of(layer)
+        return k * k_scale, v * v_scale
 
     def written(self) -> torch.Tensor:
         """Slots that hold a key, int64; waits for the device."""

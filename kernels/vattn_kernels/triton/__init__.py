@@ -194,8 +194,7 @@ def decode(
         )  # fmt: skip
     combine_fwd_kernel[(rows * group,)](
         work.outs, work.scalars, work.heads, seq_lens, work.mode, work.counts, *settled[1:], v_scale, sink, window, cap,
-        *counter_offsets[:5], **merge, **follow, SPLITS=splits,
-        num_warps=max(1, splits // launch.splits_a_warp),
+        *counter_offsets[:5], **merge, **follow, SPLITS=splits, num_warps=layout.combine_warps(splits),
     )  # fmt: skip
     retry_programs = layout.programs_at_once(q.device, launch.retry_programs)
     retry_fwd_kernel[(min(retry_programs, rows * (tail + 1)),)](

@@ -82,7 +82,7 @@ class Launch:
     select_registers: int | None = 80
     attend_block: int = 32
     attend_registers: int | None = 168
-    splits_a_warp: int = 16
+    combine_warps: int = 4
     exact_block: int = 128
     exact_warps: int = 8
     exact_stages: int = 3
@@ -140,6 +140,11 @@ def splits_of(rows: int) -> int:
     """
     wanted = 1 << max(0, math.ceil(math.log2(LAUNCH.programs / max(rows, 1))))
     return min(max(wanted, LEAST_SPLITS), MOST_SPLITS)
+
+
+def combine_warps(splits: int) -> int:
+    """Warps that merge the splits of one head: one merges 16 as fast as several, which wait for each other."""
+    return 1 if splits <= 16 else LAUNCH.combine_warps
 
 
 def tail_splits_of(rows: int, max_len: int) -> int:
