@@ -155,12 +155,12 @@ def decode(
     )  # fmt: skip
 
     def attend_exact(merged: bool) -> None:
-        each, registers = layout.exact_programs(width, padded_dim)
-        attend_exact_fwd_kernel[(min(layout.programs_at_once(q.device, each), rows * tail),)](
+        programs = layout.programs_at_once(q.device, layout.exact_programs(q.device, width, padded_dim))
+        attend_exact_fwd_kernel[(min(programs, rows * tail),)](
             q, k_cache, v_cache, kv_indices, seq_lens, work.mode, work.counts, work.outs, work.scalars, work.used,
             work.barrier, *settled, logit_scale, v_scale, sink, window, rows, launch.tail_items, kv_stride, k_stride,
             cap, *counter_offsets[:5], **later, MERGE=merged, BN=launch.exact_block, STAGES=launch.exact_stages,
-            num_warps=launch.exact_warps, maxnreg=registers,
+            num_warps=launch.exact_warps, maxnreg=layout.exact_registers(width, padded_dim),
         )  # fmt: skip
 
     query = work.codes if is_sketch else work.query

@@ -69,7 +69,7 @@ class Launch:
     """How kernels are launched; the figures behind the choices are in ``kernels/benchmarks/RESULTS.md``.
 
     ``tail`` are the rounds after the first: about so many splits of the rows that are open. ``retry_programs`` are how
-    many of theirs run at once on a multiprocessor.
+    many of theirs run at once on a multiprocessor; two of ``attend_exact`` do from ``exact_shared`` bytes on.
     ``overlap`` is off only to time or compare launches one by one, see `launches_overlap`.
     """
 
@@ -87,6 +87,7 @@ class Launch:
     exact_warps: int = 8
     exact_stages: int = 3
     exact_registers: int = 128
+    exact_shared: int = 160 << 10
 
 
 LAUNCH: Final = Launch()
@@ -109,9 +110,21 @@ def attend_registers(width: int, head_dim: int) -> int | None:
     return LAUNCH.attend_registers if width * head_dim <= 16 * 128 else None
 
 
-def exact_programs(width: int, head_dim: int) -> tuple[int, int | None]:
-    """Programs of ``attend_exact`` that run at once on a multiprocessor, and registers a thread that allow it."""
-    return (2, LAUNCH.exact_registers) if width * head_dim <= 16 * 128 else (1, None)
+def exact_registers(width: int, head_dim: int) -> int | None:
+    """Registers a thread of ``attend_exact``: two programs a multiprocessor, while the output's tile fits them."""
+    return LAUNCH.exact_registers if width * head_dim <= 16 * 128 else None
+
+
+def exact_programs(device: torch.device, width: int, head_dim: int) -> int:
+    """Programs of ``attend_exact`` that run at once on a multiprocessor: as many as its memory and registers hold."""
+    holds = exact_registers(width, head_dim) is not None and _shared_memory(device) >= LAUNCH.exact_shared
+    return 2 if holds else 1
+
+
+@functools.cache
+def _shared_memory(device: torch.device) -> int:
+    """Bytes of a GPU's multiprocessor; 0 elsewhere."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor if device.type == "cuda" else 0
 
 
 def one_warp_attends(dtype: torch.dtype, head_dim: int, group: int) -> bool:

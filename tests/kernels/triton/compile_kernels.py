@@ -122,7 +122,7 @@ def registers(kernel, constants: dict) -> int | None:
     if kernel is select_lists_fwd_kernel:
         return layout.select_registers(constants["G"], constants["WORDS"])
     if kernel is attend_exact_fwd_kernel:
-        return layout.exact_programs(constants["WIDTH"], constants["DP"])[1]
+        return layout.exact_registers(constants["WIDTH"], constants["DP"])
     if kernel is attend_fwd_kernel:
         return layout.attend_registers(constants["WIDTH"], constants["DP"])
     return None
@@ -188,7 +188,8 @@ def main() -> None:
                 built = triton.compile(source, GPUTarget("cuda", arch, 32), options=options)
                 row = {
                     "kernel": kernel.fn.__name__, "selector": selector, "arch": arch, "dtype": dtype, "cache": cache,
-                    "head_dim": head_dim, "group": group, "words": words, "shared": built.metadata.shared,
+                    "head_dim": head_dim, "group": group, "words": words, "threads": 32 * warps,
+                    "limit": options["maxnreg"], "shared": built.metadata.shared,
                     **resources(built.asm["cubin"]),
                 }  # fmt: skip
                 print(json.dumps(row), flush=True)

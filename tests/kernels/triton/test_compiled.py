@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from vattn_kernels.triton import layout
+
 SCRIPT = Path(__file__).with_name("compile_kernels.py")
 KERNELS = 9
 # Those that a selector other than ``sketch`` has to itself.
@@ -24,6 +26,8 @@ MOST_REGISTERS = {
     "sign_queries_fwd_kernel": 255, "sign_keys_fwd_kernel": 255,
 }  # fmt: skip
 MOST_SHARED = 164 * 1024
+# Of a multiprocessor: registers, and shared memory of the one that has least, sm_86.
+REGISTERS, SMALLEST = 65536, 100 * 1024
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +46,18 @@ def test_every_kernel_compiles(rows, arch, count, caches):
     others = [r for r in rows if r["arch"] == arch and r["selector"] != "sketch"]
     assert {r["kernel"] for r in built + others} == set(MOST_REGISTERS)
     assert all(r["shared"] <= MOST_SHARED for r in built + others)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "shared"), [("retry_fwd_kernel", SMALLEST), ("attend_exact_fwd_kernel", layout.LAUNCH.exact_shared)]
+)
+def test_launches_that_wait_for_all_their_programs_run_them_at_once(rows, kernel, shared):
+    """Two programs a multiprocessor, or one where no limit of registers sees to two; more would wait for ever."""
+    for row in (r for r in rows if r["kernel"] == kernel):
+        each = 2 if kernel == "retry_fwd_kernel" or row["limit"] else 1
+        registers = -(-row["registers"] // 8) * 8
+        assert registers * row["threads"] * each <= REGISTERS, row
+        assert row["shared"] * each <= shared or each == 1, row
 
 
 def test_kernels_of_the_main_shape_fit(rows):
