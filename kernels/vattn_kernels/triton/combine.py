@@ -1,6 +1,7 @@
 """Stages ``budget`` and ``combine``: merge a row's splits, certify or set the next scales, write output and counters.
 
-A launch of its own after the first round: done by the last split to arrive inside ``attend``, it cost that 35 us.
+A launch of its own after the first round: done by the last split to arrive inside ``attend``, it cost that 35 us. Later
+rounds merge within theirs, see `vattn_kernels.triton.rounds`.
 """
 
 from __future__ import annotations
