@@ -197,11 +197,11 @@ def gpu_pool_reasons(pool: Any, capability: tuple[int, int] | None = None) -> It
     least = GPU_CACHE_CAPABILITY.get(dtype, (0, 0))
     if dtype not in GPU_CACHE_DTYPES:
         yield f"KV cache of {dtype}: the GPU kernels of this version read 16 bits and fp8; use --dtype bfloat16"
+    elif dtype not in TRIED_CACHE_DTYPES:
+        yield f"KV cache of {dtype}: its kernels have not been tried on a GPU yet; use --kv-cache-dtype auto"
     elif capability is not None and capability < least:
         needed, found = (f"{major}.{minor}" for major, minor in (least, capability))
         yield f"KV cache of {dtype}: that takes compute capability {needed}, not {found}; use --kv-cache-dtype fp8_e5m2"
-    elif dtype not in TRIED_CACHE_DTYPES:
-        yield f"KV cache of {dtype}: its kernels have not been tried on a GPU yet; use --kv-cache-dtype auto"
 
 
 def cpu_reasons(settings: Settings) -> Iterator[str]:

@@ -319,6 +319,8 @@ def test_launches_that_overlap_change_no_bit(heads, monkeypatch):
 
 
 OTHERS = pytest.mark.parametrize("selector", ops.SELECTORS[1:])
+# Only signatures have bits.
+DRAWN = [("oracle", 64), ("quest", 64), *((name, bits) for name in ("sign", "hash") for bits in (32, 64, 128))]
 
 
 @OTHERS
@@ -334,14 +336,11 @@ def test_other_selectors_are_exact_at_first_and_hold_epsilon_later(selector, sha
     assert c.errors(out).max() < 0.2
 
 
-@OTHERS
-@pytest.mark.parametrize("bits", [32, 64, 128])
+@pytest.mark.parametrize(("selector", "bits"), DRAWN, ids=str)
 @pytest.mark.parametrize(
     ("heads", "head_dim"), [((4, 4), 64), ((3, 1), 128), ((8, 2), 96), ((5, 1), 64), ((16, 1), 256)], ids=str
 )
 def test_other_selectors_draw_by_the_score_of_the_reference(selector, heads, head_dim, bits):
-    if bits != 64 and selector not in ("sign", "hash"):
-        pytest.skip("no signatures")
     c = case(2, 3001, *heads, head_dim, bits=bits, epsilon=0.9, settings={"selector": selector})
     if selector != "oracle":
         unusable = c.kv_indices[:, 1000:1100].long()

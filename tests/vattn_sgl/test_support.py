@@ -143,7 +143,7 @@ def test_a_model_of_four_bytes_is_refused_on_a_gpu_whatever_its_cache():
     assert "--dtype bfloat16" in next(support.gpu_model_reasons(SimpleNamespace(dtype=torch.float32)))
 
 
-def test_dtypes_on_a_gpu():
+def test_dtypes_on_a_gpu(monkeypatch):
     pool = MHATokenToKVPool()
     for dtype in support.TRIED_CACHE_DTYPES:
         pool.dtype = dtype
@@ -156,7 +156,9 @@ def test_dtypes_on_a_gpu():
         pool.dtype = dtype
         (reason,) = support.gpu_pool_reasons(pool, (9, 0))
         assert "tried on a GPU yet; use --kv-cache-dtype auto" in reason
+    monkeypatch.setattr(support, "TRIED_CACHE_DTYPES", ops.GPU_CACHE_DTYPES)
     pool.dtype = torch.float8_e4m3fn
+    assert list(support.gpu_pool_reasons(pool, (8, 9))) == []
     (reason,) = support.gpu_pool_reasons(pool, (8, 6))
     assert "takes compute capability 8.9, not 8.6; use --kv-cache-dtype fp8_e5m2" in reason
 

@@ -133,7 +133,9 @@ class CalibratedSelector:
         if layer == 0:
             self.positions[slots] = positions.to(POSITION_DTYPE)
         if self._observing:
-            self.calibration.observe(layer, q, self.cached(pool, layer, slots)[0], positions)
+            self.calibration.observe(
+                layer, q, self._gather(k_cache, slots, self.geometry.scales_of(layer)[0]), positions
+            )
         if not self._encodes_at_once:
             if self.calibration.tables is not None:
                 self.encode(layer, k_cache, v_cache, slots)
@@ -146,14 +148,15 @@ class CalibratedSelector:
 
     def cached(self, pool: Any, layer: int, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V of ``slots`` as attention reads them, each ``[num_slots, num_kv_heads, head_dim]``."""
-        caches = pool.get_kv_buffer(self.layer_ids[layer])
+        caches, scales = pool.get_kv_buffer(self.layer_ids[layer]), self.geometry.scales_of(layer)
+        k, v = (self._gather(cache, slots, scale) for cache, scale in zip(caches, scales, strict=True))
+        return k, v
+
+    def _gather(self, cache: torch.Tensor, slots: torch.Tensor, scale: float) -> torch.Tensor:
         if not self.geometry.scales:
-            k, v = (cache[slots] for cache in caches)
-            return k, v
+            return cache[slots]
         # Not every device gathers fp8, but each gathers bytes.
-        k, v = (cache.view(torch.uint8)[slots].view(cache.dtype).float() for cache in caches)
-        k_scale, v_scale = self.geometry.scales_of(layer)
-        return k * k_scale, v * v_scale
+        return cache.view(torch.uint8)[slots].view(cache.dtype).float() * scale
 
     def written(self) -> torch.Tensor:
         """Slots that hold a key, int64; waits for the device."""

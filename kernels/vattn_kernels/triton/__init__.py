@@ -93,6 +93,7 @@ def decode(
     require(sampler == "proportional", "sampler {!r} runs on the CPU only; expected 'proportional'", sampler)
     require(group_score == "max", "group_score {!r} runs on the CPU only; expected 'max'", group_score)
     check_decode(q, k_cache, kv_indices, seq_lens, out, stats, target)
+    _check_scaled(selector, k_cache, k_scale, v_scale)
     side = side_of(selector, q, k_cache, codes, norms, valid, mean, query_basis, steps, fields)
     if state is None or state_rows is None:
         raise ValueError("vattn: a GPU needs state and state_rows, got None; see vattn_kernels.ops.decode")
@@ -114,7 +115,6 @@ def decode(
     # One compiled kernel serves every usual batch.
     rows_p = max(LEAST_ROWS, _power_of_two(rows))
     is_sketch = selector == "sketch"
-    _check_scaled(selector, k_cache, k_scale, v_scale)
     choice = {"SELECTOR": SELECTORS.index(selector)}
     if side.nets is not None:
         first, second, bits = side.sizes
@@ -144,9 +144,7 @@ def decode(
     }  # fmt: skip
     warps = layout.LISTS.value
     attend = {"BN": launch.attend_block, "WIDE": q.dtype != torch.bfloat16, "num_warps": warps}
-    later = merge | follow | {
-        "SPLITS": tail, "LEAST": layout.LEAST_SPLITS, "ROWS_P": rows_p
-    }  # fmt: skip
+    later = merge | follow | {"SPLITS": tail, "LEAST": layout.LEAST_SPLITS, "ROWS_P": rows_p}
     key = (seed & 0x7FFFFFFF, layer_id)
     logit_scale = sm_scale * k_scale
     settled = (

@@ -105,10 +105,12 @@ def combine_fwd_kernel(
     # Brings the table of quantiles near, of which a head looks up an entry.
     epsilon = tl.load(p_params)
     await_last(DEPENDENT)
+    item = tl.program_id(0)
     combine_head(
-        tl.program_id(0), SPLITS, MAY_RETRY, epsilon, budget_edges, error_edges, p_outs, p_scalars, p_heads,
-        p_seq_lens, p_mode, p_counts, p_log_scale, p_fixed, p_reads, p_arrivals, p_params, p_state, p_state_rows,
-        p_out, p_stats, p_counters, v_scale, sink, window, cap, at_context, at_read, at_outcome, at_budget, at_error,
+        item, tl.load(p_mode + item // G), SPLITS, MAY_RETRY, epsilon, budget_edges, error_edges, p_outs, p_scalars,
+        p_heads, p_seq_lens, p_mode, p_counts, p_log_scale, p_fixed, p_reads, p_arrivals, p_params, p_state,
+        p_state_rows, p_out, p_stats, p_counters, v_scale, sink, window, cap,
+        at_context, at_read, at_outcome, at_budget, at_error,
         HKV, G, GP, WIDTH, D, DP, SPLITS, MOST, STATE, TARGET, False, TABLE, POINTS, PER_UNIT, COUNTERS_P,
     )  # fmt: skip
 
@@ -133,9 +135,9 @@ def combine_round(
         mode = tl.load(p_mode + item // G, cache_modifier=".cg")
         if (mode >= DENSE) if EXACT else (mode == SAMPLED):
             combine_head(
-                item, splits, last, epsilon, budget_edges, error_edges, p_outs, p_scalars, p_heads, p_seq_lens, p_mode,
-                p_counts, p_log_scale, p_fixed, p_reads, p_arrivals, p_params, p_state, p_state_rows, p_out, p_stats,
-                p_counters, v_scale, sink, window, cap, at_context, at_read, at_outcome, at_budget, at_error,
+                item, mode, splits, last, epsilon, budget_edges, error_edges, p_outs, p_scalars, p_heads, p_seq_lens,
+                p_mode, p_counts, p_log_scale, p_fixed, p_reads, p_arrivals, p_params, p_state, p_state_rows, p_out,
+                p_stats, p_counters, v_scale, sink, window, cap, at_context, at_read, at_outcome, at_budget, at_error,
                 HKV, G, GP, WIDTH, D, DP, SPLITS, MOST, STATE, TARGET, EXACT, TABLE, POINTS, PER_UNIT,
                 COUNTERS_P,
             )  # fmt: skip
@@ -144,7 +146,7 @@ def combine_round(
 
 @triton.jit
 def combine_head(
-    item, splits, last, epsilon, budget_edges, error_edges, p_outs, p_scalars, p_heads, p_seq_lens, p_mode,
+    item, mode, splits, last, epsilon, budget_edges, error_edges, p_outs, p_scalars, p_heads, p_seq_lens, p_mode,
     p_counts, p_log_scale, p_fixed, p_reads, p_arrivals, p_params, p_state, p_state_rows, p_out, p_stats, p_counters,
     v_scale, sink, window, cap, at_context, at_read, at_outcome, at_budget, at_error,
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
@@ -153,7 +155,6 @@ def combine_head(
 ):  # fmt: skip
     """Merge one head of a row that took part in the round; the last of a group's heads decides for the group."""
     i_head, i_row = item % G, item // G
-    mode = tl.load(p_mode + i_row, cache_modifier=".cg")
     # Loaded by every head, so that the last one, which decides, has not to wait for it.
     known = row_of_round(i_row, splits, p_seq_lens, p_log_scale, p_fixed, p_counts, p_reads, HKV, G, GP, MOST, EXACT)
     # All is loaded and merged before the mode is asked, which saves a trip to memory; a row that does not take part

@@ -156,7 +156,7 @@ def splits_of(rows: int) -> int:
 
 
 def combine_warps(splits: int) -> int:
-    """Warps that merge the splits of one head: one merges 16 as fast as several, which wait for each other."""
+    """Warps that merge the splits of one head."""
     return 1 if splits <= 16 else LAUNCH.combine_warps
 
 

@@ -154,6 +154,33 @@ def places(chosen):
 
 
 @triton.jit
+def offsets_of_block():
+    """Tokens of a block ``[RUN, LISTS, REPEATS]``, counted from its first."""
+    return (
+        tl.arange(0, RUN)[:, None, None]
+        + (tl.arange(0, LISTS) * RUN)[None, :, None]
+        + (tl.arange(0, REPEATS) * (LISTS * RUN))[None, None, :]
+    )
+
+
+@triton.jit
+def append(chosen, at, slot, pi, p_slots, p_pi):
+    """Store the chosen tokens behind the ends ``at`` of their lists; how many each list gains."""
+    ranks, hits = places(chosen)
+    place = at[None, :, None] + ranks
+    tl.store(p_slots + place, slot, mask=chosen)
+    tl.store(p_pi + place, pi, mask=chosen)
+    return hits
+
+
+@triton.jit
+def store_lengths(o_own, counts, reads, p_counts, p_reads):
+    """Store the length of each list, and the expected one."""
+    tl.store(p_counts + o_own, counts.to(tl.int32))
+    tl.store(p_reads + o_own, tl.sum(tl.sum(reads, 2), 0))
+
+
+@triton.jit
 def select_split(
     i_row, i_split, splits, p_codes, p_norms, p_kv_indices, p_seq_lens, p_fields,
     p_query, p_bias, p_log_scale, p_scale, p_slots, p_pi, p_counts, p_reads,
@@ -198,11 +225,7 @@ def select_by_estimate(
     span = capacity // (splits * LISTS)
     o_list = tl.arange(0, LISTS)
     first = i_row.to(tl.int64) * capacity + (i_split * LISTS + o_list) * span  # [LISTS]
-    o_b = (
-        tl.arange(0, RUN)[:, None, None]
-        + (o_list * RUN)[None, :, None]
-        + (tl.arange(0, REPEATS) * (LISTS * RUN))[None, None, :]
-    )  # [RUN, LISTS, REPEATS]
+    o_b = offsets_of_block()
     reads = tl.zeros([RUN, LISTS, REPEATS], tl.float32)
     at = first
     for start in range(sink + i_split * block, high, splits * block):
@@ -222,16 +245,9 @@ def select_by_estimate(
         pi = tl.minimum(power_of_two(tl.minimum(score * LOG2E, 0.0), DP4A) + least, 1.0)
         if SELECTOR != ORACLE:
             pi = tl.where(tl.load(p_valid + slot) == 0, 1.0, pi)
-        chosen = m_b & (uniform(position, key) < pi)
         reads += tl.where(m_b, pi, 0.0)
-        ranks, hits = places(chosen)
-        place = at[None, :, None] + ranks
-        tl.store(p_slots + place, slot, mask=chosen)
-        tl.store(p_pi + place, pi, mask=chosen)
-        at += hits
-    o_own = i_row * MOST + i_split * LISTS + o_list
-    tl.store(p_counts + o_own, (at - first).to(tl.int32))
-    tl.store(p_reads + o_own, tl.sum(tl.sum(reads, 2), 0))
+        at += append(m_b & (uniform(position, key) < pi), at, slot, pi, p_slots, p_pi)
+    store_lengths(i_row * MOST + i_split * LISTS + o_list, at - first, reads, p_counts, p_reads)
 
 
 @triton.jit
@@ -267,11 +283,7 @@ def select_by_sketch(
     span = capacity // (splits * LISTS)
     o_list = tl.arange(0, LISTS)
     at = i_row.to(tl.int64) * capacity + (i_split * LISTS + o_list) * span  # [LISTS]
-    o_b = (
-        tl.arange(0, RUN)[:, None, None]
-        + (o_list * RUN)[None, :, None]
-        + (tl.arange(0, REPEATS) * (LISTS * RUN))[None, None, :]
-    )  # [RUN, LISTS, REPEATS]
+    o_b = offsets_of_block()
     reads = tl.zeros([RUN, LISTS, REPEATS], tl.float32)
     begin = sink + i_split * block
     stride = splits * block
@@ -310,16 +322,8 @@ def select_by_sketch(
         if WITH_VALUES:
             log_pi += ((norm_bits >> 8) & 0xFF).to(tl.float32) * OCTAVES + LEAST_OCTAVES
         pi = tl.minimum(power_of_two(tl.minimum(log_pi, 0.0), DP4A) + least, 1.0)
-        u = uniform(position, key)
         m_b = position < high
-        chosen = m_b & (u < pi)
         reads += tl.where(m_b, pi, 0.0)
-        ranks, hits = places(chosen)
-        place = at[None, :, None] + ranks
-        tl.store(p_slots + place, slot, mask=chosen)
-        tl.store(p_pi + place, pi, mask=chosen)
-        at += hits
+        at += append(m_b & (uniform(position, key) < pi), at, slot, pi, p_slots, p_pi)
         slot, low_pair, high_pair, norm = next_slot, next_low, next_high, next_norm
-    o_own = i_row * MOST + i_split * LISTS + o_list
-    tl.store(p_counts + o_own, (at - first).to(tl.int32))
-    tl.store(p_reads + o_own, tl.sum(tl.sum(reads, 2), 0))
+    store_lengths(i_row * MOST + i_split * LISTS + o_list, at - first, reads, p_counts, p_reads)
