@@ -4,7 +4,8 @@ A step is six launches: ``prepare``, ``select``, ``attend``, ``combine``, ``retr
 takes a scale predicted from the request's last step; a group that it does not certify draws again at the scale its
 variance asks for, and one that is still open reads everything. The last two launches end at once where nothing is left
 to do. For ``sign`` and ``hash`` one more, ahead of all, signs the queries. Audits, where they are on, add three:
-``choose``, ``attend_exact``, ``audit``. From sm_90 on a launch starts while the one ahead ends.
+``choose``, ``attend_exact``, ``audit``. From sm_90 on a launch starts while the one ahead ends, and a split is attended
+to, and a row merged, as soon as what it needs of the launch ahead is there (`layout.await_signals`).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from vattn_kernels.checks import FP8_DTYPES, check_cache, check_decode, check_si
 from vattn_kernels.ops import GPU_CACHE_DTYPES, GPU_DTYPES, GPU_HEAD_DIMS, SELECTORS, STATE_WIDTH
 from vattn_kernels.quantiles import TARGETS
 from vattn_kernels.sketch import GROUPS_PER_WORD
-from vattn_kernels.triton import layout
+from vattn_kernels.triton import carveout, layout
 from vattn_kernels.triton.attend import attend_fwd_kernel
 from vattn_kernels.triton.attend_gluon import attend_lists_fwd_kernel
 from vattn_kernels.triton.audit import audit_fwd_kernel, choose_fwd_kernel
@@ -38,6 +39,14 @@ MOST_AGE = 64
 LEAST_ROWS = 1024
 # Sets of pools whose addresses are kept: every layer's own, and all layers' together.
 MOST_POOLS = 1024
+
+
+carveout.share(
+    (
+        prepare_fwd_kernel, select_lists_fwd_kernel, select_fwd_kernel, attend_lists_fwd_kernel, attend_fwd_kernel,
+        combine_fwd_kernel, retry_fwd_kernel, attend_exact_fwd_kernel,
+    )
+)  # fmt: skip
 
 
 def _power_of_two(x: int) -> int:
@@ -109,6 +118,7 @@ def decode(
     launch = layout.LAUNCH
     overlap = layout.launches_overlap(q.device)
     follow = {"DEPENDENT": overlap, "launch_pdl": overlap}
+    signals = follow | {"SIGNALS": layout.MOST_SPLITS}
     is_split = target == "sdpa"
     model = {"HKV": num_kv_heads, "G": group, "D": head_dim, "DP": padded_dim}
     counters_p = _power_of_two(counters.numel())
@@ -124,10 +134,10 @@ def decode(
         )  # fmt: skip
     prepare_fwd_kernel[(2 * rows,)](
         q, k_cache, kv_indices, seq_lens, mean, query_basis, steps, side.fields, covered, state, state_rows,
-        work.mode, work.codes, work.query, work.bias, work.log_scale, work.fixed, work.scale,
-        sm_scale, k_scale, floor, sink, window, dense_below, pilot_min, kv_stride, k_stride,
+        work.mode, work.codes, work.query, work.bias, work.log_scale, work.fixed, work.scale, work.listed,
+        work.attended, sm_scale, k_scale, floor, sink, window, dense_below, pilot_min, kv_stride, k_stride,
         **model, **choice, GP=max(16, padded_group), R=side.width, C=coded, CODES=4 * groups, F=launch.prepare_block,
-        WIDTH=STATE_WIDTH, MOST_AGE=MOST_AGE, **follow, num_warps=launch.prepare_warps,
+        WIDTH=STATE_WIDTH, MOST_AGE=MOST_AGE, **signals, num_warps=launch.prepare_warps,
     )  # fmt: skip
 
     target_id = TARGETS.index(target)
@@ -164,35 +174,36 @@ def decode(
     query = work.codes if is_sketch else work.query
     score = (
         side.rows, side.norms, kv_indices, seq_lens, side.fields, work.mode, query, work.bias, work.log_scale,
-        work.scale, work.slots, work.pi, work.counts, work.reads, sink, window, *key, kv_stride, side.head_stride,
-        side.norm_stride, capacity,
+        work.scale, work.slots, work.pi, work.counts, work.reads, work.listed, sink, window, *key, kv_stride,
+        side.head_stride, side.norm_stride, capacity,
     )  # fmt: skip
     if q.is_cuda and is_sketch and layout.tensor_cores_score(group, words):
         select_lists_fwd_kernel[(rows * splits,)](
-            *score, HKV=num_kv_heads, G=group, SPLITS=splits, **sketch, **follow, num_warps=warps,
+            *score, HKV=num_kv_heads, G=group, SPLITS=splits, **sketch, **signals, num_warps=warps,
             maxnreg=layout.select_registers(group, words),
         )  # fmt: skip
     else:
         select_fwd_kernel[(rows * splits,)](
             *score, side.valid, v_cache, sm_scale, side.row_stride, HKV=num_kv_heads, G=group, D=head_dim,
-            SPLITS=splits, **sketch, **choice, **follow, DP4A=q.is_cuda, num_warps=warps,
+            SPLITS=splits, **sketch, **choice, **signals, DP4A=q.is_cuda, num_warps=warps,
         )  # fmt: skip
     is_aligned = k_cache.data_ptr() % 16 == 0 and v_cache.data_ptr() % 16 == 0
     if q.is_cuda and is_aligned and layout.one_warp_attends(k_cache.dtype, head_dim, group):
         attend_lists_fwd_kernel[(rows * (splits + 1),)](
-            q, k_cache, v_cache, kv_indices, seq_lens, *lists, logit_scale, sink, window, kv_stride, capacity,
-            HKV=num_kv_heads, G=group, WIDTH=width, D=head_dim, SPLITS=splits,
-            MOST=layout.MOST_LISTS, **follow, num_warps=1,
+            q, k_cache, v_cache, kv_indices, seq_lens, *lists, work.listed, work.attended, logit_scale, sink, window,
+            kv_stride, capacity, HKV=num_kv_heads, G=group, WIDTH=width, D=head_dim, SPLITS=splits,
+            MOST=layout.MOST_LISTS, **signals, num_warps=1,
         )  # fmt: skip
     else:
         attend_fwd_kernel[(rows * (splits + 1),)](
-            q, k_cache, v_cache, kv_indices, seq_lens, *lists, logit_scale, sink, window, kv_stride, k_stride, capacity,
-            **model, WIDTH=width, **attend, **follow, SPLITS=splits, MOST=layout.MOST_LISTS, TARGET=target_id,
-            maxnreg=layout.attend_registers(width, padded_dim),
+            q, k_cache, v_cache, kv_indices, seq_lens, *lists, work.listed, work.attended, logit_scale, sink, window,
+            kv_stride, k_stride, capacity, **model, WIDTH=width, **attend, **signals, SPLITS=splits,
+            MOST=layout.MOST_LISTS, TARGET=target_id, maxnreg=layout.attend_registers(width, padded_dim),
         )  # fmt: skip
     combine_fwd_kernel[(rows * group,)](
-        work.outs, work.scalars, work.heads, seq_lens, work.mode, work.counts, *settled[1:], v_scale, sink, window, cap,
-        *counter_offsets[:5], **merge, **follow, SPLITS=splits, num_warps=layout.combine_warps(splits),
+        work.outs, work.scalars, work.heads, seq_lens, work.mode, work.counts, work.attended, *settled[1:], v_scale,
+        sink, window, cap, *counter_offsets[:5], **merge, **follow, SPLITS=splits,
+        num_warps=layout.combine_warps(splits),
     )  # fmt: skip
     retry_programs = layout.programs_at_once(q.device, launch.retry_programs)
     retry_fwd_kernel[(min(retry_programs, rows * (tail + 1)),)](

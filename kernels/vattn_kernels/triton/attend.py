@@ -15,8 +15,9 @@ from vattn_kernels.triton.layout import (
     SAMPLED,
     SPREAD,
     SQUARE,
-    await_last,
+    await_signals,
     begin_next,
+    signal,
 )
 
 
@@ -30,22 +31,23 @@ def accumulate(p, v, acc, WIDE: tl.constexpr):
 
 @triton.jit
 def attend_fwd_kernel(
-    p_q, p_k, p_v, p_kv_indices, p_seq_lens, p_mode, p_slots, p_pi, p_counts, p_outs, p_scalars,
+    p_q, p_k, p_v, p_kv_indices, p_seq_lens, p_mode, p_slots, p_pi, p_counts, p_outs, p_scalars, p_listed, p_attended,
     sm_scale, sink, window, kv_stride, k_stride, capacity,
     HKV: tl.constexpr, G: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr,
     SPLITS: tl.constexpr, MOST: tl.constexpr, TARGET: tl.constexpr, WIDE: tl.constexpr,
-    DEPENDENT: tl.constexpr,
+    SIGNALS: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """First round: one split a program, sink and window last."""
     begin_next(DEPENDENT)
-    await_last(DEPENDENT)
     i_row, i_split = tl.program_id(0) // (SPLITS + 1), tl.program_id(0) % (SPLITS + 1)
+    await_signals(p_listed + i_row * SIGNALS + tl.minimum(i_split, SPLITS - 1), 1, DEPENDENT)
     if tl.load(p_mode + i_row) == SAMPLED:
         attend_list(
             i_row, i_split, SPLITS, p_q, p_k, p_v, p_kv_indices, p_seq_lens, p_slots, p_pi, p_counts, p_outs, p_scalars,
             sm_scale, sink, window, kv_stride, k_stride, capacity,
             HKV, G, WIDTH, D, DP, BN, SPLITS, MOST, TARGET, WIDE,
         )  # fmt: skip
+    signal(p_attended + i_row, DEPENDENT)
 
 
 @triton.jit

@@ -21,8 +21,9 @@ from vattn_kernels.triton.layout import (
     SAMPLED,
     SPREAD,
     SQUARE,
-    await_last,
+    await_signals,
     begin_next,
+    signal,
 )
 
 # Tokens of a tile: the tensor cores' inner dimension.
@@ -33,19 +34,12 @@ ROWS = gl.constexpr(8)
 
 
 @gluon.jit
-def tile_of(t, firsts, counts, starts):
-    """First entry of tile ``t``, counted over all lists, and the entries that its list has left from there."""
-    first = t * 0
-    start = t * 0 + starts[0]
-    count = t * 0 + counts[0]
-    for j in gl.static_range(1, LISTS):
-        behind = t >= firsts[j]
-        first = gl.where(behind, firsts[j], first)
-        start = gl.where(behind, starts[j], start)
-        count = gl.where(behind, counts[j], count)
-    offset = (t - first) * TILE
-    is_last = t >= firsts[LISTS]
-    return gl.where(is_last, 0, start + offset), gl.where(is_last, 0, count - offset)
+def place_of(index, start, borders, jumps):
+    """Where the entries ``index``, counted over all lists, lie behind the first list's beginning."""
+    place = start + index
+    for j in gl.static_range(LISTS - 1):
+        place += gl.where(index < borders[j], 0, jumps[j])
+    return place
 
 
 @gluon.jit
@@ -67,10 +61,10 @@ def rows_in_use(tile):
 
 @gluon.jit
 def attend_lists_fwd_kernel(
-    p_q, p_k, p_v, p_kv_indices, p_seq_lens, p_mode, p_slots, p_pi, p_counts, p_outs, p_scalars,
+    p_q, p_k, p_v, p_kv_indices, p_seq_lens, p_mode, p_slots, p_pi, p_counts, p_outs, p_scalars, p_listed, p_attended,
     sm_scale, sink, window, kv_stride, capacity,
     HKV: gl.constexpr, G: gl.constexpr, WIDTH: gl.constexpr, D: gl.constexpr, SPLITS: gl.constexpr,
-    MOST: gl.constexpr, DEPENDENT: gl.constexpr,
+    MOST: gl.constexpr, SIGNALS: gl.constexpr, DEPENDENT: gl.constexpr,
 ):  # fmt: skip
     """One split a program: its lists, or, behind the last split, sink and window.
 
@@ -101,16 +95,17 @@ def attend_lists_fwd_kernel(
     q = gl.load(p_q + (i_row * G + o_q % G)[:, None] * D + d_q[None, :], mask=(o_q < 2 * G)[:, None], other=0.0)
     o_t = gl.arange(0, TILE, layout=gl.SliceLayout(1, copied))
     # All above is loaded while `select` still runs, which does not write it.
-    await_last(DEPENDENT)
+    await_signals(p_listed + i_row * SIGNALS + gl.minimum(i_split, SPLITS - 1), 1, DEPENDENT)
     # Splits begin at different lists, whose tokens lie in different parts of the cache.
     i_first = gl.where(listed, i_split % LISTS, 0)
     # Where the first tile mostly lies, on its way with the counts that tell.
     slot = gl.load(p_list + i_first * span + o_t, mask=o_t < gl.where(listed, TILE, n), other=0)
     mode = gl.load(p_mode + i_row)
     # Sink and window are two lists.
-    counts = ()
-    starts = ()
-    firsts = (0,)
+    borders = ()
+    jumps = ()
+    total = 0
+    behind = 0
     for j in gl.static_range(LISTS):
         i_list = (i_first + j) % LISTS
         own = gl.load(p_counts + i_row * MOST + LISTS * i_split + i_list, mask=listed, other=0)
@@ -120,12 +115,16 @@ def attend_lists_fwd_kernel(
         if j == 1:
             own = gl.where(listed, own, window)
             start = gl.where(listed, start, n - window)
-        counts = counts + (own,)
-        starts = starts + (start,)
-        firsts = firsts + (firsts[j] + (own + TILE - 1) // TILE,)
-    tiles = firsts[LISTS]
+        if j > 0:
+            borders = borders + (total,)
+            jumps = jumps + (start - behind,)
+        else:
+            first = start
+        behind = start + own
+        total += own
     # Asked only now, so that the counts are on their way with the mode.
     if mode != SAMPLED:
+        signal(p_attended + i_row, DEPENDENT)
         return
 
     keys = gl.allocate_shared_memory(p_k.dtype.element_ty, [BUFFERS, TILE, D], swizzled)
@@ -144,26 +143,25 @@ def attend_lists_fwd_kernel(
     acc = gl.zeros([D, ROWS], gl.float32, mma)
     square = gl.zeros([16, ROWS], gl.float32, mma)
 
-    for t in gl.static_range(BUFFERS - 1):
-        at, ahead = tile_of(t, firsts, counts, starts)
-        if t > 0 or at != i_first * span:
-            slot = gl.load(p_list + at + o_t, mask=o_t < ahead, other=0)
-        fetch(keys.index(t), values.index(t), p_kh, p_vh, slot, o_t < ahead, o_d, HKV * D)
-    at, ahead = tile_of(BUFFERS - 1, firsts, counts, starts)
-    slot = gl.load(p_list + at + o_t, mask=o_t < ahead, other=0)
-    at, remain = tile_of(0, firsts, counts, starts)
-    pi = gl.load(p_own_pi + at + o_n, mask=(o_n < remain) & listed, other=1.0)
-    for t in range(tiles):
-        i_buffer = t % BUFFERS
-        i_next = (t + BUFFERS - 1) % BUFFERS
-        async_copy.wait_group(BUFFERS - 2)
-        fetch(keys.index(i_next), values.index(i_next), p_kh, p_vh, slot, o_t < ahead, o_d, HKV * D)
-        at, ahead = tile_of(t + BUFFERS, firsts, counts, starts)
-        slot = gl.load(p_list + at + o_t, mask=o_t < ahead, other=0)
-        ok = o_n < remain
+    # A tile goes on in the next list where one has ended.
+    if borders[0] < TILE:
+        slot = gl.load(p_list + place_of(o_t, first, borders, jumps), mask=o_t < total, other=0)
+    fetch(keys.index(0), values.index(0), p_kh, p_vh, slot, o_t < total, o_d, HKV * D)
+    index = o_t + TILE
+    slot = gl.load(p_list + place_of(index, first, borders, jumps), mask=index < total, other=0)
+    pi = gl.load(p_own_pi + place_of(o_n, first, borders, jumps), mask=(o_n < total) & listed, other=1.0)
+    for start in range(0, total, TILE):
+        i_buffer = start // TILE % BUFFERS
+        i_next = (i_buffer + 1) % BUFFERS
+        async_copy.wait_group(0)
+        index = start + TILE + o_t
+        fetch(keys.index(i_next), values.index(i_next), p_kh, p_vh, slot, index < total, o_d, HKV * D)
+        index += TILE
+        slot = gl.load(p_list + place_of(index, first, borders, jumps), mask=index < total, other=0)
+        ok = start + o_n < total
         held = pi
-        at, remain = tile_of(t + 1, firsts, counts, starts)
-        pi = gl.load(p_own_pi + at + o_n, mask=(o_n < remain) & listed, other=1.0)
+        ahead = start + TILE + o_n
+        pi = gl.load(p_own_pi + place_of(ahead, first, borders, jumps), mask=(ahead < total) & listed, other=1.0)
 
         k = keys.index(i_buffer).permute((1, 0)).load(right)
         logits = rows_in_use(mma_v2(q, k, zeros))
@@ -204,3 +202,4 @@ def attend_lists_fwd_kernel(
     gl.store(p_own + SPREAD * WIDTH + o_w, gl.sum(spread, 1))
     o_s = gl.arange(0, ROWS, layout=gl.SliceLayout(0, mma))
     gl.store(p_own + SQUARE * WIDTH + o_s, gl.sum(square, 0))
+    signal(p_attended + i_row, DEPENDENT)

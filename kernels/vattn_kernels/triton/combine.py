@@ -27,7 +27,7 @@ from vattn_kernels.triton.layout import (
     STATE_CONTEXT,
     STATE_READS,
     STATE_SCALE,
-    await_last,
+    await_signals,
     begin_next,
 )
 
@@ -89,7 +89,7 @@ def hits(o_c, entries, mask):
 
 @triton.jit
 def combine_fwd_kernel(
-    p_outs, p_scalars, p_heads, p_seq_lens, p_mode, p_counts,
+    p_outs, p_scalars, p_heads, p_seq_lens, p_mode, p_counts, p_attended,
     p_log_scale, p_fixed, p_reads, p_arrivals, p_params, p_state, p_state_rows, p_budget_edges, p_error_edges,
     p_out, p_stats, p_counters, v_scale, sink, window, cap, at_context, at_read, at_outcome, at_budget, at_error,
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
@@ -104,8 +104,8 @@ def combine_fwd_kernel(
     error_edges = load_edges(p_error_edges, ERROR_EDGES, ERROR_EDGES_P)
     # Brings the table of quantiles near, of which a head looks up an entry.
     epsilon = tl.load(p_params)
-    await_last(DEPENDENT)
     item = tl.program_id(0)
+    await_signals(p_attended + item // G, SPLITS + 1, DEPENDENT)
     combine_head(
         item, tl.load(p_mode + item // G), SPLITS, MAY_RETRY, epsilon, budget_edges, error_edges, p_outs, p_scalars,
         p_heads, p_seq_lens, p_mode, p_counts, p_log_scale, p_fixed, p_reads, p_arrivals, p_params, p_state,

@@ -127,6 +127,19 @@ def _shared_memory(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor if device.type == "cuda" else 0
 
 
+def carveout_holds(device: torch.device, percent: int) -> bool:
+    """Whether so much of its shared memory holds what runs at once on a multiprocessor, see `exact_programs`.
+
+    Parameters
+    ----------
+    device : torch.device
+        Where the cache lives.
+    percent : int
+        Share of the multiprocessor's shared memory.
+    """
+    return _shared_memory(device) * percent // 100 >= LAUNCH.exact_shared
+
+
 def one_warp_attends(dtype: torch.dtype, head_dim: int, group: int) -> bool:
     """Whether `attend_gluon` serves the first round: tiles fit a warp, bfloat16 holds a variance's weights."""
     return dtype == torch.bfloat16 and head_dim in (64, 128) and group <= 4
@@ -205,6 +218,10 @@ class Workspace:
         int32 ``[rows]``, heads of a row that are done; 0 between launches.
     used : torch.Tensor
         int32 ``[1]``, splits a row in the round that is under way, after the first.
+    listed : torch.Tensor
+        int32 ``[rows, MOST_SPLITS]``, 1 once the first round has selected a split, see `await_signals`.
+    attended : torch.Tensor
+        int32 ``[rows]``, splits that the first round has attended to.
     barrier : torch.Tensor
         int32 ``[2]``, see `vattn_kernels.triton.rounds.await_all`; the first is 0 between launches.
     counts, reads : torch.Tensor
@@ -225,6 +242,8 @@ class Workspace:
     heads: torch.Tensor
     arrivals: torch.Tensor
     used: torch.Tensor
+    listed: torch.Tensor
+    attended: torch.Tensor
     barrier: torch.Tensor
     counts: torch.Tensor
     reads: torch.Tensor
@@ -302,6 +321,8 @@ def workspace(
         empty(heads, 4),
         torch.zeros(rows, dtype=torch.int32, device=device),
         empty(1, dtype=torch.int32),
+        empty(rows, MOST_SPLITS, dtype=torch.int32),
+        empty(rows, dtype=torch.int32),
         torch.zeros(2, dtype=torch.int32, device=device),
         torch.zeros(rows, MOST_LISTS, dtype=torch.int32, device=device),
         empty(rows, MOST_LISTS),
@@ -324,3 +345,24 @@ def await_last(DEPENDENT: tl.constexpr):
     """Wait for the end of the launch ahead, and so of all before; what they store may be loaded from here on."""
     if DEPENDENT:
         gdc_wait()
+
+
+@triton.jit
+def signal(p_signals, DEPENDENT: tl.constexpr):
+    """Count that this program has stored all; what waits for it may then load that."""
+    if DEPENDENT:
+        tl.debug_barrier()
+        tl.atomic_add(p_signals, 1, sem="release")
+
+
+@triton.jit
+def await_signals(p_signals, number, DEPENDENT: tl.constexpr):
+    """Wait for ``number`` programs of the launch ahead in place of all of them, as `await_last` does.
+
+    They run already, as a launch starts once every program ahead has called `begin_next`. ``select`` calls that when
+    ``prepare``, which clears the signals, has ended.
+    """
+    if DEPENDENT:
+        while tl.atomic_add(p_signals, 0, sem="acquire") < number:
+            pass
+        tl.debug_barrier()

@@ -29,11 +29,11 @@ LEAST_STEP = tl.constexpr(1e-6)
 @triton.jit
 def prepare_fwd_kernel(
     p_q, p_k, p_kv_indices, p_seq_lens, p_mean, p_query_basis, p_steps, p_fields, p_covered, p_state, p_state_rows,
-    p_mode, p_codes, p_query, p_bias, p_log_scale, p_fixed, p_scale,
+    p_mode, p_codes, p_query, p_bias, p_log_scale, p_fixed, p_scale, p_listed, p_attended,
     sm_scale, k_scale, floor, sink, window, dense_below, pilot_min, kv_stride, k_stride,
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr,
     C: tl.constexpr, CODES: tl.constexpr, F: tl.constexpr, WIDTH: tl.constexpr, MOST_AGE: tl.constexpr,
-    SELECTOR: tl.constexpr, DEPENDENT: tl.constexpr,
+    SELECTOR: tl.constexpr, SIGNALS: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Two programs a row, because neither half waits for the other: the fixed set with the mode, and the query."""
     # What comes next loads before it waits what a step only reads, and what is not ours may still write it.
@@ -52,6 +52,8 @@ def prepare_fwd_kernel(
     m_d = o_d < D
     q = tl.load(p_q + head[:, None] * D + o_d[None, :], mask=m_g[:, None] & m_d[None, :], other=0.0)  # [GP, DP]
     if tl.program_id(0) % 2 == 0:
+        tl.store(p_listed + i_row * SIGNALS + tl.arange(0, SIGNALS), 0)
+        tl.store(p_attended + i_row, 0)
         learnt = tl.load(state + STATE_CONTEXT, mask=m_g, other=1.0)
         age = n - learnt.to(tl.int32)
         known = tl.min(((learnt > 0) & (age >= 0) & (age <= MOST_AGE) | (o_g >= G)).to(tl.int32), 0)

@@ -20,6 +20,7 @@ from vattn_kernels.triton.layout import (
     UNIT,
     await_last,
     begin_next,
+    signal,
 )
 
 # Octaves of a norm: so many a level of its byte, and those of level 0.
@@ -87,15 +88,15 @@ def dot_bytes(codes, query, acc, DP4A: tl.constexpr):
 @triton.jit(do_not_specialize=["seed", "layer", "sink"])
 def select_fwd_kernel(
     p_codes, p_norms, p_kv_indices, p_seq_lens, p_fields,
-    p_mode, p_query, p_bias, p_log_scale, p_scale, p_slots, p_pi, p_counts, p_reads,
+    p_mode, p_query, p_bias, p_log_scale, p_scale, p_slots, p_pi, p_counts, p_reads, p_listed,
     sink, window, seed, layer, kv_stride, code_head, norm_head, capacity, p_valid, p_v, sm_scale, row_stride,
     HKV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, R: tl.constexpr, GROUPS: tl.constexpr, WORDS: tl.constexpr,
     TARGET: tl.constexpr, SPLITS: tl.constexpr, MOST: tl.constexpr, DP4A: tl.constexpr, SELECTOR: tl.constexpr,
-    DEPENDENT: tl.constexpr,
+    SIGNALS: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """First round: one split a program."""
-    begin_next(DEPENDENT)
     await_last(DEPENDENT)
+    begin_next(DEPENDENT)
     i_row, i_split = tl.program_id(0) // SPLITS, tl.program_id(0) % SPLITS
     if tl.load(p_mode + i_row) == SAMPLED:
         select_split(
@@ -104,6 +105,7 @@ def select_fwd_kernel(
             sink, window, seed, layer, kv_stride, code_head, norm_head, capacity, p_valid, p_v, sm_scale, row_stride,
             HKV, G, D, R, GROUPS, WORDS, TARGET != DENOMINATOR, MOST, DP4A, SELECTOR,
         )  # fmt: skip
+    signal(p_listed + i_row * SIGNALS + i_split, DEPENDENT)
 
 
 @triton.jit

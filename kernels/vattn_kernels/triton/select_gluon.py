@@ -22,6 +22,7 @@ from vattn_kernels.triton.layout import (
     UNIT,
     await_last,
     begin_next,
+    signal,
 )
 from vattn_kernels.triton.select import GOLDEN, LANES, LEAST_OCTAVES, OCTAVES, key_of, load_fields, mix
 
@@ -160,17 +161,16 @@ def inclusion(best, norm, unit2, coding, least, WITH_VALUES: gl.constexpr):
 @gluon.jit(do_not_specialize=["seed", "layer"])
 def select_lists_fwd_kernel(
     p_codes, p_norms, p_kv_indices, p_seq_lens, p_fields,
-    p_mode, p_query, p_bias, p_log_scale, p_scale, p_slots, p_pi, p_counts, p_reads,
+    p_mode, p_query, p_bias, p_log_scale, p_scale, p_slots, p_pi, p_counts, p_reads, p_listed,
     sink, window, seed, layer, kv_stride, code_head, norm_head, capacity,
     HKV: gl.constexpr, G: gl.constexpr, R: gl.constexpr, GROUPS: gl.constexpr, WORDS: gl.constexpr,
     TARGET: gl.constexpr, SPLITS: gl.constexpr, MOST: gl.constexpr,
-    DEPENDENT: gl.constexpr,
+    SIGNALS: gl.constexpr, DEPENDENT: gl.constexpr,
 ):  # fmt: skip
     """One split a program: every ``SPLITS``-th block of a row's tokens, a list for each warp."""
     BLOCK: gl.constexpr = REPEATS * LISTS * RUN
     TILES: gl.constexpr = (G + TILE_HEADS - 1) // TILE_HEADS
     lists: gl.constexpr = gl.BlockedLayout([1, 1, REPEATS], [1, RUN, 1], [LISTS, 1, 1], [2, 1, 0])
-    begin_next(DEPENDENT)
     i_row, i_split = gl.program_id(0) // SPLITS, gl.program_id(0) % SPLITS
     b, h = i_row // HKV, i_row % HKV
     n = gl.load(p_seq_lens + b).to(gl.int32)
@@ -198,6 +198,8 @@ def select_lists_fwd_kernel(
 
     # All above is loaded while `prepare` still runs, which does not write it.
     await_last(DEPENDENT)
+    begin_next(DEPENDENT)
+    p_signal = p_listed + i_row * SIGNALS + i_split
     mode = gl.load(p_mode + i_row)
     p_own = p_scale + i_row * NUM_SCALES
     unit, coding, least = gl.load(p_own + UNIT), gl.load(p_own + CODING), gl.load(p_own + FLOOR)
@@ -222,6 +224,7 @@ def select_lists_fwd_kernel(
                 queries = queries + (query,)
     # Asked only now, so that all of the query is on its way with the mode.
     if mode != SAMPLED:
+        signal(p_signal, DEPENDENT)
         return
     is_upper = lane >= RUN // 2
     twin = lane ^ (RUN // 2)
@@ -260,3 +263,4 @@ def select_lists_fwd_kernel(
     p_own = p_counts + i_row * MOST + i_split * LISTS
     gl.store(p_own + o_list, gl.max(gl.max(at - i_list * span, 2), 1))
     gl.store(p_reads + i_row * MOST + i_split * LISTS + o_list, gl.sum(gl.sum(reads, 2), 1))
+    signal(p_signal, DEPENDENT)

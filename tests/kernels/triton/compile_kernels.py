@@ -42,6 +42,7 @@ TYPES = {
     "p_kv_indices": "i32", "p_seq_lens": "i64", "p_fields": "i32", "p_covered": "i32", "p_state_rows": "i64",
     "p_mode": "i32", "p_valid": "u8", "p_norms": "u8", "p_slots": "i32", "p_counts": "i32", "p_counters": "fp64",
     "p_nets": "fp32", "p_new": "i64", "p_arrivals": "i32", "p_used": "i32", "p_barrier": "i32", "p_pools": "i64",
+    "p_listed": "i32", "p_attended": "i32",
 }  # fmt: skip
 
 
@@ -51,7 +52,7 @@ def shapes(arch: int, dtype: str, cache: str, head_dim: int, group: int, words: 
     width = max(16, 1 << (2 * group - 1).bit_length())
     coded = 1 << (4 * groups - 1).bit_length()
     padded = 1 << (group - 1).bit_length()
-    common = {"HKV": kv, "G": group, "D": head_dim, "DP": power, "DEPENDENT": arch >= 90}
+    common = {"HKV": kv, "G": group, "D": head_dim, "DP": power, "SIGNALS": layout.MOST_SPLITS, "DEPENDENT": arch >= 90}
     launch = layout.LAUNCH
     sketch = {"R": head_dim, "GROUPS": groups, "WORDS": words, "DP4A": True, "SELECTOR": 0, "p_valid": None}
     merge = common | {
