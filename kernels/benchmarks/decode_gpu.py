@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+import vattn_kernels.triton
 from vattn_kernels import ops, params, sketch
 from vattn_kernels.triton import layout
 from vattn_sgl.config import Settings
@@ -40,6 +41,13 @@ LAYERS_OF_A_MODEL = 32
 BYTES_TO_ROTATE = 1 << 30
 COUNTERS = CounterLayout(1)
 DENSE_TOLERANCE = 1e-2
+# Shapes and densities of which steps are also timed that end after each launch.
+CUT_SHAPES, CUT_DENSITIES = ((16, 32768), (4, 131072), (1, 131072)), (0.1, 0.05)
+# A step's launches in order, without those of other selectors and of audits.
+LAUNCHES = (
+    "prepare_fwd_kernel", "select_lists_fwd_kernel", "attend_lists_fwd_kernel", "combine_fwd_kernel",
+    "retry_fwd_kernel", "attend_exact_fwd_kernel",
+)  # fmt: skip
 
 
 class Case:
@@ -221,6 +229,33 @@ def stages_us(run: Callable[[int], Any], layers: int) -> dict[str, float]:
     return dict(total)
 
 
+class NoLaunch:
+    """Stands for a kernel, and launches nothing."""
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        """What takes the arguments."""
+        return lambda *arguments, **constants: None
+
+
+def until_us(case: Case, run: Callable[[int], Any]) -> dict[str, float]:
+    """Time of steps that end after each launch: what a stage adds where launches overlap, as they do when served."""
+    kernels = {name: getattr(vattn_kernels.triton, name) for name in LAUNCHES}
+    settled = [state.clone() for state in case.state]
+    found = {}
+    try:
+        for name in reversed(LAUNCHES):
+            for state, kept in zip(case.state, settled, strict=True):
+                state.copy_(kept)
+            found[name.removesuffix("_fwd_kernel")] = time_us(run, case.layers)
+            setattr(vattn_kernels.triton, name, NoLaunch())
+    finally:
+        for name, kernel in kernels.items():
+            setattr(vattn_kernels.triton, name, kernel)
+        for state, kept in zip(case.state, settled, strict=True):
+            state.copy_(kept)
+    return dict(reversed(found.items()))
+
+
 def copy_bandwidth() -> float:
     """Bytes a second that a copy reads and writes."""
     source = torch.zeros(1 << 28, device="cuda")
@@ -284,6 +319,10 @@ def bench(batch: int, context: int, order: str, densities: tuple[float, ...], ba
         same = common | {"density": round(real, 4), "wanted": label}
         rows.append(same | {"stage": "total", "us": round(total, 1), "ratio": round(best / total, 2)})
         rows += [same | {"stage": n, "us": round(t, 1)} for n, t in stages.items()]
+        if order == "in order" and (batch, context) in CUT_SHAPES and density in CUT_DENSITIES:
+            ends = until_us(case, run)
+            print("    steps that end after " + ", ".join(f"{n} {t:.1f}" for n, t in ends.items()), flush=True)
+            rows += [same | {"stage": f"until:{n}", "us": round(t, 1)} for n, t in ends.items()]
     return rows
 
 
