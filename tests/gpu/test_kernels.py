@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 
 import pytest
 import torch
@@ -11,7 +12,11 @@ from scipy import stats as statistics
 
 from vattn_kernels import ops, params
 from vattn_kernels.reference import rng
-from vattn_kernels.triton import layout
+from vattn_kernels.triton import carveout, layout
+from vattn_kernels.triton.attend_gluon import attend_lists_fwd_kernel
+from vattn_kernels.triton.combine import combine_fwd_kernel
+from vattn_kernels.triton.prepare import prepare_fwd_kernel
+from vattn_kernels.triton.select_gluon import select_lists_fwd_kernel
 
 pytestmark = pytest.mark.gpu
 
@@ -153,7 +158,12 @@ def test_an_fp8_cache_is_read_exactly_first_and_holds_epsilon_later(shape, fp8):
 def test_an_fp8_cache_is_sampled_as_what_it_stands_for(dtype, fp8, monkeypatch):
     monkeypatch.setattr(layout, "one_warp_attends", lambda *_: False)
     c, plain = with_fp8_cache(*fp8, (2, 3000, 8, 2, 64, dtype), epsilon=0.3)
-    assert all(torch.equal(a, b) for a, b in zip(c.side[:3], plain.side[:3], strict=True))
+    (codes, norms, _), (expected_codes, expected_norms, _) = c.side[:3], plain.side[:3]
+    assert torch.equal(codes, expected_codes)
+    # Sums over other layouts of the threads round a norm between two levels the other way.
+    assert (norms.int() - expected_norms.int()).abs().max() <= 1
+    assert (norms != expected_norms).double().mean() < 1e-3
+    norms.copy_(expected_norms)
     for _ in range(5):
         c.run()
     plain.state.copy_(c.state)
@@ -318,6 +328,35 @@ def test_launches_that_overlap_change_no_bit(heads, monkeypatch):
         assert all(torch.equal(a, b) for a, b in zip(ours[:2], theirs[:2], strict=True))
 
 
+@pytest.mark.parametrize("head_dim", [128, 96], ids=["gluon", "triton"])
+def test_signals_of_an_aborted_step_are_not_taken_for_this_ones(head_dim):
+    c = case(4, 5000, 8, 2, head_dim, epsilon=0.1)
+    for _ in range(5):
+        c.run()
+    before = c.state.clone()
+    out, stats, _ = c.run()
+    c.state.copy_(before)
+    work = layout.workspace(c.q.device, 4, 5000, 8, 2, 128)
+    work.listed.fill_(1)
+    work.attended.fill_(1 << 20)
+    again, stats_again, _ = c.run()
+    assert torch.equal(out, again) and torch.equal(stats, stats_again)
+
+
+def test_kernels_share_one_split_of_memory():
+    case(2, 3000, 8, 2, 128, epsilon=0.1).run()
+    device = torch.cuda.current_device()
+    wanted = carveout.PERCENT if layout.carveout_holds(torch.device("cuda", device), carveout.PERCENT) else -1
+    for kernel in (prepare_fwd_kernel, select_lists_fwd_kernel, attend_lists_fwd_kernel, combine_fwd_kernel):
+        loaded = kernel.device_caches[device][0].values()
+        assert loaded
+        for one in loaded:
+            found = ctypes.c_int()
+            cuda = ctypes.CDLL("libcuda.so.1")
+            assert cuda.cuFuncGetAttribute(ctypes.byref(found), carveout.ATTRIBUTE, ctypes.c_void_p(one.function)) == 0
+            assert found.value == wanted
+
+
 OTHERS = pytest.mark.parametrize("selector", ops.SELECTORS[1:])
 # Only signatures have bits.
 DRAWN = [("oracle", 64), ("quest", 64), *((name, bits) for name in ("sign", "hash") for bits in (32, 64, 128))]
@@ -332,8 +371,23 @@ def test_other_selectors_are_exact_at_first_and_hold_epsilon_later(selector, sha
     for _ in range(6):
         out, stats, _ = c.run()
     assert torch.isfinite(out).all() and (stats[..., 2] <= 0.1).all()
-    # Weak scores use delta up, so single heads miss epsilon, by little.
-    assert c.errors(out).max() < 0.2
+    # Weak scores use delta up.
+    errors = c.errors(out)
+    assert (errors > 0.1 + ROUNDING).sum() <= max(1, 0.1 * errors.numel())
+
+
+@OTHERS
+def test_other_selectors_violate_delta_no_more_than_chance_allows(selector):
+    c = case(4, 3000, 16, 4, 128, epsilon=0.1, settings={"selector": selector})
+    for _ in range(30):
+        c.run()
+    violations = steps = 0
+    for seed in range(100):
+        out, stats, _ = c.run(seed=seed)
+        violations += int((c.errors(out) > 0.1).sum())
+        steps += stats[..., 0].numel()
+    # Power at 1.3 delta: 99 % if heads err one by one, 92 % if the four of a group, which share a sample, err together.
+    assert statistics.binomtest(violations, steps, 0.05, alternative="greater").pvalue > 0.01
 
 
 @pytest.mark.parametrize(("selector", "bits"), DRAWN, ids=str)

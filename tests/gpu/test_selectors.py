@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hash_nets import hash_weights
 
 from vattn_kernels import pages
 from vattn_kernels.sketch import UNUSABLE
@@ -36,22 +37,10 @@ def pool():
     return Pool()
 
 
-def hash_weights(path):
-    """A file of nets of two layers, in the format of HashAttention's authors."""
-    shapes = (HEAD_DIM, 48), (48, 64)
-    net = {
-        f"{side}_{kind}": [torch.randn(QO_HEADS, *(s if kind == "matrix" else s[1:])) for s in shapes]
-        for side in ("query", "key")
-        for kind in ("matrix", "bias")
-    }
-    torch.save(dict.fromkeys(range(LAYERS), net), path)
-    return str(path)
-
-
 @pytest.fixture(params=["sketch", "quest", "sign", "hash"])
 def selector(request, tmp_path, monkeypatch):
     monkeypatch.setenv("VATTN_CACHE", str(tmp_path))
-    weights = hash_weights(tmp_path / "weights.pt") if request.param == "hash" else None
+    weights = hash_weights(tmp_path / "weights.pt", LAYERS, QO_HEADS, HEAD_DIM) if request.param == "hash" else None
     settings = Settings(calibration_tokens=512, hash_weights=weights, selector=request.param)
     device = torch.device("cuda")
     geometry = CacheGeometry(LAYERS, SLOTS, KV_HEADS, HEAD_DIM, device, torch.bfloat16, num_qo_heads=QO_HEADS)

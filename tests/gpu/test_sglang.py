@@ -12,11 +12,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from hash_nets import hash_weights
 
 from vattn_sgl import support, texts
 from vattn_sgl.config import Settings
 from vattn_sgl.eval.capture import token_ids
 from vattn_sgl.eval.served import forced_runs, totals
+from vattn_sgl.selectors import REGISTRY
 from vattn_sgl.server import Server
 
 # Not VATTN_..: a server refuses what is no setting.
@@ -50,6 +52,8 @@ OTHER_ARGUMENTS = {
     "pages-of-16": ("--page-size", "16"),
     "torch-compile": ("--enable-torch-compile", "--max-running-requests", str(WORKERS)),
 }
+# Of the model.
+LAYERS, QO_HEADS, HEAD_DIM = 30, 9, 64
 ADMIN_KEY = "an-admin-key"
 DENSE_BELOW, WHOLE_STEPS = Settings().dense_below, 10
 EPSILON, DELTA, AUDIT_RATE = 0.05, Settings().delta, 0.02
@@ -163,7 +167,7 @@ def test_audited_violations_stay_below_delta(server, prompts):
     with ThreadPoolExecutor(BUCKET) as pool:
         list(pool.map(lambda prompt: server.generate(prompt, 200), prompts))
     audits, violations = (after - first for after, first in zip(audited(), before, strict=True))
-    steps = len(prompts) * 198 * len(status(server)["layers"]) * 9
+    steps = len(prompts) * 198 * LAYERS * QO_HEADS
     print(f"{audits} audits of {steps} head-steps, {violations / audits:.4f} above epsilon")
     assert audits == pytest.approx(AUDIT_RATE * steps, rel=0.1)
     assert violations <= DELTA * audits
@@ -186,11 +190,10 @@ def test_counters_move_and_padded_rows_are_not_counted(server, prompts):
     with ThreadPoolExecutor(3) as pool:
         list(pool.map(lambda prompt: server.generate(prompt, 32), prompts[:3]))
     after = outcomes(server)
-    layers, heads = len(status(server)["layers"]), 9
     moved = {name: after[name] - before[name] for name in after}
-    assert sum(moved.values()) >= 3 * 31 * layers * heads
+    assert sum(moved.values()) >= 3 * 31 * LAYERS * QO_HEADS
     # The first step of a request is a dense one; a padded row would be one too.
-    assert moved["dense"] == 3 * layers * heads
+    assert moved["dense"] == 3 * LAYERS * QO_HEADS
 
 
 def test_a_short_context_is_decoded_by_a_dense_backend_until_it_is_sampled(server, dense_runs, short):
@@ -199,11 +202,10 @@ def test_a_short_context_is_decoded_by_a_dense_backend_until_it_is_sampled(serve
     found = server.generate(short, 2 * WHOLE_STEPS)["output_ids"]
     after = outcomes(server)
     moved = {name: after[name] - before[name] for name in after}
-    layers, heads = len(status(server)["layers"]), 9
     # The first step of what is sampled is read whole too.
-    assert moved["dense"] == (WHOLE_STEPS + 1) * layers * heads
+    assert moved["dense"] == (WHOLE_STEPS + 1) * LAYERS * QO_HEADS
     # SGLang may have begun one step more than it answers with.
-    assert sum(moved.values()) - (2 * WHOLE_STEPS - 1) * layers * heads in (0, layers * heads)
+    assert sum(moved.values()) - (2 * WHOLE_STEPS - 1) * LAYERS * QO_HEADS in (0, LAYERS * QO_HEADS)
     assert found[: WHOLE_STEPS + 1] == dense_runs[1][: WHOLE_STEPS + 1]
     assert "whole" in server.log.read_text(errors="replace")
 
@@ -243,6 +245,26 @@ def test_other_servers_agree_with_dense(dense, prompts, arguments, tmp_path):
         assert read < 0.6
         first, second = (started.generate(prompts[0], 48)["output_ids"] for _ in range(2))
         assert first == second
+
+
+@pytest.mark.parametrize("selector", [name for name in REGISTRY if name != "sketch"])
+def test_other_selectors_agree_with_dense(dense, prompts, selector, tmp_path):
+    if selector not in support.TRIED_SELECTORS:
+        pytest.skip("refused at start until tried")
+    env = {"VATTN_CACHE": str(tmp_path), "VATTN_SELECTOR": selector}
+    if selector == "hash":
+        env["VATTN_HASH_WEIGHTS"] = hash_weights(tmp_path / "weights.pt", LAYERS, QO_HEADS, HEAD_DIM)
+    with Server(MODEL, "vattention", COMMON + NO_PREFILL_GRAPHS, env, admin_key=ADMIN_KEY) as started:
+        calibrate(started)
+        assert "Paris" in started.chat("What is the capital of France?")
+        found = []
+        read = density(started, lambda: found.append(agreement(started, prompts[:FEW], dense[:FEW])))
+        ((share, compared),) = found
+        print(f"{selector}: agreement {share:.4f} of {compared} positions, density {read:.3f}")
+        assert compared >= 0.8 * FEW * POSITIONS
+        assert share >= LEAST_AGREEMENT_OF_FEW
+        # Nets that nobody trained tell nothing, so that all but everything is read.
+        assert selector == "hash" or read < 0.95
 
 
 @pytest.mark.skipif(torch.float8_e4m3fn not in support.TRIED_CACHE_DTYPES, reason="refused at start until tried")
