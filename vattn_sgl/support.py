@@ -8,15 +8,15 @@ from typing import Any
 
 import torch
 
-from vattn_kernels.checks import MAX_GROUP
+from vattn_kernels.checks import FP8_DTYPES, MAX_GROUP
 from vattn_kernels.cpu import DTYPES, MAX_HEAD_DIM
 from vattn_kernels.ops import GPU_CACHE_CAPABILITY, GPU_CACHE_DTYPES, GPU_DTYPES, GPU_HEAD_DIMS
 from vattn_sgl.config import Settings
 
 DENSE_ADVICE = "serve this model with another --attention-backend"
 DEVICES = ("cpu", "cuda")
-# Of what the ops serve on a GPU, what has been run there to the end; the rest waits for that.
-TRIED_SELECTORS = ("sketch",)
+# Of what the ops serve on a GPU, what a server has served there; the rest waits for that.
+TRIED_SELECTORS = ("sketch", "oracle", "quest")
 TRIED_CACHE_DTYPES = GPU_DTYPES
 # Values of --kv-cache-dtype.
 CACHE_NAMES = ("auto", "bfloat16", "bf16", "float32")
@@ -61,7 +61,8 @@ def check(model_runner: Any, settings: Settings) -> None:
     if _device(model_runner.server_args) == "cuda":
         reasons += gpu_reasons(model_runner.server_args, settings)
         reasons += gpu_model_reasons(model_runner.model_config)
-        reasons += gpu_pool_reasons(model_runner.token_to_kv_pool, torch.cuda.get_device_capability())
+        capability = torch.cuda.get_device_capability()
+        reasons += gpu_pool_reasons(model_runner.token_to_kv_pool, settings.selector, capability)
     else:
         reasons += cpu_reasons(settings)
         reasons += cpu_pool_reasons(model_runner.token_to_kv_pool)
@@ -152,7 +153,7 @@ def gpu_reasons(args: Any, settings: Settings) -> Iterator[str]:
     here = "the GPU kernels of this version"
     if settings.selector not in TRIED_SELECTORS:
         allowed = " or ".join(TRIED_SELECTORS)
-        yield f"selector {settings.selector}: its kernels have not been tried on a GPU yet; set selector to {allowed}"
+        yield f"selector {settings.selector}: no server has tried it on a GPU yet; set selector to {allowed}"
     if settings.sampler != "proportional":
         yield f"sampler {settings.sampler}: {here} do not draw by it; set sampler to proportional"
     if settings.group_score != "max":
@@ -183,13 +184,15 @@ def gpu_model_reasons(config: Any) -> Iterator[str]:
         yield f"a model in {dtype}: the GPU kernels of this version take bfloat16 and float16; use --dtype bfloat16"
 
 
-def gpu_pool_reasons(pool: Any, capability: tuple[int, int] | None = None) -> Iterator[str]:
+def gpu_pool_reasons(pool: Any, selector: str = "sketch", capability: tuple[int, int] | None = None) -> Iterator[str]:
     """Reasons in a GPU's KV pool.
 
     Parameters
     ----------
     pool : KVCache
         SGLang's pool; a missing dtype counts as right.
+    selector : str
+        Of the settings in force at start.
     capability : tuple of int, optional
         Compute capability of the GPU; None counts as right.
     """
@@ -198,7 +201,9 @@ def gpu_pool_reasons(pool: Any, capability: tuple[int, int] | None = None) -> It
     if dtype not in GPU_CACHE_DTYPES:
         yield f"KV cache of {dtype}: the GPU kernels of this version read 16 bits and fp8; use --dtype bfloat16"
     elif dtype not in TRIED_CACHE_DTYPES:
-        yield f"KV cache of {dtype}: its kernels have not been tried on a GPU yet; use --kv-cache-dtype auto"
+        yield f"KV cache of {dtype}: no server has tried it on a GPU yet; use --kv-cache-dtype auto"
+    elif dtype in FP8_DTYPES and selector != "sketch":
+        yield f"KV cache of {dtype}: selector {selector} reads 16 bits; use --kv-cache-dtype auto or selector sketch"
     elif capability is not None and capability < least:
         needed, found = (f"{major}.{minor}" for major, minor in (least, capability))
         yield f"KV cache of {dtype}: that takes compute capability {needed}, not {found}; use --kv-cache-dtype fp8_e5m2"

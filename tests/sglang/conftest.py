@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vattn_sgl import control, plugin, support
+from vattn_sgl import control, plugin
 from vattn_telemetry.collector import Collector
 
 kit = pytest.importorskip(
@@ -37,7 +37,7 @@ def exact_settings(device, monkeypatch):
         "SINK": "1",
         "WINDOW": "2",
         "PILOT_MIN": "4",
-        "SELECTOR": "oracle" if device == "cpu" or "oracle" in support.TRIED_SELECTORS else "sketch",
+        "SELECTOR": "oracle",
     }
     for name, value in settings.items():
         monkeypatch.setenv(f"VATTN_{name}", value)

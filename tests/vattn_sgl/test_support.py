@@ -123,7 +123,7 @@ def test_a_plain_server_is_served_on_a_gpu(monkeypatch):
         settings = Settings(hash_weights="weights.pt" if selector == "hash" else None, selector=selector)
         reasons = list(support.gpu_reasons(args, settings))
         assert len(reasons) == (selector not in support.TRIED_SELECTORS)
-        assert all("tried on a GPU yet; set selector to sketch" in reason for reason in reasons)
+        assert all("tried it on a GPU yet; set selector to sketch or oracle or quest" in reason for reason in reasons)
     for name in ("fp8_e4m3", "fp8_e5m2"):
         args.kv_cache_dtype = name
         assert list(support.argument_reasons(args)) == []
@@ -147,19 +147,23 @@ def test_dtypes_on_a_gpu(monkeypatch):
     pool = MHATokenToKVPool()
     for dtype in support.TRIED_CACHE_DTYPES:
         pool.dtype = dtype
-        assert list(support.gpu_pool_reasons(pool, (8, 0))) == []
+        assert list(support.gpu_pool_reasons(pool, capability=(8, 0))) == []
     for dtype in (torch.float32, torch.float8_e4m3fnuz):
         pool.dtype = dtype
         (reason,) = support.gpu_pool_reasons(pool)
         assert "use --dtype bfloat16" in reason
     for dtype in set(ops.GPU_CACHE_DTYPES) - set(support.TRIED_CACHE_DTYPES):
         pool.dtype = dtype
-        (reason,) = support.gpu_pool_reasons(pool, (9, 0))
-        assert "tried on a GPU yet; use --kv-cache-dtype auto" in reason
+        (reason,) = support.gpu_pool_reasons(pool, capability=(9, 0))
+        assert "tried it on a GPU yet; use --kv-cache-dtype auto" in reason
     monkeypatch.setattr(support, "TRIED_CACHE_DTYPES", ops.GPU_CACHE_DTYPES)
+    for dtype in set(ops.GPU_CACHE_DTYPES) - set(ops.GPU_DTYPES):
+        pool.dtype = dtype
+        (reason,) = support.gpu_pool_reasons(pool, "quest", (9, 0))
+        assert "selector quest reads 16 bits; use --kv-cache-dtype auto or selector sketch" in reason
     pool.dtype = torch.float8_e4m3fn
-    assert list(support.gpu_pool_reasons(pool, (8, 9))) == []
-    (reason,) = support.gpu_pool_reasons(pool, (8, 6))
+    assert list(support.gpu_pool_reasons(pool, capability=(8, 9))) == []
+    (reason,) = support.gpu_pool_reasons(pool, capability=(8, 6))
     assert "takes compute capability 8.9, not 8.6; use --kv-cache-dtype fp8_e5m2" in reason
 
 
