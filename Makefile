@@ -17,7 +17,7 @@ LOAD_HOST ?= http://127.0.0.1:30000
 APT = DEBIAN_FRONTEND=noninteractive apt-get -q -y
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-sglang-versions test-gpu sanitize prove bench fidelity loadtest lint format env model tools clean
+.PHONY: help demo test test-fast test-sglang-versions test-gpu sanitize prove bench bench-gpu fidelity loadtest lint format env model tools clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-22s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,17 +40,21 @@ test-sglang-%: requirements/sglang-%.txt
 test-gpu: ## kernels and servers on a GPU (GPU_PYTHON=python3, TEST_GPU_MODEL=folder of a converted model)
 	@$(GPU_PYTHON) -m pytest -m gpu tests/gpu $(PYTEST_ARGS)
 
-sanitize: $(SANITIZER_TOOLS:%=sanitize-%) ## the GPU kernels under compute-sanitizer, memcheck and racecheck
+sanitize: $(SANITIZER_TOOLS:%=sanitize-%) ## the GPU kernels under compute-sanitizer (PYTEST_ARGS="-n 6" where pytest-xdist is)
 
 sanitize-%:
 	@PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $* --target-processes all --error-exitcode 9 \
-	    $(GPU_PYTHON) -m pytest -m gpu -q -k "$(SANITIZED)" tests/gpu/test_kernels.py
+	    $(GPU_PYTHON) -m pytest -m gpu -q -k "$(SANITIZED)" tests/gpu/test_kernels.py $(PYTEST_ARGS)
 
 prove: env ## violations of delta by sampler, target, bound and population; writes docs/proof.md
 	@$(BIN)/python -m vattn_sgl.eval.prove $(PROVE_ARGS)
 
 bench: env ## decode speed against SGLang's torch_native, both in one run
 	@$(BIN)/python kernels/benchmarks/serve_cpu.py
+
+bench-gpu: ## attention on a GPU against the best dense kernels, and what its counters cost (GPU_PYTHON=python3)
+	@$(GPU_PYTHON) kernels/benchmarks/decode_gpu.py
+	@$(GPU_PYTHON) kernels/benchmarks/telemetry_gpu.py
 
 fidelity: env ## measure the bound on a real model's attention and write docs/fidelity.md (FIDELITY_ARGS="--quick")
 	@$(BIN)/vattn eval fidelity --out docs --server $(FIDELITY_ARGS)
