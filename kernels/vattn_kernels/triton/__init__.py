@@ -177,7 +177,7 @@ def decode(
         work.scale, work.slots, work.pi, work.counts, work.reads, work.listed, sink, window, *key, kv_stride,
         side.head_stride, side.norm_stride, capacity,
     )  # fmt: skip
-    if q.is_cuda and is_sketch and layout.tensor_cores_score(group, words):
+    if layout.gluon_serves(q.device) and is_sketch and layout.tensor_cores_score(group, words):
         select_lists_fwd_kernel[(rows * splits,)](
             *score, HKV=num_kv_heads, G=group, SPLITS=splits, **sketch, **signals, num_warps=warps,
             maxnreg=layout.select_registers(group, words),
@@ -188,7 +188,8 @@ def decode(
             SPLITS=splits, **sketch, **choice, **signals, DP4A=q.is_cuda, num_warps=warps,
         )  # fmt: skip
     is_aligned = k_cache.data_ptr() % 16 == 0 and v_cache.data_ptr() % 16 == 0
-    if q.is_cuda and is_aligned and layout.one_warp_attends(k_cache.dtype, head_dim, group):
+    is_narrow = is_aligned and layout.one_warp_attends(k_cache.dtype, head_dim, group)
+    if layout.gluon_serves(q.device) and is_narrow:
         attend_lists_fwd_kernel[(rows * (splits + 1),)](
             q, k_cache, v_cache, kv_indices, seq_lens, *lists, work.listed, work.attended, logit_scale, sink, window,
             kv_stride, capacity, HKV=num_kv_heads, G=group, WIDTH=width, D=head_dim, SPLITS=splits,

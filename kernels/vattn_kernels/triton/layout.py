@@ -95,6 +95,17 @@ LAUNCH: Final = Launch()
 MOST_CODES: Final = 4 * GROUPS_PER_WORD * 4
 
 
+def gluon_serves(device: torch.device) -> bool:
+    """Whether Gluon kernels serve the first round where they can; Triton interprets none.
+
+    Parameters
+    ----------
+    device : torch.device
+        Where the cache lives.
+    """
+    return device.type == "cuda"
+
+
 def tensor_cores_score(group: int, words: int) -> bool:
     """Whether `select_gluon` serves the first round: the queries' tiles fit a thread's registers."""
     return group * words <= 16

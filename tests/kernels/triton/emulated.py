@@ -1,0 +1,167 @@
+"""Steps whose first round is served by the Gluon kernels' PTX, emulated, against interpreted ones.
+
+Run by ``test_interpreter.py`` in a process of its own.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from interpreted import Step
+from ptx import Kernel
+
+from vattn_kernels import triton as gpu
+from vattn_kernels.triton import layout
+
+SCRIPT = Path(__file__).with_name("gluon_ptx.py")
+GLUON = ("select_lists_fwd_kernel", "attend_lists_fwd_kernel")
+TENSORS = ("p_q", "p_k", "p_v")
+
+
+@functools.cache
+def compiled(name, constants, multiples, warps):
+    """PTX of one kernel."""
+    run = subprocess.run(
+        [sys.executable, SCRIPT],
+        input=json.dumps([name, dict(constants), multiples, warps]),
+        env={n: v for n, v in os.environ.items() if n != "TRITON_INTERPRET"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    return run.stdout
+
+
+class Emulated:
+    """Stands for a kernel, and runs its PTX with the signals that it gives and takes on a GPU."""
+
+    def __init__(self, kernel):
+        self.kernel, self.launches = kernel, 0
+
+    def __getitem__(self, grid):
+        return functools.partial(self.launch, grid)
+
+    def launch(self, grid, *arguments, num_warps, maxnreg=None, launch_pdl=False, **constants):
+        constants |= {"DEPENDENT": True}
+        given = dict(zip([n for n in self.kernel.arg_names if n not in constants], arguments, strict=True))
+        # The interpreter multiplies no bfloat16; what it was given are bfloat16s in float32.
+        given |= {n: given[n].bfloat16() for n in TENSORS if n in given}
+        multiples = [n for n, v in given.items() if (v.data_ptr() if torch.is_tensor(v) else v) % 16 == 0]
+        name = self.kernel.fn.__name__
+        text = compiled(name, tuple(sorted(constants.items())), tuple(multiples), num_warps)
+        Kernel(text).run(grid[0], list(given.values()))
+        self.launches += 1
+
+
+@pytest.fixture
+def emulated(monkeypatch):
+    """Lets Gluon kernels serve the first round from here on."""
+    monkeypatch.setattr(layout.LAUNCH, "programs", 8)
+    monkeypatch.setattr(layout.LAUNCH, "tail_items", 6)
+
+    def begin():
+        monkeypatch.setattr(layout, "gluon_serves", lambda device: True)
+        monkeypatch.setattr(layout, "one_warp_attends", lambda *_: True)
+        kernels = [Emulated(getattr(gpu, name)) for name in GLUON]
+        for name, kernel in zip(GLUON, kernels, strict=True):
+            monkeypatch.setattr(gpu, name, kernel)
+        return kernels
+
+    return begin
+
+
+def case_of(heads, head_dim, context, **options):
+    """A step that has learnt a scale, of numbers that bfloat16 holds."""
+    sizes = {"num_qo_heads": heads[0], "num_kv_heads": heads[1], "head_dim": head_dim}
+    case = Step(batch=2, context=context, epsilon=0.9, **sizes, **options)
+    for name in ("q", "k_cache", "v_cache"):
+        setattr(case, name, getattr(case, name).bfloat16().float())
+    case.learnt(3.0)
+    return case
+
+
+def lists_of(case):
+    """What the last call selected, by row."""
+    return [case.lists(request, head) for request in range(case.batch) for head in range(case.num_kv_heads)]
+
+
+@pytest.mark.parametrize(
+    ("heads", "head_dim", "context", "bits"),
+    [
+        # Lists of no token, of fewer than a tile holds, and of several tiles.
+        ((4, 2), 64, 200, 64), ((4, 2), 64, 1111, 32), ((4, 1), 128, 2600, 64), ((3, 1), 64, 1111, 128),
+        ((1, 1), 128, 1000, 64), ((2, 2), 64, 2047, 128), ((3, 1), 128, 600, 32),
+    ],
+)  # fmt: skip
+def test_emulated_kernels_do_what_the_interpreted_ones_do(emulated, heads, head_dim, context, bits):
+    case = case_of(heads, head_dim, context, bits=bits)
+    before = case.state.clone()
+    truth, true_stats, _ = case.run()
+    true_lists, true_state = lists_of(case), case.state.clone()
+    case.state.copy_(before)
+    case.workspace().listed.fill_(1)
+    kernels = emulated()
+    out, stats, _ = case.run()
+    assert [kernel.launches for kernel in kernels] == [1, 1]
+    work, rows = case.workspace(), 2 * heads[1]
+    splits = layout.splits_of(rows)
+    assert (work.listed[:rows, :splits] == 1).all() and not work.listed[:rows, splits:].any()
+    assert (work.attended[:rows] == splits + 1).all()
+    for (slots, pi), (true_slots, true_pi) in zip(lists_of(case), true_lists, strict=True):
+        assert torch.equal(slots, true_slots)
+        torch.testing.assert_close(pi, true_pi, rtol=1e-5, atol=0)
+    # The emulated kernel rounds weights to bfloat16.
+    torch.testing.assert_close(out, truth, rtol=0.02, atol=0.02)
+    torch.testing.assert_close(stats, true_stats, rtol=0.02, atol=1e-3)
+    torch.testing.assert_close(case.state, true_state, rtol=0.02, atol=0.02)
+
+
+def test_rows_that_are_not_sampled_end_at_once_and_signal(emulated):
+    case = case_of((4, 2), 64, 600)
+    case.state[case.state_rows[1], :, layout.STATE_CONTEXT.value] = 0
+    work = case.workspace()
+    emulated()
+    work.slots.fill_(-1)
+    out, stats, _ = case.run()
+    assert torch.isfinite(out).all() and case.errors(out)[1].max() < 1e-3
+    assert stats[1, :, 0].eq(1).all() and stats[0, :, 0].lt(1).all()
+    assert (work.slots[2 * layout.capacity(4, 600) : 4 * layout.capacity(4, 600)] == -1).all()
+    assert (work.attended[:4] == layout.splits_of(4) + 1).all()
+
+
+@pytest.mark.parametrize(
+    ("kernel", "right", "wrong"),
+    [
+        ("attend_lists_fwd_kernel", r"wait_group\s+0", "wait_group 1"),
+        ("select_lists_fwd_kernel", r"setp\.lt\.f32", "setp.gt.f32"),
+        ("attend_lists_fwd_kernel", r"(st\.global\.v4\.b32 .*) \+ 0 ]", r"\1 + 4000000000 ]"),
+    ],
+    ids=["a copy not waited for", "the wrong tokens", "an address of nothing"],
+)
+def test_a_broken_kernel_is_found(emulated, monkeypatch, kernel, right, wrong):
+    """That the tests above can fail."""
+    case = case_of((4, 2), 64, 600)
+    before = case.state.clone()
+    truth, _, _ = case.run()
+    case.state.copy_(before)
+    emulated()
+
+    def broken(name, *rest, intact=compiled):
+        text, changed = re.subn(right, wrong, intact(name, *rest))
+        assert changed or name != kernel
+        return text if name == kernel else intact(name, *rest)
+
+    monkeypatch.setitem(globals(), "compiled", broken)
+    try:
+        out, _, _ = case.run()
+    except (AssertionError, IndexError):
+        return
+    assert not torch.allclose(out, truth, rtol=0.02, atol=0.02)
