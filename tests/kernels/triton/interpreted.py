@@ -372,3 +372,26 @@ def test_what_cannot_run_is_named():
             )
     with pytest.raises(ValueError, match="state"):
         gpu.decode(*case.arguments(), **case.step)
+
+
+@pytest.mark.parametrize("selector", ["sketch", "oracle"])
+def test_signals_between_launches_change_nothing_and_are_cleared(selector, monkeypatch):
+    case = Step(batch=2, context=700, epsilon=0.3, settings={"selector": selector})
+    case.learnt(1.0)
+    # One request is read whole; stale signals, as of a step that broke off, must not count.
+    case.state[case.state_rows[1], :, layout.STATE_CONTEXT.value] = 0
+    before = case.state.clone()
+    expected = case.run()
+    case.state.copy_(before)
+    work = case.workspace()
+    work.listed.fill_(7)
+    work.attended.fill_(7)
+    # All but the start of a launch while the one ahead runs, which the interpreter has not.
+    for name in ("gdc_wait", "gdc_launch_dependents"):
+        monkeypatch.setattr(layout, name, lambda: None)
+    monkeypatch.setattr(layout, "launches_overlap", lambda device: True)
+    found = case.run()
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    rows, splits = 2 * case.num_kv_heads, layout.splits_of(2 * case.num_kv_heads)
+    assert (work.listed[:rows, :splits] == 1).all() and not work.listed[:rows, splits:].any()
+    assert (work.attended[:rows] == splits + 1).all()
