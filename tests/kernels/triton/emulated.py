@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
 from interpreted import Step
 from ptx import Kernel
 
