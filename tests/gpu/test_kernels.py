@@ -343,7 +343,7 @@ def test_signals_of_an_aborted_step_are_not_taken_for_this_ones(head_dim):
     assert torch.equal(out, again) and torch.equal(stats, stats_again)
 
 
-def test_kernels_share_one_split_of_memory():
+def test_kernels_share_one_carveout():
     case(2, 3000, 8, 2, 128, epsilon=0.1).run()
     device = torch.cuda.current_device()
     wanted = carveout.PERCENT if layout.carveout_holds(torch.device("cuda", device), carveout.PERCENT) else -1

@@ -6,9 +6,11 @@ with the logits in float32: bfloat16 alone moves 1.3 % of this small model's nex
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -28,6 +30,7 @@ pytestmark = [
     pytest.mark.skipif(not MODEL, reason="TEST_GPU_MODEL names no folder of a converted model"),
 ]
 
+SIZES = ("num_hidden_layers", "num_attention_heads", "hidden_size")
 CONTEXT = 8192
 BUCKET = 32
 COMMON = (
@@ -52,8 +55,8 @@ OTHER_ARGUMENTS = {
     "pages-of-16": ("--page-size", "16"),
     "torch-compile": ("--enable-torch-compile", "--max-running-requests", str(WORKERS)),
 }
-# Of the model.
-LAYERS, QO_HEADS, HEAD_DIM = 30, 9, 64
+SHAPE = json.loads((Path(MODEL) / "config.json").read_text()) if MODEL else dict.fromkeys(SIZES, 1)
+LAYERS, QO_HEADS, HIDDEN = (SHAPE[name] for name in SIZES)
 ADMIN_KEY = "an-admin-key"
 DENSE_BELOW, WHOLE_STEPS = Settings().dense_below, 10
 EPSILON, DELTA, AUDIT_RATE = 0.05, Settings().delta, 0.02
@@ -253,7 +256,7 @@ def test_other_selectors_agree_with_dense(dense, prompts, selector, tmp_path):
         pytest.skip("refused at start until tried")
     env = {"VATTN_CACHE": str(tmp_path), "VATTN_SELECTOR": selector}
     if selector == "hash":
-        env["VATTN_HASH_WEIGHTS"] = hash_weights(tmp_path / "weights.pt", LAYERS, QO_HEADS, HEAD_DIM)
+        env["VATTN_HASH_WEIGHTS"] = hash_weights(tmp_path / "weights.pt", LAYERS, QO_HEADS, HIDDEN // QO_HEADS)
     with Server(MODEL, "vattention", COMMON + NO_PREFILL_GRAPHS, env, admin_key=ADMIN_KEY) as started:
         calibrate(started)
         assert "Paris" in started.chat("What is the capital of France?")

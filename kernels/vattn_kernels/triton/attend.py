@@ -51,12 +51,12 @@ def attend_fwd_kernel(
 
 
 @triton.jit
-def behind(index, borders, jumps):
-    """How much further than ``index`` an entry lies."""
-    total = index * 0
+def place_of(index, first, borders, jumps):
+    """Where the entries ``index``, counted over all lists, lie, from ``first``, where the first list begins."""
+    place = first + index
     for j in tl.static_range(LISTS - 1):
-        total += tl.where(index < borders[j], 0, jumps[j])
-    return total
+        place += tl.where(index < borders[j], 0, jumps[j])
+    return place
 
 
 @triton.jit
@@ -107,10 +107,10 @@ def attend_list(
     p_kh, p_vh = p_k + h * D, p_v + h * D
     # K and V of the next block are under way while this one is computed, and the slots of the one after it.
     ok = o_n < count
-    slot = tl.load(p_list + o_n + behind(o_n, borders, jumps), mask=ok, other=0)
+    slot = tl.load(p_list + place_of(o_n, 0, borders, jumps), mask=ok, other=0)
     ahead = o_n + BN
-    upcoming = tl.load(p_list + ahead + behind(ahead, borders, jumps), mask=ahead < count, other=0)
-    weight = 1.0 / tl.load(p_pi + base + o_n + behind(o_n, borders, jumps), mask=ok & listed, other=1.0)
+    upcoming = tl.load(p_list + place_of(ahead, 0, borders, jumps), mask=ahead < count, other=0)
+    weight = 1.0 / tl.load(p_pi + base + place_of(o_n, 0, borders, jumps), mask=ok & listed, other=1.0)
     at = slot.to(tl.int64)[:, None] * k_stride + o_d[None, :]
     k = tl.load(p_kh + at, mask=ok[:, None] & m_d[None, :], other=0.0)  # [BN, DP]
     v = tl.load(p_vh + at, mask=ok[:, None] & m_d[None, :], other=0.0)
@@ -120,11 +120,9 @@ def attend_list(
         at = upcoming.to(tl.int64)[:, None] * k_stride + o_d[None, :]
         next_k = tl.load(p_kh + at, mask=next_ok[:, None] & m_d[None, :], other=0.0)
         next_v = tl.load(p_vh + at, mask=next_ok[:, None] & m_d[None, :], other=0.0)
-        next_weight = 1.0 / tl.load(
-            p_pi + base + index + behind(index, borders, jumps), mask=next_ok & listed, other=1.0
-        )
+        next_weight = 1.0 / tl.load(p_pi + base + place_of(index, 0, borders, jumps), mask=next_ok & listed, other=1.0)
         ahead = index + BN
-        upcoming = tl.load(p_list + ahead + behind(ahead, borders, jumps), mask=ahead < count, other=0)
+        upcoming = tl.load(p_list + place_of(ahead, 0, borders, jumps), mask=ahead < count, other=0)
         logits = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee") * (sm_scale * LOG2E)
         logits = tl.where(ok[None, :], logits, float("-inf"))
         larger = tl.maximum(maximum, tl.max(logits, 1))

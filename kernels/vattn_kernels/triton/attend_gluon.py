@@ -12,6 +12,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
+from vattn_kernels.triton.attend import place_of
 from vattn_kernels.triton.layout import (
     LISTS,
     LOG2E,
@@ -31,15 +32,6 @@ TILE = gl.constexpr(16)
 BUFFERS = gl.constexpr(2)
 # The group's heads and their variances.
 ROWS = gl.constexpr(8)
-
-
-@gluon.jit
-def place_of(index, start, borders, jumps):
-    """Where the entries ``index``, counted over all lists, lie behind the first list's beginning."""
-    place = start + index
-    for j in gl.static_range(LISTS - 1):
-        place += gl.where(index < borders[j], 0, jumps[j])
-    return place
 
 
 @gluon.jit
@@ -105,7 +97,7 @@ def attend_lists_fwd_kernel(
     borders = ()
     jumps = ()
     total = 0
-    behind = 0
+    end = 0
     for j in gl.static_range(LISTS):
         i_list = (i_first + j) % LISTS
         own = gl.load(p_counts + i_row * MOST + LISTS * i_split + i_list, mask=listed, other=0)
@@ -117,10 +109,10 @@ def attend_lists_fwd_kernel(
             start = gl.where(listed, start, n - window)
         if j > 0:
             borders = borders + (total,)
-            jumps = jumps + (start - behind,)
+            jumps = jumps + (start - end,)
         else:
             first = start
-        behind = start + own
+        end = start + own
         total += own
     # Asked only now, so that the counts are on their way with the mode.
     if mode != SAMPLED:

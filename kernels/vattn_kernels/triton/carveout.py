@@ -1,4 +1,4 @@
-"""One split of a multiprocessor's memory into L1 cache and shared memory, for all kernels of a step.
+"""One carveout, the share of a multiprocessor's L1 memory that is shared memory, for all kernels of a step.
 
 CUDA chooses it kernel by kernel, and a multiprocessor changes it only while it is empty: programs of a launch could not
 begin beside those of the launch ahead. Figures: ``kernels/benchmarks/RESULTS.md``.
@@ -22,7 +22,7 @@ ATTRIBUTE = 9
 
 
 def share(kernels: Iterable[Any]) -> None:
-    """Give every kernel the same split when it is loaded onto a GPU.
+    """Give every kernel the same carveout when it is loaded onto a GPU.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Which kernels are asked to share one split of a multiprocessor's memory; that CUDA hears it, `tests/gpu` checks."""
+"""Which kernels are asked to share one carveout; that CUDA hears it, `tests/gpu` checks."""
 
 from __future__ import annotations
 
