@@ -35,8 +35,10 @@ ROWS = gl.constexpr(8)
 
 
 @gluon.jit
-def fetch(keys, values, p_kh, p_vh, slot, ok, o_d, STRIDE: gl.constexpr):
-    """Begin to copy one tile of K and V; rows without a token are filled with zeros."""
+def fetch(keys, values, p_kh, p_vh, slot, o_d, STRIDE: gl.constexpr, copied: gl.constexpr):
+    """Begin to copy one tile of K and V; rows without a token, whose slot is negative, are filled with zeros."""
+    slot = gl.convert_layout(slot, gl.SliceLayout(1, copied))
+    ok = slot >= 0
     at = (slot.to(gl.uint32).to(gl.uint64) * STRIDE)[:, None] + o_d[None, :]
     is_there = ok[:, None] & (o_d >= 0)[None, :]
     async_copy.async_copy_global_to_shared(keys, p_kh + at, mask=is_there)
@@ -70,6 +72,7 @@ def attend_lists_fwd_kernel(
     right: gl.constexpr = gl.DotOperandLayout(1, mma, 2)
     copied: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [1, 1], [1, 0])
     swizzled: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 8, [1, 0])
+    lanes: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     repeated: gl.constexpr = gl.BlockedLayout([1, 1, 1], [1, 4, 8], [1, 1, 1], [2, 1, 0])
 
     b, h = i_row // HKV, i_row % HKV
@@ -85,7 +88,7 @@ def attend_lists_fwd_kernel(
     o_q = gl.arange(0, 16, layout=gl.SliceLayout(1, left))
     d_q = gl.arange(0, D, layout=gl.SliceLayout(0, left))
     q = gl.load(p_q + (i_row * G + o_q % G)[:, None] * D + d_q[None, :], mask=(o_q < 2 * G)[:, None], other=0.0)
-    o_t = gl.arange(0, TILE, layout=gl.SliceLayout(1, copied))
+    o_t = gl.arange(0, TILE, layout=lanes)
     # All above is loaded while `select` still runs, which does not write it.
     await_signals(p_listed + i_row * SIGNALS + gl.minimum(i_split, SPLITS - 1), 1, DEPENDENT)
     # Splits begin at different lists, whose tokens lie in different parts of the cache.
@@ -136,31 +139,33 @@ def attend_lists_fwd_kernel(
     square = gl.zeros([16, ROWS], gl.float32, mma)
 
     # A tile goes on in the next list where one has ended.
+    place = place_of(o_t, first, borders, jumps)
     if borders[0] < TILE:
-        slot = gl.load(p_list + place_of(o_t, first, borders, jumps), mask=o_t < total, other=0)
-    fetch(keys.index(0), values.index(0), p_kh, p_vh, slot, o_t < total, o_d, HKV * D)
+        slot = gl.load(p_list + place, mask=o_t < total, other=-1)
+    fetch(keys.index(0), values.index(0), p_kh, p_vh, gl.where(o_t < total, slot, -1), o_d, HKV * D, copied)
+    pi = gl.load(p_own_pi + place, mask=(o_t < total) & listed, other=1.0)
     index = o_t + TILE
-    slot = gl.load(p_list + place_of(index, first, borders, jumps), mask=index < total, other=0)
-    pi = gl.load(p_own_pi + place_of(o_n, first, borders, jumps), mask=(o_n < total) & listed, other=1.0)
+    place = place_of(index, first, borders, jumps)
+    slot = gl.load(p_list + place, mask=index < total, other=-1)
     for start in range(0, total, TILE):
         i_buffer = start // TILE % BUFFERS
         i_next = (i_buffer + 1) % BUFFERS
         async_copy.wait_group(0)
-        index = start + TILE + o_t
-        fetch(keys.index(i_next), values.index(i_next), p_kh, p_vh, slot, index < total, o_d, HKV * D)
+        fetch(keys.index(i_next), values.index(i_next), p_kh, p_vh, slot, o_d, HKV * D, copied)
+        weight_ = gl.convert_layout(1.0 / pi, gl.SliceLayout(0, rows))
+        share_ = gl.convert_layout(1.0 - pi, gl.SliceLayout(0, rows))
+        pi = gl.load(p_own_pi + place, mask=(index < total) & listed, other=1.0)
         index += TILE
-        slot = gl.load(p_list + place_of(index, first, borders, jumps), mask=index < total, other=0)
+        place = place_of(index, first, borders, jumps)
+        slot = gl.load(p_list + place, mask=index < total, other=-1)
         ok = start + o_n < total
-        held = pi
-        ahead = start + TILE + o_n
-        pi = gl.load(p_own_pi + place_of(ahead, first, borders, jumps), mask=(ahead < total) & listed, other=1.0)
 
         k = keys.index(i_buffer).permute((1, 0)).load(right)
         logits = rows_in_use(mma_v2(q, k, zeros))
         logits = gl.where(ok[None, :], logits * (sm_scale * LOG2E), float("-inf"))
         larger = gl.maximum(maximum, gl.max(logits, 1))
-        weight = (1.0 / held)[None, :]
-        open_share = (1.0 - held)[None, :]
+        weight = weight_[None, :]
+        open_share = share_[None, :]
         y = gl.exp2(logits - larger[:, None])
         p = gl.where(is_square[:, None], weight * (weight - 1.0) * y * y, weight * y)
         alpha = gl.exp2(maximum - larger)
