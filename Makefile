@@ -44,7 +44,7 @@ sanitize: $(SANITIZER_TOOLS:%=sanitize-%) ## the GPU kernels under compute-sanit
 
 sanitize-%:
 	@PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $* --target-processes all --error-exitcode 9 \
-	    $(GPU_PYTHON) -m pytest -m gpu -q -k "$(SANITIZED)" tests/gpu/test_kernels.py $(PYTEST_ARGS)
+	    $(GPU_PYTHON) -m pytest -m gpu -q -k "$(SANITIZED)" tests/gpu/test_kernels.py tests/gpu/test_uniform.py $(PYTEST_ARGS)
 
 prove: env ## violations of delta by sampler, target, bound and population; writes docs/proof.md
 	@$(BIN)/python -m vattn_sgl.eval.prove $(PROVE_ARGS)

@@ -114,7 +114,7 @@ class VAttentionBackend(AttentionBackend):
             graph = compat.largest_decode_graph(model_runner.server_args)
             self.max_batch = min(self.max_batch, EAGER_BATCH if graph is None else graph)
             heads = model_runner.model_config.num_attention_heads if query_heads is None else query_heads
-            ops.reserve(self.device, self.max_batch, self.max_len, heads, kv_heads, head_dim)
+            ops.reserve(self.device, self.max_batch, self.max_len, heads, kv_heads, head_dim, settings.sampler)
             self.state = torch.zeros(geometry.num_layers, num_rows, heads, ops.STATE_WIDTH, device=self.device)
         self.step_settings: dict[str, Any] = {
             "seed": settings.seed,

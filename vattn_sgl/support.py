@@ -15,9 +15,6 @@ from vattn_sgl.config import Settings
 
 DENSE_ADVICE = "serve this model with another --attention-backend"
 DEVICES = ("cpu", "cuda")
-# Of what the ops serve on a GPU, what a server has served there; the rest waits for that.
-TRIED_SELECTORS = ("sketch", "oracle", "quest")
-TRIED_CACHE_DTYPES = GPU_DTYPES
 # Values of --kv-cache-dtype.
 CACHE_NAMES = ("auto", "bfloat16", "bf16", "float32")
 GPU_CACHE_NAMES = ("auto", "bfloat16", "bf16", "fp8_e4m3", "fp8_e5m2")
@@ -151,11 +148,6 @@ def gpu_reasons(args: Any, settings: Settings) -> Iterator[str]:
         In force at start.
     """
     here = "the GPU kernels of this version"
-    if settings.selector not in TRIED_SELECTORS:
-        allowed = " or ".join(TRIED_SELECTORS)
-        yield f"selector {settings.selector}: no server has tried it on a GPU yet; set selector to {allowed}"
-    if settings.sampler != "proportional":
-        yield f"sampler {settings.sampler}: {here} do not draw by it; set sampler to proportional"
     if settings.group_score != "max":
         yield f"group_score {settings.group_score}: {here} share scores by their maximum; set group_score to max"
     if settings.effective_bound == "bernstein":
@@ -200,8 +192,6 @@ def gpu_pool_reasons(pool: Any, selector: str = "sketch", capability: tuple[int,
     least = GPU_CACHE_CAPABILITY.get(dtype, (0, 0))
     if dtype not in GPU_CACHE_DTYPES:
         yield f"KV cache of {dtype}: the GPU kernels of this version read 16 bits and fp8; use --dtype bfloat16"
-    elif dtype not in TRIED_CACHE_DTYPES:
-        yield f"KV cache of {dtype}: no server has tried it on a GPU yet; use --kv-cache-dtype auto"
     elif dtype in FP8_DTYPES and selector != "sketch":
         yield f"KV cache of {dtype}: selector {selector} reads 16 bits; use --kv-cache-dtype auto or selector sketch"
     elif capability is not None and capability < least:

@@ -23,7 +23,7 @@ TURNS = 5
 
 @triton.jit
 def nothing(
-    n, low, total, budget, is_dense, outcome, widths, m_g, budget_edges, error_edges, p_counters,
+    n, low, total, top_k, budget, is_dense, outcome, widths, m_g, budget_edges, error_edges, p_counters,
     at_context, at_read, at_outcome, at_budget, at_error, group, padded_counters,
 ):  # fmt: skip
     """In place of `combine.count_group`."""

@@ -159,7 +159,13 @@ def decode(
 
 
 def reserve(
-    device: torch.device, max_batch: int, max_len: int, num_qo_heads: int, num_kv_heads: int, head_dim: int
+    device: torch.device,
+    max_batch: int,
+    max_len: int,
+    num_qo_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    sampler: str = "proportional",
 ) -> None:
     """Allocate what the ops of a device work in, so that no step allocates; nothing on a CPU.
 
@@ -171,9 +177,11 @@ def reserve(
         Largest batch and widest page table that `decode` will be given.
     num_qo_heads, num_kv_heads, head_dim : int
         Of the model on this rank.
+    sampler : {"proportional", "uniform"}
+        That `decode` will be given.
     """
     if device.type == "cuda":
-        _gpu().reserve(device, max_batch, max_len, num_qo_heads, num_kv_heads, head_dim)
+        _gpu().reserve(device, max_batch, max_len, num_qo_heads, num_kv_heads, head_dim, sampler)
 
 
 def _gpu() -> ModuleType:

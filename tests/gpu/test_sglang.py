@@ -13,10 +13,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-import torch
 from hash_nets import hash_weights
 
-from vattn_sgl import support, texts
+from vattn_sgl import texts
 from vattn_sgl.config import Settings
 from vattn_sgl.eval.capture import token_ids
 from vattn_sgl.eval.served import forced_runs, totals
@@ -250,11 +249,12 @@ def test_other_servers_agree_with_dense(dense, prompts, arguments, tmp_path):
         assert first == second
 
 
-@pytest.mark.parametrize("selector", [name for name in REGISTRY if name != "sketch"])
-def test_other_selectors_agree_with_dense(dense, prompts, selector, tmp_path):
-    if selector not in support.TRIED_SELECTORS:
-        pytest.skip("refused at start until tried")
-    env = {"VATTN_CACHE": str(tmp_path), "VATTN_SELECTOR": selector}
+@pytest.mark.parametrize(
+    ("selector", "sampler"),
+    [("sketch", "uniform"), *((name, "proportional") for name in REGISTRY if name != "sketch")],
+)
+def test_other_draws_agree_with_dense(dense, prompts, selector, sampler, tmp_path):
+    env = {"VATTN_CACHE": str(tmp_path), "VATTN_SELECTOR": selector, "VATTN_SAMPLER": sampler}
     if selector == "hash":
         env["VATTN_HASH_WEIGHTS"] = hash_weights(tmp_path / "weights.pt", LAYERS, QO_HEADS, HIDDEN // QO_HEADS)
     with Server(MODEL, "vattention", COMMON + NO_PREFILL_GRAPHS, env, admin_key=ADMIN_KEY) as started:
@@ -263,14 +263,13 @@ def test_other_selectors_agree_with_dense(dense, prompts, selector, tmp_path):
         found = []
         read = density(started, lambda: found.append(agreement(started, prompts[:FEW], dense[:FEW])))
         ((share, compared),) = found
-        print(f"{selector}: agreement {share:.4f} of {compared} positions, density {read:.3f}")
+        print(f"{selector} {sampler}: agreement {share:.4f} of {compared} positions, density {read:.3f}")
         assert compared >= 0.8 * FEW * POSITIONS
         assert share >= LEAST_AGREEMENT_OF_FEW
         # Nets that nobody trained tell nothing, so that all but everything is read.
         assert selector == "hash" or read < 0.95
 
 
-@pytest.mark.skipif(torch.float8_e4m3fn not in support.TRIED_CACHE_DTYPES, reason="refused at start until tried")
 def test_a_sample_of_an_fp8_cache_agrees_with_all_of_it(dense, prompts, tmp_path):
     """Against the same server reading all: SGLang's triton backend rounds queries and weights to fp8 as well."""
     arguments = (*COMMON, *NO_PREFILL_GRAPHS, "--kv-cache-dtype", "fp8_e4m3")

@@ -12,11 +12,11 @@ from vattn_sgl.support import Unsupported
 
 
 @pytest.mark.parametrize(
-    ("on_gpu", "told"), [(False, "dense_backend triton: a CPU"), (True, "sampler uniform: the GPU kernels")]
+    ("on_gpu", "told"), [(False, "dense_backend triton: a CPU"), (True, "group_score mean: the GPU kernels")]
 )
 def test_settings_are_looked_at_for_the_device_here(on_gpu, told, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: on_gpu)
-    monkeypatch.setenv("VATTN_SAMPLER", "uniform")
+    monkeypatch.setenv("VATTN_GROUP_SCORE", "mean")
     monkeypatch.setenv("VATTN_DENSE_BACKEND", "triton")
     monkeypatch.setenv("VATTN_PREFILL_BACKEND", "vattention")
     with pytest.raises(Unsupported) as caught:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from types import SimpleNamespace
 
 import pytest
@@ -37,7 +38,6 @@ ARGUMENTS = [
     ({"enable_pdmux": True}, "--enable-pdmux"),
 ]
 GPU_SETTINGS = [
-    ({"sampler": "uniform"}, "set sampler to proportional"),
     ({"bound": "bernstein"}, "leave bound at null"),
     ({"group_score": "mean"}, "set group_score to max"),
 ]
@@ -119,11 +119,10 @@ def test_a_plain_server_is_served_on_a_gpu(monkeypatch):
     graphs = SimpleNamespace(prefill=SimpleNamespace(backend="breakable"))
     args = SimpleNamespace(device="cuda", dp_size=2, page_size=16, cuda_graph_config=graphs)
     assert list(support.argument_reasons(args)) == []
-    for selector in ops.SELECTORS:
-        settings = Settings(hash_weights="weights.pt" if selector == "hash" else None, selector=selector)
-        reasons = list(support.gpu_reasons(args, settings))
-        assert len(reasons) == (selector not in support.TRIED_SELECTORS)
-        assert all("tried it on a GPU yet; set selector to sketch or oracle or quest" in reason for reason in reasons)
+    for selector, sampler in itertools.product(ops.SELECTORS, ops.SAMPLERS):
+        weights = "weights.pt" if selector == "hash" else None
+        settings = Settings(hash_weights=weights, selector=selector, sampler=sampler)
+        assert list(support.gpu_reasons(args, settings)) == []
     for name in ("fp8_e4m3", "fp8_e5m2"):
         args.kv_cache_dtype = name
         assert list(support.argument_reasons(args)) == []
@@ -143,20 +142,15 @@ def test_a_model_of_four_bytes_is_refused_on_a_gpu_whatever_its_cache():
     assert "--dtype bfloat16" in next(support.gpu_model_reasons(SimpleNamespace(dtype=torch.float32)))
 
 
-def test_dtypes_on_a_gpu(monkeypatch):
+def test_dtypes_on_a_gpu():
     pool = MHATokenToKVPool()
-    for dtype in support.TRIED_CACHE_DTYPES:
+    for dtype in ops.GPU_CACHE_DTYPES:
         pool.dtype = dtype
-        assert list(support.gpu_pool_reasons(pool, capability=(8, 0))) == []
+        assert list(support.gpu_pool_reasons(pool, capability=(9, 0))) == []
     for dtype in (torch.float32, torch.float8_e4m3fnuz):
         pool.dtype = dtype
         (reason,) = support.gpu_pool_reasons(pool)
         assert "use --dtype bfloat16" in reason
-    for dtype in set(ops.GPU_CACHE_DTYPES) - set(support.TRIED_CACHE_DTYPES):
-        pool.dtype = dtype
-        (reason,) = support.gpu_pool_reasons(pool, capability=(9, 0))
-        assert "tried it on a GPU yet; use --kv-cache-dtype auto" in reason
-    monkeypatch.setattr(support, "TRIED_CACHE_DTYPES", ops.GPU_CACHE_DTYPES)
     for dtype in set(ops.GPU_CACHE_DTYPES) - set(ops.GPU_DTYPES):
         pool.dtype = dtype
         (reason,) = support.gpu_pool_reasons(pool, "quest", (9, 0))

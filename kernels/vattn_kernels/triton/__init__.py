@@ -6,6 +6,10 @@ variance asks for, and one that is still open reads everything. The last two lau
 to do. For ``sign`` and ``hash`` one more, ahead of all, signs the queries. Audits, where they are on, add three:
 ``choose``, ``attend_exact``, ``audit``. From sm_90 on a launch starts while the one ahead ends, and a split is attended
 to, and a row merged, as soon as what it needs of the launch ahead is there (`layout.await_signals`).
+
+Sampler ``uniform`` takes other launches between the first and the last: ``rank`` and ``top_k``, then ``list``,
+``attend`` and ``budget`` for the pilot, and the same for the budget. They wait for each other, and for speed it has no
+claim.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ import torch
 from torch import Tensor
 
 from vattn_kernels import params as parameters
-from vattn_kernels.checks import FP8_DTYPES, check_cache, check_decode, check_signatures, require
+from vattn_kernels.checks import FP8_DTYPES, SAMPLERS, check_cache, check_decode, check_signatures, require
 from vattn_kernels.ops import GPU_CACHE_DTYPES, GPU_DTYPES, GPU_HEAD_DIMS, SELECTORS, STATE_WIDTH
 from vattn_kernels.quantiles import TARGETS
 from vattn_kernels.sketch import GROUPS_PER_WORD
@@ -32,6 +36,8 @@ from vattn_kernels.triton.select import select_fwd_kernel
 from vattn_kernels.triton.select_gluon import select_lists_fwd_kernel
 from vattn_kernels.triton.side import check_codes, check_pages, side_of, sizes_of
 from vattn_kernels.triton.signature import ROWS, sign_keys_fwd_kernel, sign_queries_fwd_kernel
+from vattn_kernels.triton.top_k import rank_fwd_kernel, top_k_fwd_kernel
+from vattn_kernels.triton.uniform import budget_fwd_kernel, list_fwd_kernel
 from vattn_kernels.triton.update import update_fwd_kernel
 
 # Steps after which what was learnt of a request row is no longer trusted.
@@ -67,7 +73,13 @@ def _check_scaled(selector: str, k_cache: Tensor, k_scale: float = 1.0, v_scale:
 
 
 def reserve(
-    device: torch.device, max_batch: int, max_len: int, num_qo_heads: int, num_kv_heads: int, head_dim: int
+    device: torch.device,
+    max_batch: int,
+    max_len: int,
+    num_qo_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    sampler: str = "proportional",
 ) -> None:
     """Allocate the workspace of the largest batch, so that no later step does.
 
@@ -79,8 +91,12 @@ def reserve(
         Requests at once, and width of the page table.
     num_qo_heads, num_kv_heads, head_dim : int
         Of the model on this rank.
+    sampler : {"proportional", "uniform"}
+        Of the settings; ``uniform`` takes more.
     """
-    layout.workspace(device, max_batch, max_len, num_qo_heads, num_kv_heads, _power_of_two(head_dim))
+    work = layout.workspace(device, max_batch, max_len, num_qo_heads, num_kv_heads, _power_of_two(head_dim))
+    if sampler == "uniform":
+        layout.ranking(device, work)
 
 
 def decode(
@@ -99,7 +115,7 @@ def decode(
     batch, num_qo_heads, head_dim = q.shape
     num_kv_heads = k_cache.shape[1]
     group = num_qo_heads // num_kv_heads
-    require(sampler == "proportional", "sampler {!r} runs on the CPU only; expected 'proportional'", sampler)
+    require(sampler in SAMPLERS, "sampler {!r} is unknown, expected one of {}", sampler, SAMPLERS)
     require(group_score == "max", "group_score {!r} runs on the CPU only; expected 'max'", group_score)
     check_decode(q, k_cache, kv_indices, seq_lens, out, stats, target)
     _check_scaled(selector, k_cache, k_scale, v_scale)
@@ -116,7 +132,8 @@ def decode(
     padded_group, padded_dim = _power_of_two(group), _power_of_two(head_dim)
     kv_stride, k_stride = kv_indices.stride(0), k_cache.stride(0)
     launch = layout.LAUNCH
-    overlap = layout.launches_overlap(q.device)
+    is_uniform = sampler == "uniform"
+    overlap = layout.launches_overlap(q.device) and not is_uniform
     follow = {"DEPENDENT": overlap, "launch_pdl": overlap}
     signals = follow | {"SIGNALS": layout.MOST_SPLITS}
     is_split = target == "sdpa"
@@ -167,53 +184,88 @@ def decode(
         attend_exact_fwd_kernel[(min(programs, rows * tail),)](
             q, k_cache, v_cache, kv_indices, seq_lens, work.mode, work.counts, work.outs, work.scalars, work.used,
             work.barrier, *settled, logit_scale, v_scale, sink, window, rows, launch.tail_items, kv_stride, k_stride,
-            cap, *counter_offsets[:5], **later, MERGE=merged, BN=launch.exact_block, STAGES=launch.exact_stages,
-            num_warps=launch.exact_warps, maxnreg=layout.exact_registers(width, padded_dim),
+            cap, *counter_offsets[:5], **later, MERGE=merged, UNIFORM=is_uniform, BN=launch.exact_block,
+            STAGES=launch.exact_stages, num_warps=launch.exact_warps, maxnreg=layout.exact_registers(width, padded_dim),
         )  # fmt: skip
 
     query = work.codes if is_sketch else work.query
-    score = (
-        side.rows, side.norms, kv_indices, seq_lens, side.fields, work.mode, query, work.bias, work.log_scale,
-        work.scale, work.slots, work.pi, work.counts, work.reads, work.listed, sink, window, *key, kv_stride,
-        side.head_stride, side.norm_stride, capacity,
-    )  # fmt: skip
-    if layout.gluon_serves(q.device) and is_sketch and layout.tensor_cores_score(group, words):
-        select_lists_fwd_kernel[(rows * splits,)](
-            *score, HKV=num_kv_heads, G=group, SPLITS=splits, **sketch, **signals, num_warps=warps,
-            maxnreg=layout.select_registers(group, words),
-        )  # fmt: skip
-    else:
-        select_fwd_kernel[(rows * splits,)](
-            *score, side.valid, v_cache, sm_scale, side.row_stride, HKV=num_kv_heads, G=group, D=head_dim,
-            SPLITS=splits, **sketch, **choice, **signals, DP4A=q.is_cuda, num_warps=warps,
-        )  # fmt: skip
     is_aligned = k_cache.data_ptr() % 16 == 0 and v_cache.data_ptr() % 16 == 0
     is_narrow = is_aligned and layout.one_warp_attends(k_cache.dtype, head_dim, group)
-    if layout.gluon_serves(q.device) and is_narrow:
-        attend_lists_fwd_kernel[(rows * (splits + 1),)](
-            q, k_cache, v_cache, kv_indices, seq_lens, *lists, work.listed, work.attended, logit_scale, sink, window,
-            kv_stride, capacity, HKV=num_kv_heads, G=group, WIDTH=width, D=head_dim, SPLITS=splits,
-            MOST=layout.MOST_LISTS, **signals, num_warps=1,
+
+    def attend_splits() -> None:
+        if layout.gluon_serves(q.device) and is_narrow:
+            attend_lists_fwd_kernel[(rows * (splits + 1),)](
+                q, k_cache, v_cache, kv_indices, seq_lens, *lists, work.listed, work.attended, logit_scale, sink,
+                window, kv_stride, capacity, HKV=num_kv_heads, G=group, WIDTH=width, D=head_dim, SPLITS=splits,
+                MOST=layout.MOST_LISTS, **signals, num_warps=1,
+            )  # fmt: skip
+        else:
+            attend_fwd_kernel[(rows * (splits + 1),)](
+                q, k_cache, v_cache, kv_indices, seq_lens, *lists, work.listed, work.attended, logit_scale, sink,
+                window, kv_stride, k_stride, capacity, **model, WIDTH=width, **attend, **signals, SPLITS=splits,
+                MOST=layout.MOST_LISTS, TARGET=target_id, maxnreg=layout.attend_registers(width, padded_dim),
+            )  # fmt: skip
+
+    def draw_uniformly() -> None:
+        ranking = layout.ranking(q.device, work)
+        rank_fwd_kernel[(rows * splits,)](
+            side.rows, side.norms, kv_indices, seq_lens, side.fields, work.mode, query, work.bias, work.log_scale,
+            work.scale, ranking.ranks, side.valid, v_cache, sink, window, sm_scale, kv_stride, side.head_stride,
+            side.norm_stride, side.row_stride, capacity, HKV=num_kv_heads, G=group, D=head_dim, R=side.width,
+            GROUPS=groups, WORDS=words, SPLITS=splits, DP4A=q.is_cuda, **choice, num_warps=warps,
         )  # fmt: skip
+        top_k_fwd_kernel[(rows,)](
+            seq_lens, work.mode, ranking.ranks, ranking.plan, sink, window, top_k_count, top_k_share, pilot, pilot_min,
+            capacity, HKV=num_kv_heads, SPLITS=splits, num_warps=launch.uniform_warps,
+        )  # fmt: skip
+        for is_pilot in (True, False):
+            list_fwd_kernel[(2 * rows,)](
+                kv_indices, seq_lens, work.mode, ranking.ranks, ranking.plan, work.slots, work.pi, work.counts, sink,
+                window, *key, kv_stride, capacity, HKV=num_kv_heads, SPLITS=splits, MOST=layout.MOST_LISTS,
+                num_warps=launch.uniform_warps,
+            )  # fmt: skip
+            attend_splits()
+            budget_fwd_kernel[(rows,)](
+                work.outs, work.scalars, seq_lens, work.mode, ranking.plan, work.fixed, *settled[5:], v_scale, sink,
+                window, cap, capacity, *counter_offsets[:5], **merge, SPLITS=splits, IS_PILOT=is_pilot,
+                num_warps=layout.combine_warps(splits),
+            )  # fmt: skip
+
+    def draw_by_score() -> None:
+        score = (
+            side.rows, side.norms, kv_indices, seq_lens, side.fields, work.mode, query, work.bias, work.log_scale,
+            work.scale, work.slots, work.pi, work.counts, work.reads, work.listed, sink, window, *key, kv_stride,
+            side.head_stride, side.norm_stride, capacity,
+        )  # fmt: skip
+        if layout.gluon_serves(q.device) and is_sketch and layout.tensor_cores_score(group, words):
+            select_lists_fwd_kernel[(rows * splits,)](
+                *score, HKV=num_kv_heads, G=group, SPLITS=splits, **sketch, **signals, num_warps=warps,
+                maxnreg=layout.select_registers(group, words),
+            )  # fmt: skip
+        else:
+            select_fwd_kernel[(rows * splits,)](
+                *score, side.valid, v_cache, sm_scale, side.row_stride, HKV=num_kv_heads, G=group, D=head_dim,
+                SPLITS=splits, **sketch, **choice, **signals, DP4A=q.is_cuda, num_warps=warps,
+            )  # fmt: skip
+        attend_splits()
+        combine_fwd_kernel[(rows * group,)](
+            work.outs, work.scalars, work.heads, seq_lens, work.mode, work.counts, work.attended, *settled[1:],
+            v_scale, sink, window, cap, *counter_offsets[:5], **merge, **follow, SPLITS=splits,
+            num_warps=layout.combine_warps(splits),
+        )  # fmt: skip
+        retry_programs = layout.programs_at_once(q.device, launch.retry_programs)
+        retry_fwd_kernel[(min(retry_programs, rows * (tail + 1)),)](
+            q, k_cache, v_cache, kv_indices, seq_lens, *lists, side.rows, side.norms, side.fields, query, work.bias,
+            work.scale, work.used, work.barrier, *settled, logit_scale, v_scale, sink, window, *key, rows,
+            launch.tail_items, kv_stride, k_stride, side.head_stride, side.norm_stride, capacity, cap,
+            *counter_offsets[:5], side.valid, side.row_stride, **(later | sketch), **attend, **choice, CAPPED=cap < 1,
+            DP4A=q.is_cuda,
+        )  # fmt: skip
+
+    if is_uniform:
+        draw_uniformly()
     else:
-        attend_fwd_kernel[(rows * (splits + 1),)](
-            q, k_cache, v_cache, kv_indices, seq_lens, *lists, work.listed, work.attended, logit_scale, sink, window,
-            kv_stride, k_stride, capacity, **model, WIDTH=width, **attend, **signals, SPLITS=splits,
-            MOST=layout.MOST_LISTS, TARGET=target_id, maxnreg=layout.attend_registers(width, padded_dim),
-        )  # fmt: skip
-    combine_fwd_kernel[(rows * group,)](
-        work.outs, work.scalars, work.heads, seq_lens, work.mode, work.counts, work.attended, *settled[1:], v_scale,
-        sink, window, cap, *counter_offsets[:5], **merge, **follow, SPLITS=splits,
-        num_warps=layout.combine_warps(splits),
-    )  # fmt: skip
-    retry_programs = layout.programs_at_once(q.device, launch.retry_programs)
-    retry_fwd_kernel[(min(retry_programs, rows * (tail + 1)),)](
-        q, k_cache, v_cache, kv_indices, seq_lens, *lists, side.rows, side.norms, side.fields, query, work.bias,
-        work.scale, work.used, work.barrier, *settled, logit_scale, v_scale, sink, window, *key, rows,
-        launch.tail_items, kv_stride, k_stride, side.head_stride, side.norm_stride, capacity, cap,
-        *counter_offsets[:5], side.valid, side.row_stride, **(later | sketch), **attend, **choice, CAPPED=cap < 1,
-        DP4A=q.is_cuda,
-    )  # fmt: skip
+        draw_by_score()
     attend_exact(merged=True)
     if audit_rate > 0:
         choose_fwd_kernel[(rows,)](

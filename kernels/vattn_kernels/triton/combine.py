@@ -111,7 +111,7 @@ def combine_fwd_kernel(
         p_heads, p_seq_lens, p_mode, p_counts, p_log_scale, p_fixed, p_reads, p_arrivals, p_params, p_state,
         p_state_rows, p_out, p_stats, p_counters, v_scale, sink, window, cap,
         at_context, at_read, at_outcome, at_budget, at_error,
-        HKV, G, GP, WIDTH, D, DP, SPLITS, MOST, STATE, TARGET, False, TABLE, POINTS, PER_UNIT, COUNTERS_P,
+        HKV, G, GP, WIDTH, D, DP, SPLITS, MOST, STATE, TARGET, False, TABLE, POINTS, PER_UNIT, COUNTERS_P, False,
     )  # fmt: skip
 
 
@@ -124,7 +124,7 @@ def combine_round(
     SPLITS: tl.constexpr, MOST: tl.constexpr, STATE: tl.constexpr, TARGET: tl.constexpr,
     EXACT: tl.constexpr, TABLE: tl.constexpr, POINTS: tl.constexpr, PER_UNIT: tl.constexpr,
     BUDGET_EDGES: tl.constexpr, BUDGET_EDGES_P: tl.constexpr, ERROR_EDGES: tl.constexpr, ERROR_EDGES_P: tl.constexpr,
-    COUNTERS_P: tl.constexpr,
+    COUNTERS_P: tl.constexpr, UNIFORM: tl.constexpr,
 ):  # fmt: skip
     """A later round: the rows that took part in it, by all programs of a launch."""
     budget_edges = load_edges(p_budget_edges, BUDGET_EDGES, BUDGET_EDGES_P)
@@ -139,7 +139,7 @@ def combine_round(
                 p_mode, p_counts, p_log_scale, p_fixed, p_reads, p_arrivals, p_params, p_state, p_state_rows, p_out,
                 p_stats, p_counters, v_scale, sink, window, cap, at_context, at_read, at_outcome, at_budget, at_error,
                 HKV, G, GP, WIDTH, D, DP, SPLITS, MOST, STATE, TARGET, EXACT, TABLE, POINTS, PER_UNIT,
-                COUNTERS_P,
+                COUNTERS_P, UNIFORM,
             )  # fmt: skip
         item += tl.num_programs(0)
 
@@ -152,6 +152,7 @@ def combine_head(
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     SPLITS: tl.constexpr, MOST: tl.constexpr, STATE: tl.constexpr, TARGET: tl.constexpr,
     EXACT: tl.constexpr, TABLE: tl.constexpr, POINTS: tl.constexpr, PER_UNIT: tl.constexpr, COUNTERS_P: tl.constexpr,
+    UNIFORM: tl.constexpr,
 ):  # fmt: skip
     """Merge one head of a row that took part in the round; the last of a group's heads decides for the group."""
     i_head, i_row = item % G, item // G
@@ -162,7 +163,7 @@ def combine_head(
     wanted = (mode >= DENSE) if EXACT else (mode == SAMPLED)
     width, guard, start, residual = merge_head(
         i_row, i_head, splits, wanted, epsilon, p_outs, p_scalars, p_params, p_out, v_scale,
-        G, WIDTH, D, DP, SPLITS, TARGET, EXACT, TABLE, POINTS, PER_UNIT,
+        G, WIDTH, D, DP, SPLITS, TARGET, EXACT, TABLE, POINTS, PER_UNIT, UNIFORM,
     )  # fmt: skip
     if wanted:
         p_result = p_heads + (i_row * G + i_head) * 4
@@ -185,7 +186,7 @@ def combine_head(
                 p_mode, p_log_scale, p_params, p_state, p_state_rows, budget_edges, error_edges, p_stats,
                 p_counters,
                 sink, window, cap, last, at_context, at_read, at_outcome, at_budget, at_error,
-                HKV, G, GP, STATE, EXACT, TABLE, COUNTERS_P,
+                HKV, G, GP, STATE, EXACT, TABLE, COUNTERS_P, UNIFORM,
             )  # fmt: skip
 
 
@@ -231,14 +232,39 @@ def load_maxima(p_own, m_s, WIDTH: tl.constexpr):
 
 
 @triton.jit
+def load_last(
+    i_row, g, splits, p_outs, p_scalars, WIDTH: tl.constexpr, DP: tl.constexpr, SPLITS: tl.constexpr
+):  # fmt: skip
+    """Largest logit, mass and output ``[DP]`` of one head in sink and window, the part behind the last split."""
+    last = i_row * (SPLITS + 1) + splits
+    p_last = p_scalars + last * NUM_SCALARS * WIDTH + g
+    maximum = tl.load(p_last + MAXIMUM * WIDTH, cache_modifier=".cg")
+    mass = tl.load(p_last + MASS * WIDTH, cache_modifier=".cg")
+    p_tile = p_outs + (last.to(tl.int64) * WIDTH + g) * DP + tl.arange(0, DP)
+    return maximum, mass, tl.load(p_tile, cache_modifier=".cg")
+
+
+@triton.jit
+def merge_parts(maxima, masses, outs, last_maximum, last_mass, last_out):
+    """Factors of the splits, largest logit, mass, output, and what of the mass is the last part's."""
+    top = tl.maximum(tl.max(maxima, 0), last_maximum)
+    f = tl.exp2(maxima - top)
+    f_last = tl.exp2(last_maximum - top)
+    last_mass *= f_last
+    mass = tl.maximum(tl.sum(f * masses, 0) + last_mass, LEAST_MASS)
+    return f, top, mass, (tl.sum(f[:, None] * outs, 0) + f_last * last_out) / mass, last_mass
+
+
+@triton.jit
 def merge_splits(
     i_row, g, splits, p_outs, p_scalars, WIDTH: tl.constexpr, DP: tl.constexpr, SPLITS: tl.constexpr
 ):  # fmt: skip
     """Output of one head that was read whole."""
     masses, outs, p_own, m_s = load_splits(i_row, g, splits, p_outs, p_scalars, WIDTH, DP, SPLITS)
     maxima = load_maxima(p_own, m_s, WIDTH)
-    f = tl.exp2(maxima - tl.max(maxima, 0))
-    return tl.sum(f[:, None] * outs, 0) / tl.maximum(tl.sum(f * masses, 0), LEAST_MASS)
+    least, none = tl.full([], LEAST_LOGIT, tl.float32), tl.full([], 0.0, tl.float32)
+    _, _, _, out, _ = merge_parts(maxima, masses, outs, least, none, none)
+    return out
 
 
 @triton.jit
@@ -246,6 +272,7 @@ def merge_head(
     i_row, g, splits, wanted, epsilon, p_outs, p_scalars, p_params, p_out, v_scale,
     G: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SPLITS: tl.constexpr,
     TARGET: tl.constexpr, EXACT: tl.constexpr, TABLE: tl.constexpr, POINTS: tl.constexpr, PER_UNIT: tl.constexpr,
+    UNIFORM: tl.constexpr,
 ):  # fmt: skip
     """Store the output of one head; half-width, guard, first scale and residual mass for its group's decision."""
     o_d = tl.arange(0, DP)
@@ -253,29 +280,16 @@ def merge_head(
     masses, outs, p_own, m_s = load_splits(i_row, g, splits, p_outs, p_scalars, WIDTH, DP, SPLITS)
     maxima = load_maxima(p_own, m_s, WIDTH)
     if not EXACT:
-        # Sink and window, the part behind the last split, are read for certain and add nothing to a variance.
-        last = i_row * (SPLITS + 1) + splits
-        p_last = p_scalars + last * NUM_SCALARS * WIDTH + g
-        last_maximum = tl.load(p_last + MAXIMUM * WIDTH, cache_modifier=".cg")
-        last_mass = tl.load(p_last + MASS * WIDTH, cache_modifier=".cg")
-        last_out = tl.load(p_outs + (last.to(tl.int64) * WIDTH + g) * DP + o_d, cache_modifier=".cg")
+        # Read for certain, they add nothing to a variance.
+        last_maximum, last_mass, last_out = load_last(i_row, g, splits, p_outs, p_scalars, WIDTH, DP, SPLITS)
         plains, alongs, p_square, _ = load_splits(i_row, g + G, splits, p_outs, p_scalars, WIDTH, DP, SPLITS)
         spreads = tl.load(p_square + SPREAD * WIDTH, mask=m_s, other=0.0, cache_modifier=".cg")
         if TARGET != DENOMINATOR:
             squares = tl.load(p_square + SQUARE * WIDTH, mask=m_s, other=0.0, cache_modifier=".cg")
-    top = tl.max(maxima, 0)
-    if not EXACT:
-        top = tl.maximum(top, last_maximum)
-    f = tl.exp2(maxima - top)
-    mass = tl.sum(f * masses, 0)
-    out = tl.sum(f[:, None] * outs, 0)
-    if not EXACT:
-        f_last = tl.exp2(last_maximum - top)
-        last_mass *= f_last
-        mass += last_mass
-        out += f_last * last_out
-    mass = tl.maximum(mass, LEAST_MASS)
-    out = out / mass
+    else:
+        last_maximum, last_mass = tl.full([], LEAST_LOGIT, tl.float32), tl.full([], 0.0, tl.float32)
+        last_out = last_mass
+    f, top, mass, out, last_mass = merge_parts(maxima, masses, outs, last_maximum, last_mass, last_out)
     norm2 = tl.sum(out * out, 0)
     norm = tl.sqrt(norm2)
     tl.store(p_out + (i_row * G + g) * D + o_d, (out * v_scale).to(p_out.dtype.element_ty), mask=(o_d < D) & wanted)
@@ -312,8 +326,10 @@ def merge_head(
     if TARGET > NUMERATOR:
         share = 0.5 * share
     guard = -tl.log(share) - log_mass
-    # Where exact scores would certify: c = z^2 |v| / (epsilon |o|)^2, with values twice as long as their mean.
-    start = 2.0 * tl.log(tl.load(p_params + TABLE) / epsilon) + tl.log(2.0 / size) - log_mass
+    start = -log_mass
+    if not UNIFORM:
+        # Where exact scores would certify: c = z^2 |v| / (epsilon |o|)^2, with values twice as long as their mean.
+        start += 2.0 * tl.log(tl.load(p_params + TABLE) / epsilon) + tl.log(2.0 / size)
     return width, guard, start, residual
 
 
@@ -323,7 +339,7 @@ def settle_group(
     p_state_rows, budget_edges, error_edges, p_stats, p_counters,
     sink, window, cap, last, at_context, at_read, at_outcome, at_budget, at_error,
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, STATE: tl.constexpr, EXACT: tl.constexpr,
-    TABLE: tl.constexpr, COUNTERS_P: tl.constexpr,
+    TABLE: tl.constexpr, COUNTERS_P: tl.constexpr, UNIFORM: tl.constexpr,
 ):  # fmt: skip
     """Send a group into another round, or close its step.
 
@@ -363,7 +379,7 @@ def settle_group(
         change = tl.maximum(change, tl.minimum(0.5 * (change + 1.0), -DECAY))
         following = used + tl.minimum(change, MOST_GROWTH)
         following = tl.minimum(tl.maximum(following, guards), used + limit)
-    else:
+    elif not UNIFORM:
         if cap < 1.0:
             # The first scale reads cap tokens where its values are twice as long as their mean.
             certain = 2.0 * tl.log(2.0 * tl.load(p_params + TABLE) / epsilon)
@@ -373,8 +389,10 @@ def settle_group(
         if last == MAY_READ_ALL:
             tl.store(p_mode + i_row, EXHAUSTED)
     else:
+        short = tl.where(limit <= 0.02 + RETRY_AIM, CAPPED, UNCERTIFIED)
         close_group(
-            i_row, mode, epsilon, widths, residuals, following + fixed, expected, limit, n, low, total, budget, read,
+            i_row, mode, widths, residuals, following + fixed, expected, tl.where(widths <= epsilon, CERTIFIED, short),
+            n, low, total, 0, budget, read,
             p_mode, p_state, p_state_rows, budget_edges, error_edges, p_stats, p_counters,
             at_context, at_read, at_outcome, at_budget, at_error,
             HKV, G, GP, STATE, COUNTERS_P,
@@ -383,7 +401,7 @@ def settle_group(
 
 @triton.jit
 def close_group(
-    i_row, mode, epsilon, widths, residuals, following, expected, limit, n, low, total, budget, read,
+    i_row, mode, widths, residuals, following, expected, outcome, n, low, total, top_k, budget, read,
     p_mode, p_state, p_state_rows, budget_edges, error_edges, p_stats, p_counters,
     at_context, at_read, at_outcome, at_budget, at_error,
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, STATE: tl.constexpr, COUNTERS_P: tl.constexpr,
@@ -400,8 +418,6 @@ def close_group(
     tl.store(state + STATE_READS, expected + following * 0.0, mask=m_g)
 
     is_dense = mode == DENSE
-    short = tl.where(limit <= 0.02 + RETRY_AIM, CAPPED, UNCERTIFIED)
-    outcome = tl.where(widths <= epsilon, CERTIFIED, short)
     outcome = tl.where(is_dense, SERVED_DENSELY, outcome)
     budget = tl.where(is_dense, 0, budget)
     o_c = tl.arange(0, 8)
@@ -412,14 +428,14 @@ def close_group(
     row = tl.where((o_c == 5)[None, :], residuals[:, None], row)
     tl.store(p_stats + head[:, None] * 6 + o_c[None, :], row, mask=m_g[:, None] & (o_c < 6)[None, :])
     count_group(
-        n, low, total, budget, is_dense, outcome, widths, m_g, budget_edges, error_edges, p_counters,
+        n, low, total, top_k, budget, is_dense, outcome, widths, m_g, budget_edges, error_edges, p_counters,
         at_context, at_read, at_outcome, at_budget, at_error, G, COUNTERS_P,
     )  # fmt: skip
 
 
 @triton.jit
 def count_group(
-    n, low, total, budget, is_dense, outcome, widths, m_g, budget_edges, error_edges, p_counters,
+    n, low, total, top_k, budget, is_dense, outcome, widths, m_g, budget_edges, error_edges, p_counters,
     at_context, at_read, at_outcome, at_budget, at_error, G: tl.constexpr, COUNTERS_P: tl.constexpr,
 ):  # fmt: skip
     """Add a group's step to the counters at once: groups that add to the same few addresses wait for each other."""
@@ -431,6 +447,7 @@ def count_group(
         tokens += tl.where(o_c == at_read + 4, n, 0)
     else:
         tokens += tl.where(o_c == at_read, low, 0) + tl.where(o_c == at_read + 1, n - total - low, 0)
+        tokens += tl.where(o_c == at_read + 2, top_k, 0)
         tokens += tl.where((o_c == at_read + 3) | (o_c == at_budget), budget, 0)
         budgets = budget.to(tl.float32) + widths * 0.0
         entries += hits(o_c, at_budget + 1 + bucket_of(budget_edges, budgets), m_g)

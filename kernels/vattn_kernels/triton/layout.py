@@ -52,6 +52,16 @@ CODING: Final = tl.constexpr(1)
 FLOOR: Final = tl.constexpr(2)
 NUM_SCALES: Final = tl.constexpr(4)
 
+# Columns of ``plan``, one row a row, sampler ``uniform`` only: rank of the last of the top-k, the last position that
+# ties with it, their number, tokens sampled of the rest, splits that attend to the top-k, heads that the cap cuts.
+THRESHOLD: Final = tl.constexpr(0)
+LAST_TIE: Final = tl.constexpr(1)
+TOP_K: Final = tl.constexpr(2)
+SAMPLE_SIZE: Final = tl.constexpr(3)
+SPLIT_BORDER: Final = tl.constexpr(4)
+CUT_HEADS: Final = tl.constexpr(5)
+NUM_PLANS: Final = tl.constexpr(8)
+
 # A block of tokens by warp: each of the LISTS warps takes REPEATS runs of RUN tokens, one a lane, into its own list.
 REPEATS: Final = tl.constexpr(4)
 LISTS: Final = tl.constexpr(4)
@@ -83,6 +93,7 @@ class Launch:
     attend_block: int = 32
     attend_registers: int | None = 168
     combine_warps: int = 4
+    uniform_warps: int = 8
     exact_block: int = 128
     exact_warps: int = 8
     exact_stages: int = 3
@@ -262,7 +273,24 @@ class Workspace:
     scalars: torch.Tensor
 
 
+@dataclass
+class Ranking:
+    """Buffers of one device that sampler ``uniform`` takes beside the `Workspace`.
+
+    Attributes
+    ----------
+    ranks : torch.Tensor
+        int32 ``[rows, capacity]``, unsigned numbers in the order of the scores.
+    plan : torch.Tensor
+        int32 ``[rows, NUM_PLANS]``.
+    """
+
+    ranks: torch.Tensor
+    plan: torch.Tensor
+
+
 _workspaces: dict[torch.device, tuple[tuple[int, ...], Workspace]] = {}
+_rankings: dict[torch.device, Ranking] = {}
 
 
 def width_of(group: int) -> int:
@@ -284,6 +312,40 @@ def _size(batch: int, max_len: int, num_qo_heads: int, num_kv_heads: int, head_d
     entries = max(r * capacity(r, max_len) for r in batches)
     splits = max(r * (max(splits_of(r), tail_splits_of(r, max_len)) + 1) for r in batches)
     return rows, rows * group, entries, splits, width_of(group), head_dim
+
+
+def _check_growth(device: torch.device, have: tuple[int, ...], size: tuple[int, ...]) -> None:
+    """Refuse to allocate while a CUDA graph is captured."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"vattn: the workspace on {device} holds batch x heads x context of {have} and a capture needs {size}; "
+            "call vattn_kernels.ops.reserve with the sampler and the largest batch and context first"
+        )
+
+
+def ranking(device: torch.device, work: Workspace) -> Ranking:
+    """What sampler ``uniform`` takes beside a workspace, made anew only when it is too small.
+
+    Parameters
+    ----------
+    device : torch.device
+        Where the buffers live.
+    work : Workspace
+        Of the step.
+
+    Raises
+    ------
+    RuntimeError
+        As `workspace` does.
+    """
+    size = work.slots.numel(), work.mode.numel() * NUM_PLANS.value
+    found = _rankings.get(device)
+    have = (0, 0) if found is None else (found.ranks.numel(), found.plan.numel())
+    if found is None or have[0] < size[0] or have[1] < size[1]:
+        _check_growth(device, have, size)
+        found = Ranking(*(torch.empty(count, dtype=torch.int32, device=device) for count in size))
+        _rankings[device] = found
+    return found
 
 
 def workspace(
@@ -309,11 +371,7 @@ def workspace(
     have, found = _workspaces.get(device, ((0,) * 6, None))
     if found is not None and all(w <= h for w, h in zip(size, have, strict=True)):
         return found
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            f"vattn: the workspace on {device} holds batch x heads x context of {have} and a capture needs {size}; "
-            "call vattn_kernels.ops.reserve with the largest batch and context first"
-        )
+    _check_growth(device, have, size)
     rows, heads, entries, splits, width, dim = (max(w, h) for w, h in zip(size, have, strict=True))
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -99,7 +99,7 @@ def retry_fwd_kernel(
         p_out, p_stats, p_counters,
         v_scale, sink, window, cap, at_context, at_read, at_outcome, at_budget, at_error,
         HKV, G, GP, WIDTH, D, DP, SPLITS, MOST, STATE, TARGET, False, TABLE, POINTS, PER_UNIT,
-        BUDGET_EDGES, BUDGET_EDGES_P, ERROR_EDGES, ERROR_EDGES_P, COUNTERS_P,
+        BUDGET_EDGES, BUDGET_EDGES_P, ERROR_EDGES, ERROR_EDGES_P, COUNTERS_P, False,
     )  # fmt: skip
 
 
@@ -116,7 +116,7 @@ def attend_exact_fwd_kernel(
     GP: tl.constexpr, STATE: tl.constexpr, TABLE: tl.constexpr, POINTS: tl.constexpr,
     PER_UNIT: tl.constexpr, BUDGET_EDGES: tl.constexpr, BUDGET_EDGES_P: tl.constexpr, ERROR_EDGES: tl.constexpr,
     ERROR_EDGES_P: tl.constexpr, COUNTERS_P: tl.constexpr,
-    MERGE: tl.constexpr, DEPENDENT: tl.constexpr,
+    MERGE: tl.constexpr, UNIFORM: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Last round, for rows that are served densely or that sampling could not certify; an audit merges by itself."""
     begin_next(DEPENDENT)
@@ -142,5 +142,5 @@ def attend_exact_fwd_kernel(
             p_arrivals, p_params, p_state, p_state_rows, p_budget_edges, p_error_edges, p_out, p_stats, p_counters,
             v_scale, sink, window, cap, at_context, at_read, at_outcome, at_budget, at_error,
             HKV, G, GP, WIDTH, D, DP, SPLITS, MOST, STATE, TARGET, True, TABLE, POINTS, PER_UNIT,
-            BUDGET_EDGES, BUDGET_EDGES_P, ERROR_EDGES, ERROR_EDGES_P, COUNTERS_P,
+            BUDGET_EDGES, BUDGET_EDGES_P, ERROR_EDGES, ERROR_EDGES_P, COUNTERS_P, UNIFORM,
         )  # fmt: skip

@@ -133,6 +133,49 @@ def load_side(p_codes, p_norms, slot, WORDS: tl.constexpr):
 
 
 @triton.jit
+def load_queries(
+    p_fields, p_query, p_bias, p_log_scale, i_row, h, unit, G: tl.constexpr, R: tl.constexpr, GROUPS: tl.constexpr
+):  # fmt: skip
+    """Shifts and masks of codes, and of each of the group's heads its level in units and its weights, four a word."""
+    shifts, masks = load_fields(p_fields, h, R, GROUPS)
+    levels = ()
+    queries = ()
+    for g in tl.static_range(G):
+        head = i_row * G + g
+        level = (tl.load(p_bias + head) + tl.load(p_log_scale + head)) / unit
+        levels = levels + (tl.floor(tl.minimum(tl.maximum(level, -1.0e9), 1.0e9) + 0.5).to(tl.int32),)
+        for j in tl.static_range(GROUPS):
+            queries = queries + (tl.load((p_query + (head * GROUPS + j) * 4).to(tl.pointer_type(tl.int32))),)
+    return shifts, masks, levels, queries
+
+
+@triton.jit
+def score_codes(
+    low_pair, high_pair, norm, shifts, masks, levels, queries, unit2, coding,
+    G: tl.constexpr, GROUPS: tl.constexpr, WORDS: tl.constexpr, DP4A: tl.constexpr,
+):  # fmt: skip
+    """Octaves of the group's largest score, and what half the variance that codes miss adds to it."""
+    words = (low_pair.to(tl.int32),)
+    if WORDS > 1:
+        words = words + ((low_pair >> 32).to(tl.int32),)
+    if WORDS == 4:
+        words = words + (high_pair.to(tl.int32), (high_pair >> 32).to(tl.int32))
+    accs = levels
+    for j in tl.static_range(GROUPS):
+        lanes = (words[j % WORDS] >> shifts[j]) & masks[j]
+        grown = ()
+        for g in tl.static_range(G):
+            grown = grown + (dot_bytes(lanes, queries[g * GROUPS + j], accs[g], DP4A),)
+        accs = grown
+    best = accs[0]
+    for g in tl.static_range(1, G):
+        best = tl.maximum(best, accs[g])
+    # An error byte of 255 marks a slot without usable side data; this makes it certain.
+    error2 = power_of_two((norm.to(tl.int32) & 0xFF).to(tl.float32) * (2 * OCTAVES) + 2 * LEAST_OCTAVES, DP4A)
+    return unit2 * best.to(tl.float32), coding * error2
+
+
+@triton.jit
 def places(chosen):
     """Rank of each chosen token among those of its list, and the number of each list.
 
@@ -270,15 +313,7 @@ def select_by_sketch(
     unit, coding, least = tl.load(p_own + UNIT), tl.load(p_own + CODING), tl.load(p_own + FLOOR)
     unit2 = unit * LOG2E
     # What is constant over tokens is loaded here: the stores below keep the compiler from moving loads out of the loop.
-    shifts, masks = load_fields(p_fields, h, R, GROUPS)
-    levels = ()
-    queries = ()
-    for g in tl.static_range(G):
-        head = i_row * G + g
-        level = (tl.load(p_bias + head) + tl.load(p_log_scale + head)) / unit
-        levels = levels + (tl.floor(tl.minimum(tl.maximum(level, -1.0e9), 1.0e9) + 0.5).to(tl.int32),)
-        for j in tl.static_range(GROUPS):
-            queries = queries + (tl.load((p_query + (head * GROUPS + j) * 4).to(tl.pointer_type(tl.int32))),)
+    shifts, masks, levels, queries = load_queries(p_fields, p_query, p_bias, p_log_scale, i_row, h, unit, G, R, GROUPS)
 
     p_code_head, p_norm_head = p_codes + h.to(tl.int64) * code_head, p_norms + h.to(tl.int64) * norm_head
     p_indices = p_kv_indices + b.to(tl.int64) * kv_stride
@@ -302,27 +337,12 @@ def select_by_sketch(
         next_slot = upcoming
         ahead = position + 2 * stride
         upcoming = tl.load(p_indices + ahead, mask=ahead < high, other=0)
-        words = (low_pair.to(tl.int32),)
-        if WORDS > 1:
-            words = words + ((low_pair >> 32).to(tl.int32),)
-        if WORDS == 4:
-            words = words + (high_pair.to(tl.int32), (high_pair >> 32).to(tl.int32))
-        accs = levels
-        for j in tl.static_range(GROUPS):
-            lanes = (words[j % WORDS] >> shifts[j]) & masks[j]
-            grown = ()
-            for g in tl.static_range(G):
-                grown = grown + (dot_bytes(lanes, queries[g * GROUPS + j], accs[g], DP4A),)
-            accs = grown
-        best = accs[0]
-        for g in tl.static_range(1, G):
-            best = tl.maximum(best, accs[g])
-        norm_bits = norm.to(tl.int32)
-        # An error byte of 255 marks a slot without usable side data; this makes it certain.
-        error2 = power_of_two((norm_bits & 0xFF).to(tl.float32) * (2 * OCTAVES) + 2 * LEAST_OCTAVES, DP4A)
-        log_pi = unit2 * best.to(tl.float32) + coding * error2
+        best, missed = score_codes(
+            low_pair, high_pair, norm, shifts, masks, levels, queries, unit2, coding, G, GROUPS, WORDS, DP4A
+        )
+        log_pi = best + missed
         if WITH_VALUES:
-            log_pi += ((norm_bits >> 8) & 0xFF).to(tl.float32) * OCTAVES + LEAST_OCTAVES
+            log_pi += ((norm.to(tl.int32) >> 8) & 0xFF).to(tl.float32) * OCTAVES + LEAST_OCTAVES
         pi = tl.minimum(power_of_two(tl.minimum(log_pi, 0.0), DP4A) + least, 1.0)
         m_b = position < high
         reads += tl.where(m_b, pi, 0.0)

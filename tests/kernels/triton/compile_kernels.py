@@ -30,10 +30,12 @@ from vattn_kernels.triton.rounds import attend_exact_fwd_kernel, retry_fwd_kerne
 from vattn_kernels.triton.select import select_fwd_kernel
 from vattn_kernels.triton.select_gluon import select_lists_fwd_kernel
 from vattn_kernels.triton.signature import sign_keys_fwd_kernel, sign_queries_fwd_kernel
+from vattn_kernels.triton.top_k import rank_fwd_kernel, top_k_fwd_kernel
+from vattn_kernels.triton.uniform import budget_fwd_kernel, list_fwd_kernel
 from vattn_kernels.triton.update import update_fwd_kernel
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-FLOATS = {"sm_scale", "k_scale", "v_scale", "floor", "cap", "rate"}
+FLOATS = {"sm_scale", "k_scale", "v_scale", "floor", "cap", "rate", "pilot", "top_k_share"}
 QUERY, CACHE = {"p_q", "p_out"}, {"p_k", "p_v", "p_bounds"}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8e4nv": torch.float8_e4m3fn, "fp8e5": torch.float8_e5m2}
 # Selectors whose rows are of the cache's type.
@@ -42,7 +44,7 @@ TYPES = {
     "p_kv_indices": "i32", "p_seq_lens": "i64", "p_fields": "i32", "p_covered": "i32", "p_state_rows": "i64",
     "p_mode": "i32", "p_valid": "u8", "p_norms": "u8", "p_slots": "i32", "p_counts": "i32", "p_counters": "fp64",
     "p_nets": "fp32", "p_new": "i64", "p_arrivals": "i32", "p_used": "i32", "p_barrier": "i32", "p_pools": "i64",
-    "p_listed": "i32", "p_attended": "i32",
+    "p_listed": "i32", "p_attended": "i32", "p_ranks": "i32", "p_plan": "i32",
 }  # fmt: skip
 
 
@@ -78,8 +80,12 @@ def shapes(arch: int, dtype: str, cache: str, head_dim: int, group: int, words: 
     yield combine_fwd_kernel, 1, merge
     yield retry_fwd_kernel, warps, merge | sketch | attend | few | {"CAPPED": False}
     yield attend_exact_fwd_kernel, launch.exact_warps, merge | few | {
-        "BN": launch.exact_block, "STAGES": launch.exact_stages, "MERGE": True
+        "BN": launch.exact_block, "STAGES": launch.exact_stages, "MERGE": True, "UNIFORM": False
     }  # fmt: skip
+    yield rank_fwd_kernel, warps, merge | sketch
+    yield top_k_fwd_kernel, launch.uniform_warps, merge
+    yield list_fwd_kernel, launch.uniform_warps, merge
+    yield budget_fwd_kernel, 1, merge | {"IS_PILOT": True}
     yield choose_fwd_kernel, 1, common | {"STATS": 6}
     yield audit_fwd_kernel, 4, merge | few | {"AUDIT_EDGES": 10, "AUDIT_EDGES_P": 16}
     yield update_fwd_kernel, 4, {
@@ -107,6 +113,7 @@ def shapes_of_selectors(arch: int, dtype: str, cache: str, head_dim: int, group:
         prepare_warps, prepare = given[prepare_fwd_kernel]
         yield selector, prepare_fwd_kernel, prepare_warps, prepare | none | {"R": 1, "C": 16, "CODES": 4, "SELECTOR": i}
         yield selector, select_fwd_kernel, warps, merge | {"DP4A": True} | own
+        yield selector, rank_fwd_kernel, warps, merge | {"DP4A": True} | own
         yield selector, retry_fwd_kernel, warps, {n: c for n, c in retry.items() if n != "p_valid"} | own
         if selector == "quest":
             vector = {"D": head_dim, "DP": prepare["DP"]}

@@ -365,7 +365,7 @@ def test_two_runs_give_equal_bits():
 
 def test_what_cannot_run_is_named():
     case = Step(context=100)
-    for setting, value in {"sampler": "uniform", "selector": "unknown", "group_score": "mean"}.items():
+    for setting, value in {"sampler": "unknown", "selector": "unknown", "group_score": "mean"}.items():
         with pytest.raises(ValueError, match=setting):
             gpu.decode(
                 *case.arguments(), **(case.step | {setting: value}), state=case.state, state_rows=case.state_rows

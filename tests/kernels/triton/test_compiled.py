@@ -12,9 +12,9 @@ import pytest
 from vattn_kernels.triton import layout
 
 SCRIPT = Path(__file__).with_name("compile_kernels.py")
-KERNELS = 9
+KERNELS = 13
 # Those that a selector other than ``sketch`` has to itself.
-SELECTED = {"prepare_fwd_kernel", "select_fwd_kernel", "retry_fwd_kernel"}
+SELECTED = {"prepare_fwd_kernel", "select_fwd_kernel", "rank_fwd_kernel", "retry_fwd_kernel"}
 SIGNED = {"sign_queries_fwd_kernel", "sign_keys_fwd_kernel"}
 # The shape that the speed claims are about: nothing spills there, and as many programs fit a multiprocessor as planned.
 MAIN = {"dtype": "bf16", "cache": "bf16", "head_dim": 128, "group": 4, "words": 2}
@@ -23,7 +23,8 @@ MOST_REGISTERS = {
     "attend_lists_fwd_kernel": 168, "combine_fwd_kernel": 160,
     "retry_fwd_kernel": 255, "attend_exact_fwd_kernel": 128, "choose_fwd_kernel": 64, "audit_fwd_kernel": 168,
     "update_fwd_kernel": 255, "mark_slots_fwd_kernel": 64, "bound_pages_fwd_kernel": 64,
-    "sign_queries_fwd_kernel": 255, "sign_keys_fwd_kernel": 255,
+    "sign_queries_fwd_kernel": 255, "sign_keys_fwd_kernel": 255, "rank_fwd_kernel": 255, "top_k_fwd_kernel": 96,
+    "list_fwd_kernel": 96, "budget_fwd_kernel": 255,
 }  # fmt: skip
 MOST_SHARED = 164 * 1024
 # Of a multiprocessor: registers, and shared memory of the one that has least, sm_86.

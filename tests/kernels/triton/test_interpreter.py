@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-CASES = ("interpreted.py", "interpreted_selectors.py", "emulated.py")
+CASES = ("interpreted.py", "interpreted_selectors.py", "interpreted_uniform.py", "emulated.py")
 
 
 @pytest.mark.parametrize("cases", CASES)

@@ -1,0 +1,85 @@
+"""Inputs of the decode op on a GPU, shared by the tests there."""
+
+from __future__ import annotations
+
+import torch
+from decode_case import DecodeCase
+
+from vattn_kernels import ops
+from vattn_kernels.triton import layout
+
+# Rounding of bf16 outputs, which a relative error of a whole head feels by its root mean square.
+ROUNDING = 5e-3
+BF16, FP16 = torch.bfloat16, torch.float16
+
+
+def by_head(side):
+    return None if side is None else side.cuda().transpose(0, 1).contiguous().transpose(0, 1)
+
+
+class GpuCase(DecodeCase):
+    """A case whose tensors move to the GPU, with the state that the kernels keep."""
+
+    def __post_init__(self):
+        self.settings, self.lanes = {"selector": "sketch", "floor": 0.02} | self.settings, True
+        wanted, self.dtype = self.dtype, BF16  # The CPU, which makes the side data, knows no float16.
+        super().__post_init__()
+        self.dtype = wanted
+        for name in ("q", "k_cache", "v_cache"):
+            setattr(self, name, getattr(self, name).to(wanted))
+        codes, norms, *tables, fields = self.side
+        if self.step["selector"] == "quest":
+            codes = codes.to(wanted)
+        if self.step["selector"] == "sketch":
+            fields = fields.cuda()
+        self.side = (by_head(codes), by_head(norms), *(None if t is None else t.cuda() for t in tables), fields)
+        for name in ("q", "k_cache", "v_cache", "kv_indices", "seq_lens"):
+            setattr(self, name, getattr(self, name).cuda())
+        self.state = torch.zeros(self.batch, self.num_qo_heads, ops.STATE_WIDTH, device="cuda")
+        self.state_rows = torch.arange(self.batch, device="cuda")
+
+    def encode(self):
+        """Code every slot again, after keys have changed."""
+        slots = torch.arange(self.k_cache.shape[0], device="cuda")
+        tables = (t.cuda() for t in self.encode_arguments[3:7])
+        scales = {name: self.step[name] for name in ("k_scale", "v_scale") if name in self.step}
+        ops.encode(self.k_cache, self.v_cache, slots, *tables, *self.side[:3], **scales)
+
+    def arguments(self):
+        # Outputs are poisoned with NaN by the parent; widths of nets stay on the CPU.
+        stays = self.side[-1]
+        return tuple(a.cuda() if torch.is_tensor(a) and a is not stays else a for a in super().arguments())
+
+    def learnt(self, log_scale):
+        """Set what the last step learnt, relative to the log-sum-exp of the fixed set."""
+        self.state[..., layout.STATE_SCALE.value] = log_scale
+        self.state[..., layout.STATE_CONTEXT.value] = self.context - 1
+        self.state[..., layout.STATE_READS.value] = 100.0
+
+    def run(self, **settings):
+        arguments = self.arguments()
+        ops.decode(*arguments, **(self.step | settings), state=self.state, state_rows=self.state_rows)
+        return arguments[-4], arguments[-3], arguments[-2]
+
+    def lists(self):
+        """Which slots every row's last round listed, and their inclusion probabilities, 0 elsewhere."""
+        rows, max_len = self.batch * self.num_kv_heads, self.kv_indices.shape[1]
+        padded_dim = 1 << (self.head_dim - 1).bit_length()
+        work = layout.workspace(self.q.device, self.batch, max_len, self.num_qo_heads, self.num_kv_heads, padded_dim)
+        splits, lists = layout.splits_of(rows), layout.LISTS.value
+        pi = torch.zeros(rows, self.k_cache.shape[0], device="cuda")
+        of_row = layout.capacity(rows, max_len)
+        span = of_row // (splits * lists)
+        counts = work.counts.view(-1)[: rows * layout.MOST_LISTS].view(rows, -1)[:, : splits * lists].tolist()
+        for row, listed in enumerate(counts):
+            for i, count in enumerate(listed):
+                at = row * of_row + i * span
+                pi[row, work.slots[at : at + count].long()] = work.pi[at : at + count]
+        return pi > 0, pi
+
+
+def case(batch, context, heads, kv_heads, head_dim, dtype=BF16, **options):
+    return GpuCase(
+        batch=batch, context=context, num_qo_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim, dtype=dtype,
+        **options,
+    )  # fmt: skip
