@@ -43,9 +43,9 @@ def test_a_step_is_the_references(shape, target):
     out, stats, _ = c.run()
     true_out, true_stats = expected(c)
     assert torch.isfinite(out).all() and torch.isfinite(stats).all()
-    # Scores that differ in their last bits change a member here and there, and with it a few tokens of the sample.
+    # Rounding of the pilot's spread changes a budget by some tokens, and so what they estimate.
     error = (out.double().cpu() - true_out).norm(dim=-1) / true_out.norm(dim=-1)
-    assert error.max() < 0.05 and error.median() < ROUNDING
+    assert error.max() < 0.1 and error.median() < 0.02
     torch.testing.assert_close(stats[..., 1].double().cpu(), true_stats[..., 1], rtol=0.1, atol=3)
     torch.testing.assert_close(stats[..., 2].double().cpu(), true_stats[..., 2], rtol=0.1, atol=2e-3)
 
@@ -110,9 +110,10 @@ def test_a_captured_step_does_what_it_did(selector):
 
 def test_a_capture_without_its_buffers_is_refused(monkeypatch):
     c = uniform(1, 500, 4, 2, 64)
+    arguments = c.arguments()
     monkeypatch.setattr(layout, "_rankings", {})
     with pytest.raises(RuntimeError, match="reserve with the sampler"), torch.cuda.graph(torch.cuda.CUDAGraph()):
-        c.run()
+        ops.decode(*arguments, **c.step, state=c.state, state_rows=c.state_rows)
 
 
 @pytest.mark.parametrize("target", ops.TARGETS)

@@ -163,7 +163,7 @@ def decode(
         "R": side.width, "GROUPS": groups, "WORDS": words, "TARGET": target_id, "MOST": layout.MOST_LISTS,
     }  # fmt: skip
     merge = model | {
-        "GP": padded_group, "WIDTH": width, "MOST": layout.MOST_LISTS, "STATE": STATE_WIDTH, "TARGET": target_id,
+        "GP": padded_group, "WIDTH": width, "STATE": STATE_WIDTH, "TARGET": target_id,
         "TABLE": parameters.SPLIT_TABLE if is_split else parameters.TABLE, "POINTS": parameters.TABLE_POINTS,
         "PER_UNIT": parameters.TABLE_STEPS_PER_UNIT, "BUDGET_EDGES": budget_edges.numel(),
         "BUDGET_EDGES_P": _power_of_two(budget_edges.numel() + 1), "ERROR_EDGES": error_edges.numel(),
@@ -171,7 +171,7 @@ def decode(
     }  # fmt: skip
     warps = layout.LISTS.value
     attend = {"BN": launch.attend_block, "WIDE": q.dtype != torch.bfloat16, "num_warps": warps}
-    later = merge | follow | {"SPLITS": tail, "LEAST": layout.LEAST_SPLITS, "ROWS_P": rows_p}
+    later = merge | follow | {"MOST": layout.MOST_LISTS, "SPLITS": tail, "LEAST": layout.LEAST_SPLITS, "ROWS_P": rows_p}
     key = (seed & 0x7FFFFFFF, layer_id)
     logit_scale = sm_scale * k_scale
     settled = (
@@ -250,7 +250,8 @@ def decode(
         attend_splits()
         combine_fwd_kernel[(rows * group,)](
             work.outs, work.scalars, work.heads, seq_lens, work.mode, work.counts, work.attended, *settled[1:],
-            v_scale, sink, window, cap, *counter_offsets[:5], **merge, **follow, SPLITS=splits,
+            v_scale, sink, window, cap, *counter_offsets[:5], **merge, **follow, MOST=layout.MOST_LISTS,
+            SPLITS=splits,
             num_warps=layout.combine_warps(splits),
         )  # fmt: skip
         retry_programs = layout.programs_at_once(q.device, launch.retry_programs)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from triton.backends.nvidia.compiler import CUDAOptions
+from triton.runtime.interpreter import InterpretedFunction
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from decode_case import EDGES, OFFSETS, DecodeCase
@@ -19,6 +22,7 @@ from vattn_kernels.reference import sketch as reference
 from vattn_kernels.triton import layout
 
 SINK, WINDOW = 16, 64
+LAUNCH_ARGUMENTS = {"grid", "warmup", *inspect.signature(CUDAOptions).parameters}
 HEADS = [(4, 2), (3, 1), (2, 2), (5, 1)]
 # Dtype of a cache, and the scales of its keys and values; powers of two, which round nothing.
 FP8 = [(torch.float8_e4m3fn, 0.5, 2.0), (torch.float8_e5m2, 2.0, 0.25)]
@@ -94,8 +98,17 @@ def with_fp8_cache(dtype, k_scale, v_scale, **options):
 
 @pytest.fixture(autouse=True)
 def few_programs(monkeypatch):
+    """Each one is interpreted; and arguments that a compiled kernel would refuse are refused."""
     monkeypatch.setattr(layout.LAUNCH, "programs", 8)
     monkeypatch.setattr(layout.LAUNCH, "tail_items", 6)
+    run = InterpretedFunction.run
+
+    def checked(kernel, *args, **given):
+        unknown = given.keys() - {*kernel.arg_names, *LAUNCH_ARGUMENTS}
+        assert not unknown, f"{kernel.fn.__name__} takes no {unknown}"
+        return run(kernel, *args, **given)
+
+    monkeypatch.setattr(InterpretedFunction, "run", checked)
 
 
 @pytest.mark.parametrize("bits", [32, 64, 128])
