@@ -1,4 +1,4 @@
-"""Steps whose first round is served by the Gluon kernels' PTX, emulated, against interpreted ones.
+"""Steps served by kernels' PTX, emulated, against interpreted ones: the Gluon kernels', and those of ``uniform``.
 
 Run by ``test_interpreter.py`` in a process of its own.
 """
@@ -23,9 +23,10 @@ from ptx import Kernel
 from vattn_kernels import triton as gpu
 from vattn_kernels.triton import layout
 
-SCRIPT = Path(__file__).with_name("gluon_ptx.py")
+SCRIPT = Path(__file__).with_name("kernel_ptx.py")
 GLUON = ("select_lists_fwd_kernel", "attend_lists_fwd_kernel")
-TENSORS = ("p_q", "p_k", "p_v")
+UNIFORM = ("rank_fwd_kernel", "top_k_fwd_kernel", "list_fwd_kernel", "budget_fwd_kernel")
+TENSORS = ("p_q", "p_k", "p_v", "p_out")
 
 
 @functools.cache
@@ -43,37 +44,45 @@ def compiled(name, constants, multiples, warps):
 
 
 class Emulated:
-    """Stands for a kernel, and runs its PTX with the signals that it gives and takes on a GPU."""
+    """Stands for a kernel, and runs its PTX; ``constants`` differ from those it is launched with."""
 
-    def __init__(self, kernel):
-        self.kernel, self.launches = kernel, 0
+    def __init__(self, kernel, **constants):
+        self.kernel, self.constants, self.launches = kernel, constants, 0
 
     def __getitem__(self, grid):
         return functools.partial(self.launch, grid)
 
     def launch(self, grid, *arguments, num_warps, maxnreg=None, launch_pdl=False, **constants):
-        constants |= {"DEPENDENT": True}
+        constants |= self.constants
         given = dict(zip([n for n in self.kernel.arg_names if n not in constants], arguments, strict=True))
         # The interpreter multiplies no bfloat16; what it was given are bfloat16s in float32.
-        given |= {n: given[n].bfloat16() for n in TENSORS if n in given}
+        constants |= {n: None for n, v in given.items() if v is None}
+        given = {n: v for n, v in given.items() if v is not None}
+        narrow = {n: given[n].bfloat16() for n in TENSORS if n in given}
+        wide, given = given, given | narrow
         multiples = [n for n, v in given.items() if (v.data_ptr() if torch.is_tensor(v) else v) % 16 == 0]
         name = self.kernel.fn.__name__
         text = compiled(name, tuple(sorted(constants.items())), tuple(multiples), num_warps)
         Kernel(text).run(grid[0], list(given.values()))
+        if "p_out" in narrow:
+            wide["p_out"].copy_(narrow["p_out"])
         self.launches += 1
 
 
 @pytest.fixture
 def emulated(monkeypatch):
-    """Lets Gluon kernels serve the first round from here on."""
+    """Lets compiled kernels serve from here on, by default Gluon's with the signals that they give and take."""
     monkeypatch.setattr(layout.LAUNCH, "programs", 8)
     monkeypatch.setattr(layout.LAUNCH, "tail_items", 6)
 
-    def begin():
-        monkeypatch.setattr(layout, "gluon_serves", lambda device: True)
-        monkeypatch.setattr(layout, "one_warp_attends", lambda *_: True)
-        kernels = [Emulated(getattr(gpu, name)) for name in GLUON]
-        for name, kernel in zip(GLUON, kernels, strict=True):
+    def begin(names=GLUON):
+        given = {}
+        if names == GLUON:
+            monkeypatch.setattr(layout, "gluon_serves", lambda device: True)
+            monkeypatch.setattr(layout, "one_warp_attends", lambda *_: True)
+            given = {"DEPENDENT": True}
+        kernels = [Emulated(getattr(gpu, name), **given) for name in names]
+        for name, kernel in zip(names, kernels, strict=True):
             monkeypatch.setattr(gpu, name, kernel)
         return kernels
 
@@ -124,6 +133,38 @@ def test_emulated_kernels_do_what_the_interpreted_ones_do(emulated, heads, head_
     torch.testing.assert_close(out, truth, rtol=0.02, atol=0.02)
     torch.testing.assert_close(stats, true_stats, rtol=0.02, atol=1e-3)
     torch.testing.assert_close(case.state, true_state, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("heads", "head_dim", "context", "settings"),
+    [
+        ((4, 2), 64, 700, {}), ((3, 1), 64, 1111, {"target": "sdpa"}), ((1, 1), 128, 601, {"target": "denominator"}),
+        ((2, 1), 64, 500, {"top_k_count": 0}),
+        ((2, 2), 64, 900, {"cap": 0.1, "top_k_share": 0.2, "target": "numerator"}),
+    ],
+)  # fmt: skip
+def test_emulated_steps_of_uniform_are_the_interpreted_ones(emulated, heads, head_dim, context, settings):
+    case = case_of(heads, head_dim, context, settings={"sampler": "uniform", "pilot": 0.1} | settings)
+    case.epsilon = 0.3
+    # One request's keys all tie.
+    case.k_cache[case.kv_indices[1].long()] = 0.5
+    case.state.zero_()
+    case.run()
+    before = case.state.clone()
+    truth, true_stats, true_counters = case.run()
+    true_lists = lists_of(case)
+    assert true_stats[..., 0].lt(1).any()
+    case.state.copy_(before)
+    kernels = emulated(UNIFORM)
+    out, stats, counters = case.run()
+    assert [kernel.launches for kernel in kernels] == [1, 1, 2, 2]
+    for (slots, pi), (true_slots, true_pi) in zip(lists_of(case), true_lists, strict=True):
+        assert torch.equal(slots, true_slots)
+        torch.testing.assert_close(pi, true_pi, rtol=1e-5, atol=0)
+    # The emulated kernel rounds what it returns to bfloat16.
+    torch.testing.assert_close(out, truth, rtol=0.01, atol=1e-3)
+    torch.testing.assert_close(stats, true_stats, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(counters, true_counters, rtol=1e-6, atol=1e-6)
 
 
 def test_rows_that_are_not_sampled_end_at_once_and_signal(emulated):

@@ -1,4 +1,4 @@
-"""Runs the PTX of a kernel on a CPU: Gluon kernels, which Triton's interpreter does not know, are tested so.
+"""Runs the PTX of a kernel on a CPU: Gluon kernels, which Triton's interpreter does not know, and others as compiled.
 
 Programs run one after another; the threads of one in lockstep, those behind first where they part. Memory is what the
 caller names: an access outside it is an error, and so is a warp's instruction without all of its lanes. Copies into
@@ -19,12 +19,23 @@ TYPES = {
     **{f"{kind}{bits}": UNSIGNED[bits] for kind in "bu" for bits in UNSIGNED},
     **{f"s{bits}": np.dtype(f"i{bits // 8}").type for bits in UNSIGNED},
     "f32": np.float32,
+    "f64": np.float64,
 }
+
+
+def divide(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Towards zero where the numbers are whole; by zero all ones, as hardware has it."""
+    if a.dtype == np.float32:
+        return a / b
+    found = np.abs(a.astype(np.int64)) // np.where(b == 0, 1, np.abs(b.astype(np.int64)))
+    return np.where(b == 0, -1, np.where((a < 0) != (b < 0), -found, found)).astype(a.dtype)
+
+
 COMPARE = {
     "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal, "eq": np.equal, "ne": np.not_equal,
 }  # fmt: skip
 TWO = {
-    "add": np.add, "sub": np.subtract, "mul": np.multiply, "div": np.divide, "min": np.minimum, "max": np.maximum,
+    "add": np.add, "sub": np.subtract, "mul": np.multiply, "div": divide, "min": np.minimum, "max": np.maximum,
     "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor,
 }  # fmt: skip
 NO_EFFECT = ("griddepcontrol", "bar.warp.sync")
@@ -171,8 +182,8 @@ class Kernel:
             return held if kind == "pred" else held.view(UNSIGNED[8 * held.itemsize]).astype(
                 UNSIGNED[8 * np.dtype(dtype).itemsize], copy=False).view(dtype)  # fmt: skip
         count = int(self.active.sum())
-        if operand.startswith("0f"):
-            return np.full(count, int(operand[2:], 16), np.uint32).view(dtype)
+        if operand.startswith(("0f", "0d")):
+            return np.full(count, int(operand[2:], 16), UNSIGNED[8 * np.dtype(dtype).itemsize]).view(dtype)
         number = 0 if operand == "global_smem" else int(operand.rstrip("U"), 0)
         bits = 8 * np.dtype(dtype).itemsize
         return np.full(count, number & ((1 << bits) - 1), UNSIGNED[bits]).view(dtype)
@@ -229,8 +240,16 @@ class Kernel:
             self.memory.store(self._address(operands[0], "u64"), data)
 
     def _atom(self, op: list[str], operands: list[str]) -> None:
-        added, addresses = self._value(operands[2], op[-1]), self._address(operands[1], "u64")
+        added = self._value(operands[2], op[-1])
         found = np.empty_like(added)
+        if op[1] == "shared":
+            words = self.shared.view(added.dtype)
+            for i, at in enumerate(self._address(operands[1], "u32") // added.itemsize):
+                found[i] = words[at]
+                words[at] += added[i]
+            self._set(operands[0], found)
+            return
+        addresses = self._address(operands[1], "u64")
         for i, address in enumerate(addresses):
             found[i] = self.memory.load(addresses[i : i + 1], added.itemsize).view(added.dtype)[0, 0]
             total = np.array([[found[i] + added[i]]], added.dtype)
@@ -313,6 +332,18 @@ class Kernel:
         value = self._predicate(operands[1]) if op[-1] == "pred" else self._value(operands[1], op[-1])
         self._set(operands[0], ~value)
 
+    def _neg(self, op: list[str], operands: list[str]) -> None:
+        self._set(operands[0], -self._value(operands[1], op[-1]))
+
+    def _sqrt(self, op: list[str], operands: list[str]) -> None:
+        self._set(operands[0], np.sqrt(self._value(operands[1], "f32")))
+
+    def _dp4a(self, op: list[str], operands: list[str]) -> None:
+        assert op[1:] == ["u32", "s32"]
+        codes, weights = (np.ascontiguousarray(self._value(o, "b32")[:, None]) for o in operands[1:3])
+        products = codes.view(np.uint8).astype(np.int32) * weights.view(np.int8)
+        self._set(operands[0], products.sum(1, dtype=np.int32) + self._value(operands[3], "s32"))
+
     def _shift(self, op: list[str], operands: list[str]) -> None:
         value, by = self._value(operands[1], op[-1]), self._value(operands[2], "u32")
         bits = 8 * value.itemsize
@@ -345,7 +376,11 @@ class Kernel:
 
     def _setp(self, op: list[str], operands: list[str]) -> None:
         a, b = (self._value(o, op[-1]) for o in operands[1:3])
-        self._set(operands[0], COMPARE[op[1]](a, b))
+        if op[1] in COMPARE:
+            self._set(operands[0], COMPARE[op[1]](a, b))
+        else:
+            # Unordered: true of what is no number.
+            self._set(operands[0], COMPARE[op[1].removesuffix("u")](a, b) | np.isnan(a) | np.isnan(b))
 
     def _selp(self, op: list[str], operands: list[str]) -> None:
         a, b = (self._value(o, op[-1]) for o in operands[1:3])
@@ -357,10 +392,13 @@ class Kernel:
             self._set(operands[0], low.astype(np.uint32) | high.astype(np.uint32) << 16)
             return
         value = self._value(operands[1], op[-1])
-        if "rmi" in op:
-            value = np.floor(value)
+        if op[-2] == "bf16":
+            self._set(operands[0], to_bf16(value))
+            return
+        if "rmi" in op or "rpi" in op:
+            value = (np.floor if "rmi" in op else np.ceil)(value)
         wanted = TYPES[op[-2]]
-        if value.dtype == np.float32 and wanted != np.float32:
+        if value.dtype.kind == "f" and wanted not in (np.float32, np.float64):
             limits = np.iinfo(wanted)
             value = np.clip(np.trunc(value.astype(np.float64)), limits.min, limits.max)
         self._set(operands[0], value.astype(wanted))
@@ -377,17 +415,19 @@ class Kernel:
     def _shfl(self, op: list[str], operands: list[str]) -> None:
         value, by = self._lanes(self._value(operands[1], "b32")), self._lanes(self._value(operands[2], "u32"))
         own = np.arange(WARP)[None, :]
-        source = by % WARP if op[2] == "idx" else own ^ by
-        assert op[2] in ("idx", "bfly")
-        self._set(operands[0], np.take_along_axis(value, source.astype(np.int64), 1).ravel())
+        # From below the first lane a lane gets its own.
+        sources = {"up": np.where(own < by, own, own - by), "idx": by % WARP, "bfly": own ^ by}
+        self._set(operands[0], np.take_along_axis(value, sources[op[2]].astype(np.int64), 1).ravel())
 
     def _vote(self, op: list[str], operands: list[str]) -> None:
         bits = self._lanes(self._predicate(operands[1])).astype(np.uint64) << np.arange(WARP, dtype=np.uint64)
         self._set(operands[0], np.repeat(bits.sum(1), WARP).astype(np.uint32))
 
     def _redux(self, op: list[str], operands: list[str]) -> None:
-        assert op[2] == "max"
-        self._set(operands[0], np.repeat(self._lanes(self._value(operands[1], op[-1])).max(1), WARP))
+        lanes = self._lanes(self._value(operands[1], op[-1]))
+        found = lanes.max(1) if op[2] == "max" else lanes.sum(1, dtype=lanes.dtype)
+        assert op[2] in ("max", "add")
+        self._set(operands[0], np.repeat(found, WARP))
 
     def _bar(self, op: list[str], operands: list[str]) -> None:
         alive = self.at < len(self.code)

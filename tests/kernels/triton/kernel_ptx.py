@@ -1,4 +1,4 @@
-"""Prints the PTX of a Gluon kernel for sm_90, in a process of its own: where Triton interprets it does not compile.
+"""Prints the PTX of a kernel for sm_90, in a process of its own: where Triton interprets it does not compile.
 
 Reads from stdin, as JSON: the kernel's name, its constants, and what numbers are multiples of 16.
 """
@@ -11,23 +11,21 @@ import sys
 import triton
 from compile_kernels import type_of
 from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from vattn_kernels.triton.attend_gluon import attend_lists_fwd_kernel
-from vattn_kernels.triton.select_gluon import select_lists_fwd_kernel
-
-KERNELS = {kernel.fn.__name__: kernel for kernel in (attend_lists_fwd_kernel, select_lists_fwd_kernel)}
+from vattn_kernels import triton as gpu
 
 
 def main() -> None:
     """Compile and print."""
     name, constants, multiples, warps = json.load(sys.stdin)
-    kernel = KERNELS[name]
+    kernel = getattr(gpu, name)
     signature = {
         n: "constexpr" if n in constants else type_of(n, kernel, "bf16", "bf16", "sketch") for n in kernel.arg_names
     }
     aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names) if n in multiples}
-    source = GluonASTSource(kernel, signature, constants, aligned)
+    source = (GluonASTSource if kernel.is_gluon() else ASTSource)(kernel, signature, constants, aligned)
     print(triton.compile(source, GPUTarget("cuda", 90, 32), options={"num_warps": warps}).asm["ptx"])
 
 
