@@ -46,7 +46,7 @@ CUT_SHAPES, CUT_DENSITIES = ((16, 32768), (4, 131072), (1, 131072)), (0.1, 0.05)
 # A step's launches in order, without those of other selectors and of audits.
 LAUNCHES = (
     "prepare_fwd_kernel", "select_lists_fwd_kernel", "attend_lists_fwd_kernel", "combine_fwd_kernel",
-    "retry_fwd_kernel", "attend_exact_fwd_kernel",
+    "finish_fwd_kernel",
 )  # fmt: skip
 
 

@@ -1,11 +1,11 @@
 """GPU implementation of the ops in Triton and Gluon: kernels of fixed grids, no wait for the host, no allocation.
 
-A step is six launches: ``prepare``, ``select``, ``attend``, ``combine``, ``retry``, ``attend_exact``. The first draw
-takes a scale predicted from the request's last step; a group that it does not certify draws again at the scale its
-variance asks for, and one that is still open reads everything. The last two launches end at once where nothing is left
-to do. For ``sign`` and ``hash`` one more, ahead of all, signs the queries. Audits, where they are on, add three:
-``choose``, ``attend_exact``, ``audit``. From sm_90 on a launch starts while the one ahead ends, and a split is attended
-to, and a row merged, as soon as what it needs of the launch ahead is there (`layout.await_signals`).
+A step is five launches: ``prepare``, ``select``, ``attend``, ``combine``, ``finish``. The first draw takes a scale
+predicted from the request's last step; in ``finish`` a group that it did not certify draws again at the scale its
+variance asks for, and one that is still open reads everything. Mostly none is, and it ends at once. For ``sign`` and
+``hash`` one more launch, ahead of all, signs the queries. Audits, where they are on, add three: ``choose``, ``finish``,
+``audit``. From sm_90 on a launch starts while the one ahead ends, and a split is attended to, and a row merged, as soon
+as what it needs of the launch ahead is there (`layout.await_signals`).
 
 Sampler ``uniform`` takes other launches between the first and the last: ``rank`` and ``top_k``, then ``list``,
 ``attend`` and ``budget`` for the pilot, and the same for the budget. They wait for each other, and for speed it has no
@@ -29,9 +29,9 @@ from vattn_kernels.triton.attend import attend_fwd_kernel
 from vattn_kernels.triton.attend_gluon import attend_lists_fwd_kernel
 from vattn_kernels.triton.audit import audit_fwd_kernel, choose_fwd_kernel
 from vattn_kernels.triton.combine import combine_fwd_kernel
+from vattn_kernels.triton.finish import finish_fwd_kernel
 from vattn_kernels.triton.pages import bound_pages_fwd_kernel, mark_slots_fwd_kernel
 from vattn_kernels.triton.prepare import prepare_fwd_kernel
-from vattn_kernels.triton.rounds import attend_exact_fwd_kernel, retry_fwd_kernel
 from vattn_kernels.triton.select import select_fwd_kernel
 from vattn_kernels.triton.select_gluon import select_lists_fwd_kernel
 from vattn_kernels.triton.side import check_codes, check_pages, side_of, sizes_of
@@ -42,7 +42,6 @@ from vattn_kernels.triton.update import update_fwd_kernel
 
 # Steps after which what was learnt of a request row is no longer trusted.
 MOST_AGE = 64
-LEAST_ROWS = 1024
 # Sets of pools whose addresses are kept: every layer's own, and all layers' together.
 MOST_POOLS = 1024
 
@@ -50,7 +49,7 @@ MOST_POOLS = 1024
 carveout.share(
     (
         prepare_fwd_kernel, select_lists_fwd_kernel, select_fwd_kernel, attend_lists_fwd_kernel, attend_fwd_kernel,
-        combine_fwd_kernel, retry_fwd_kernel, attend_exact_fwd_kernel,
+        combine_fwd_kernel, finish_fwd_kernel,
     )
 )  # fmt: skip
 
@@ -139,8 +138,6 @@ def decode(
     is_split = target == "sdpa"
     model = {"HKV": num_kv_heads, "G": group, "D": head_dim, "DP": padded_dim}
     counters_p = _power_of_two(counters.numel())
-    # One compiled kernel serves every usual batch.
-    rows_p = max(LEAST_ROWS, _power_of_two(rows))
     is_sketch = selector == "sketch"
     choice = {"SELECTOR": SELECTORS.index(selector)}
     if side.nets is not None:
@@ -159,9 +156,7 @@ def decode(
 
     target_id = TARGETS.index(target)
     lists = (work.mode, work.slots, work.pi, work.counts, work.outs, work.scalars)
-    sketch = {
-        "R": side.width, "GROUPS": groups, "WORDS": words, "TARGET": target_id, "MOST": layout.MOST_LISTS,
-    }  # fmt: skip
+    sketch = {"R": side.width, "GROUPS": groups, "WORDS": words, "MOST": layout.MOST_LISTS}
     merge = model | {
         "GP": padded_group, "WIDTH": width, "STATE": STATE_WIDTH, "TARGET": target_id,
         "TABLE": parameters.SPLIT_TABLE if is_split else parameters.TABLE, "POINTS": parameters.TABLE_POINTS,
@@ -171,7 +166,6 @@ def decode(
     }  # fmt: skip
     warps = layout.LISTS.value
     attend = {"BN": launch.attend_block, "WIDE": q.dtype != torch.bfloat16, "num_warps": warps}
-    later = merge | follow | {"MOST": layout.MOST_LISTS, "SPLITS": tail, "LEAST": layout.LEAST_SPLITS, "ROWS_P": rows_p}
     key = (seed & 0x7FFFFFFF, layer_id)
     logit_scale = sm_scale * k_scale
     settled = (
@@ -179,16 +173,19 @@ def decode(
         error_edges, out, stats, counters,
     )  # fmt: skip
 
-    def attend_exact(merged: bool) -> None:
-        programs = layout.programs_at_once(q.device, layout.exact_programs(q.device, width, padded_dim))
-        attend_exact_fwd_kernel[(min(programs, rows * tail),)](
-            q, k_cache, v_cache, kv_indices, seq_lens, work.mode, work.counts, work.outs, work.scalars, work.used,
-            work.barrier, *settled, logit_scale, v_scale, sink, window, rows, launch.tail_items, kv_stride, k_stride,
-            cap, *counter_offsets[:5], **later, MERGE=merged, UNIFORM=is_uniform, BN=launch.exact_block,
-            STAGES=launch.exact_stages, num_warps=launch.exact_warps, maxnreg=layout.exact_registers(width, padded_dim),
+    query = work.codes if is_sketch else work.query
+
+    def finish(is_audit: bool) -> None:
+        programs = layout.programs_at_once(q.device, layout.finish_programs(q.device, padded_dim))
+        finish_fwd_kernel[(min(programs, rows * (tail + 1)),)](
+            q, k_cache, v_cache, kv_indices, seq_lens, *lists, side.rows, side.norms, side.fields, query, work.bias,
+            work.scale, work.used, work.barrier, *settled, logit_scale, v_scale, sink, window, *key, rows,
+            launch.tail_items, kv_stride, k_stride, side.head_stride, side.norm_stride, capacity, cap,
+            *counter_offsets[:5], side.valid, side.row_stride, **merge, **sketch, **attend, **choice, **follow,
+            SPLITS=tail, LEAST=layout.LEAST_SPLITS, ROWS_P=layout.padded_rows(rows), EXACT_BN=launch.exact_block,
+            STAGES=launch.exact_stages, CAPPED=cap < 1, UNIFORM=is_uniform, AUDIT=is_audit, DP4A=q.is_cuda,
         )  # fmt: skip
 
-    query = work.codes if is_sketch else work.query
     is_aligned = k_cache.data_ptr() % 16 == 0 and v_cache.data_ptr() % 16 == 0
     is_narrow = is_aligned and layout.one_warp_attends(k_cache.dtype, head_dim, group)
 
@@ -239,41 +236,33 @@ def decode(
         )  # fmt: skip
         if layout.gluon_serves(q.device) and is_sketch and layout.tensor_cores_score(group, words):
             select_lists_fwd_kernel[(rows * splits,)](
-                *score, HKV=num_kv_heads, G=group, SPLITS=splits, **sketch, **signals, num_warps=warps,
+                *score, HKV=num_kv_heads, G=group, SPLITS=splits, TARGET=target_id, **sketch, **signals,
+                num_warps=warps,
                 maxnreg=layout.select_registers(group, words),
             )  # fmt: skip
         else:
             select_fwd_kernel[(rows * splits,)](
                 *score, side.valid, v_cache, sm_scale, side.row_stride, HKV=num_kv_heads, G=group, D=head_dim,
-                SPLITS=splits, **sketch, **choice, **signals, DP4A=q.is_cuda, num_warps=warps,
+                SPLITS=splits, TARGET=target_id, **sketch, **choice, **signals, DP4A=q.is_cuda, num_warps=warps,
             )  # fmt: skip
         attend_splits()
         combine_fwd_kernel[(rows * group,)](
             work.outs, work.scalars, work.heads, seq_lens, work.mode, work.counts, work.attended, *settled[1:],
             v_scale, sink, window, cap, *counter_offsets[:5], **merge, **follow, MOST=layout.MOST_LISTS,
-            SPLITS=splits,
-            num_warps=layout.combine_warps(splits),
-        )  # fmt: skip
-        retry_programs = layout.programs_at_once(q.device, launch.retry_programs)
-        retry_fwd_kernel[(min(retry_programs, rows * (tail + 1)),)](
-            q, k_cache, v_cache, kv_indices, seq_lens, *lists, side.rows, side.norms, side.fields, query, work.bias,
-            work.scale, work.used, work.barrier, *settled, logit_scale, v_scale, sink, window, *key, rows,
-            launch.tail_items, kv_stride, k_stride, side.head_stride, side.norm_stride, capacity, cap,
-            *counter_offsets[:5], side.valid, side.row_stride, **(later | sketch), **attend, **choice, CAPPED=cap < 1,
-            DP4A=q.is_cuda,
+            SPLITS=splits, num_warps=layout.combine_warps(splits),
         )  # fmt: skip
 
     if is_uniform:
         draw_uniformly()
     else:
         draw_by_score()
-    attend_exact(merged=True)
+    finish(is_audit=False)
     if audit_rate > 0:
         choose_fwd_kernel[(rows,)](
             seq_lens, stats, work.mode, *key, audit_rate, HKV=num_kv_heads, G=group, STATS=stats.shape[-1], **follow,
             num_warps=1,
         )  # fmt: skip
-        attend_exact(merged=False)
+        finish(is_audit=True)
         audit_fwd_kernel[(rows,)](
             work.outs, work.scalars, work.mode, work.used, params, audit_edges, out, counters, v_scale,
             *counter_offsets[5:], G=group, GP=padded_group, WIDTH=width, D=head_dim, DP=padded_dim, SPLITS=tail,

@@ -1,6 +1,6 @@
 """Stage ``audit``: the true error of some rows, by exact attention beside what was served.
 
-``choose`` marks rows as if they were to be read whole, ``attend_exact`` reads them, ``audit`` compares and counts.
+``choose`` marks rows as if they were to be read whole, ``finish`` reads them, ``audit`` compares and counts.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Stages ``budget`` and ``combine``: merge a row's splits, certify or set the next scales, write output and counters.
 
 A launch of its own after the first round: done by the last split to arrive inside ``attend``, it cost that 35 us. Later
-rounds merge within theirs, see `vattn_kernels.triton.rounds`.
+rounds merge within theirs, see `vattn_kernels.triton.finish`.
 """
 
 from __future__ import annotations
@@ -102,13 +102,11 @@ def combine_fwd_kernel(
     begin_next(DEPENDENT)
     budget_edges = load_edges(p_budget_edges, BUDGET_EDGES, BUDGET_EDGES_P)
     error_edges = load_edges(p_error_edges, ERROR_EDGES, ERROR_EDGES_P)
-    # Brings the table of quantiles near, of which a head looks up an entry.
-    epsilon = tl.load(p_params)
     item = tl.program_id(0)
     await_signals(p_attended + item // G, SPLITS + 1, DEPENDENT)
     combine_head(
-        item, tl.load(p_mode + item // G), SPLITS, MAY_RETRY, epsilon, budget_edges, error_edges, p_outs, p_scalars,
-        p_heads, p_seq_lens, p_mode, p_counts, p_log_scale, p_fixed, p_reads, p_arrivals, p_params, p_state,
+        item, tl.load(p_mode + item // G), SPLITS, MAY_RETRY, budget_edges, error_edges, p_outs, p_scalars, p_heads,
+        p_seq_lens, p_mode, p_counts, p_log_scale, p_fixed, p_reads, p_arrivals, p_params, p_state,
         p_state_rows, p_out, p_stats, p_counters, v_scale, sink, window, cap,
         at_context, at_read, at_outcome, at_budget, at_error,
         HKV, G, GP, WIDTH, D, DP, SPLITS, MOST, STATE, TARGET, False, TABLE, POINTS, PER_UNIT, COUNTERS_P, False,
@@ -129,14 +127,13 @@ def combine_round(
     """A later round: the rows that took part in it, by all programs of a launch."""
     budget_edges = load_edges(p_budget_edges, BUDGET_EDGES, BUDGET_EDGES_P)
     error_edges = load_edges(p_error_edges, ERROR_EDGES, ERROR_EDGES_P)
-    epsilon = tl.load(p_params)
     item = tl.program_id(0)
     while item < rows * G:
         mode = tl.load(p_mode + item // G, cache_modifier=".cg")
         if (mode >= DENSE) if EXACT else (mode == SAMPLED):
             combine_head(
-                item, mode, splits, last, epsilon, budget_edges, error_edges, p_outs, p_scalars, p_heads, p_seq_lens,
-                p_mode, p_counts, p_log_scale, p_fixed, p_reads, p_arrivals, p_params, p_state, p_state_rows, p_out,
+                item, mode, splits, last, budget_edges, error_edges, p_outs, p_scalars, p_heads, p_seq_lens, p_mode,
+                p_counts, p_log_scale, p_fixed, p_reads, p_arrivals, p_params, p_state, p_state_rows, p_out,
                 p_stats, p_counters, v_scale, sink, window, cap, at_context, at_read, at_outcome, at_budget, at_error,
                 HKV, G, GP, WIDTH, D, DP, SPLITS, MOST, STATE, TARGET, EXACT, TABLE, POINTS, PER_UNIT,
                 COUNTERS_P, UNIFORM,
@@ -146,8 +143,8 @@ def combine_round(
 
 @triton.jit
 def combine_head(
-    item, mode, splits, last, epsilon, budget_edges, error_edges, p_outs, p_scalars, p_heads, p_seq_lens, p_mode,
-    p_counts, p_log_scale, p_fixed, p_reads, p_arrivals, p_params, p_state, p_state_rows, p_out, p_stats, p_counters,
+    item, mode, splits, last, budget_edges, error_edges, p_outs, p_scalars, p_heads, p_seq_lens, p_mode, p_counts,
+    p_log_scale, p_fixed, p_reads, p_arrivals, p_params, p_state, p_state_rows, p_out, p_stats, p_counters,
     v_scale, sink, window, cap, at_context, at_read, at_outcome, at_budget, at_error,
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     SPLITS: tl.constexpr, MOST: tl.constexpr, STATE: tl.constexpr, TARGET: tl.constexpr,
@@ -157,7 +154,10 @@ def combine_head(
     """Merge one head of a row that took part in the round; the last of a group's heads decides for the group."""
     i_head, i_row = item % G, item // G
     # Loaded by every head, so that the last one, which decides, has not to wait for it.
-    known = row_of_round(i_row, splits, p_seq_lens, p_log_scale, p_fixed, p_counts, p_reads, HKV, G, GP, MOST, EXACT)
+    epsilon = tl.load(p_params)
+    known = row_of_round(
+        i_row, splits, p_seq_lens, p_state_rows, p_log_scale, p_fixed, p_counts, p_reads, HKV, G, GP, MOST, EXACT
+    )
     # All is loaded and merged before the mode is asked, which saves a trip to memory; a row that does not take part
     # merges what is not its own, and drops it.
     wanted = (mode >= DENSE) if EXACT else (mode == SAMPLED)
@@ -183,8 +183,7 @@ def combine_head(
                 tl.load(p_results + 1, mask=m_g, other=-1e9, cache_modifier=".cg"),
                 tl.load(p_results + 2, mask=m_g, other=0.0, cache_modifier=".cg"),
                 tl.load(p_results + 3, mask=m_g, other=0.0, cache_modifier=".cg"),
-                p_mode, p_log_scale, p_params, p_state, p_state_rows, budget_edges, error_edges, p_stats,
-                p_counters,
+                p_mode, p_log_scale, p_params, p_state, budget_edges, error_edges, p_stats, p_counters,
                 sink, window, cap, last, at_context, at_read, at_outcome, at_budget, at_error,
                 HKV, G, GP, STATE, EXACT, TABLE, COUNTERS_P, UNIFORM,
             )  # fmt: skip
@@ -192,56 +191,65 @@ def combine_head(
 
 @triton.jit
 def row_of_round(
-    i_row, splits, p_seq_lens, p_log_scale, p_fixed, p_counts, p_reads,
+    i_row, splits, p_seq_lens, p_state_rows, p_log_scale, p_fixed, p_counts, p_reads,
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, MOST: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """Context, log-scales and fixed masses of a row's heads, tokens listed, and how many were to be expected."""
+    """What a group decides by beside its heads' results.
+
+    Context, row of the state, log-scales and fixed masses of the heads; of every list its length and the expected one,
+    which are not summed here: what is loaded later would wait for that.
+    """
     o_g = tl.arange(0, GP)
-    n = tl.load(p_seq_lens + i_row // HKV).to(tl.int32)
-    used = tl.load(p_log_scale + i_row * G + o_g, mask=o_g < G, other=0.0)
-    fixed = tl.load(p_fixed + i_row * G + o_g, mask=o_g < G, other=0.0)
-    listed, expected = n * 0, n * 0.0
-    if not EXACT:
-        o_m = tl.arange(0, MOST)
-        own = o_m < splits * LISTS
-        listed = tl.sum(tl.load(p_counts + i_row * MOST + o_m, mask=own, other=0, cache_modifier=".cg"), 0)
-        expected = tl.sum(tl.load(p_reads + i_row * MOST + o_m, mask=own, other=0.0, cache_modifier=".cg"), 0)
-    return n, used, fixed, listed, expected
+    o_m = tl.arange(0, MOST)
+    b = i_row // HKV
+    own = (o_m < splits * LISTS) & (not EXACT)
+    return (
+        tl.load(p_seq_lens + b).to(tl.int32),
+        tl.load(p_state_rows + b),
+        # An earlier round of the same launch may have written it, on another multiprocessor.
+        tl.load(p_log_scale + i_row * G + o_g, mask=o_g < G, other=0.0, cache_modifier=".cg"),
+        tl.load(p_fixed + i_row * G + o_g, mask=o_g < G, other=0.0),
+        tl.load(p_counts + i_row * MOST + o_m, mask=own, other=0, cache_modifier=".cg"),
+        tl.load(p_reads + i_row * MOST + o_m, mask=own, other=0.0, cache_modifier=".cg"),
+    )
 
 
 @triton.jit
-def load_splits(
-    i_row, row, splits, p_outs, p_scalars,
-    WIDTH: tl.constexpr, DP: tl.constexpr, SPLITS: tl.constexpr,
-):  # fmt: skip
-    """Masses ``[S]`` and outputs ``[S, DP]`` of one row of every split's tile, and where its scalars lie."""
+def load_tiles(i_row, row, splits, p_outs, WIDTH: tl.constexpr, DP: tl.constexpr, SPLITS: tl.constexpr):
+    """One row of every split's tile ``[S, DP]``."""
     o_s = tl.arange(0, SPLITS)
-    m_s = o_s < splits
-    at = i_row * (SPLITS + 1) + o_s
-    p_own = p_scalars + at * NUM_SCALARS * WIDTH + row
-    tile = p_outs + (at.to(tl.int64)[:, None] * WIDTH + row) * DP + tl.arange(0, DP)[None, :]
-    masses = tl.load(p_own + MASS * WIDTH, mask=m_s, other=0.0, cache_modifier=".cg")
-    return masses, tl.load(tile, mask=m_s[:, None], other=0.0, cache_modifier=".cg"), p_own, m_s
+    at = (i_row * (SPLITS + 1) + o_s).to(tl.int64)
+    tile = p_outs + (at[:, None] * WIDTH + row) * DP + tl.arange(0, DP)[None, :]
+    return tl.load(tile, mask=(o_s < splits)[:, None], other=0.0, cache_modifier=".cg")
 
 
 @triton.jit
-def load_maxima(p_own, m_s, WIDTH: tl.constexpr):
+def load_scalars(i_row, row, splits, p_scalars, which: tl.constexpr, WIDTH: tl.constexpr, SPLITS: tl.constexpr):
+    """One scalar ``[S]`` of one row of every split."""
+    o_s = tl.arange(0, SPLITS)
+    p_own = p_scalars + ((i_row * (SPLITS + 1) + o_s) * NUM_SCALARS + which) * WIDTH + row
+    return tl.load(p_own, mask=o_s < splits, other=float("-inf") if which == MAXIMUM else 0.0, cache_modifier=".cg")
+
+
+@triton.jit
+def load_maxima(i_row, row, splits, p_scalars, WIDTH: tl.constexpr, SPLITS: tl.constexpr):
     """Largest logits in octaves; that of a split without a token is no number to subtract."""
-    maxima = tl.load(p_own + MAXIMUM * WIDTH, mask=m_s, other=float("-inf"), cache_modifier=".cg")
-    return tl.maximum(maxima, LEAST_LOGIT)
+    return tl.maximum(load_scalars(i_row, row, splits, p_scalars, MAXIMUM, WIDTH, SPLITS), LEAST_LOGIT)
 
 
 @triton.jit
-def load_last(
-    i_row, g, splits, p_outs, p_scalars, WIDTH: tl.constexpr, DP: tl.constexpr, SPLITS: tl.constexpr
-):  # fmt: skip
-    """Largest logit, mass and output ``[DP]`` of one head in sink and window, the part behind the last split."""
-    last = i_row * (SPLITS + 1) + splits
-    p_last = p_scalars + last * NUM_SCALARS * WIDTH + g
+def load_last_tile(i_row, g, splits, p_outs, WIDTH: tl.constexpr, DP: tl.constexpr, SPLITS: tl.constexpr):
+    """Output ``[DP]`` of one head in sink and window, the part behind the last split."""
+    last = (i_row * (SPLITS + 1) + splits).to(tl.int64)
+    return tl.load(p_outs + (last * WIDTH + g) * DP + tl.arange(0, DP), cache_modifier=".cg")
+
+
+@triton.jit
+def load_last_scalars(i_row, g, splits, p_scalars, WIDTH: tl.constexpr, SPLITS: tl.constexpr):
+    """Largest logit and mass of one head in sink and window."""
+    p_last = p_scalars + (i_row * (SPLITS + 1) + splits) * NUM_SCALARS * WIDTH + g
     maximum = tl.load(p_last + MAXIMUM * WIDTH, cache_modifier=".cg")
-    mass = tl.load(p_last + MASS * WIDTH, cache_modifier=".cg")
-    p_tile = p_outs + (last.to(tl.int64) * WIDTH + g) * DP + tl.arange(0, DP)
-    return maximum, mass, tl.load(p_tile, cache_modifier=".cg")
+    return maximum, tl.load(p_last + MASS * WIDTH, cache_modifier=".cg")
 
 
 @triton.jit
@@ -260,8 +268,9 @@ def merge_splits(
     i_row, g, splits, p_outs, p_scalars, WIDTH: tl.constexpr, DP: tl.constexpr, SPLITS: tl.constexpr
 ):  # fmt: skip
     """Output of one head that was read whole."""
-    masses, outs, p_own, m_s = load_splits(i_row, g, splits, p_outs, p_scalars, WIDTH, DP, SPLITS)
-    maxima = load_maxima(p_own, m_s, WIDTH)
+    outs = load_tiles(i_row, g, splits, p_outs, WIDTH, DP, SPLITS)
+    maxima = load_maxima(i_row, g, splits, p_scalars, WIDTH, SPLITS)
+    masses = load_scalars(i_row, g, splits, p_scalars, MASS, WIDTH, SPLITS)
     least, none = tl.full([], LEAST_LOGIT, tl.float32), tl.full([], 0.0, tl.float32)
     _, _, _, out, _ = merge_parts(maxima, masses, outs, least, none, none)
     return out
@@ -277,18 +286,23 @@ def merge_head(
     """Store the output of one head; half-width, guard, first scale and residual mass for its group's decision."""
     o_d = tl.arange(0, DP)
     # All is loaded before anything is computed or stored, in one trip to memory.
-    masses, outs, p_own, m_s = load_splits(i_row, g, splits, p_outs, p_scalars, WIDTH, DP, SPLITS)
-    maxima = load_maxima(p_own, m_s, WIDTH)
+    outs = load_tiles(i_row, g, splits, p_outs, WIDTH, DP, SPLITS)
+    masses = load_scalars(i_row, g, splits, p_scalars, MASS, WIDTH, SPLITS)
     if not EXACT:
         # Read for certain, they add nothing to a variance.
-        last_maximum, last_mass, last_out = load_last(i_row, g, splits, p_outs, p_scalars, WIDTH, DP, SPLITS)
-        plains, alongs, p_square, _ = load_splits(i_row, g + G, splits, p_outs, p_scalars, WIDTH, DP, SPLITS)
-        spreads = tl.load(p_square + SPREAD * WIDTH, mask=m_s, other=0.0, cache_modifier=".cg")
+        last_maximum, last_mass = load_last_scalars(i_row, g, splits, p_scalars, WIDTH, SPLITS)
+        last_out = load_last_tile(i_row, g, splits, p_outs, WIDTH, DP, SPLITS)
+        alongs = load_tiles(i_row, g + G, splits, p_outs, WIDTH, DP, SPLITS)
+        plains = load_scalars(i_row, g + G, splits, p_scalars, MASS, WIDTH, SPLITS)
+        spreads = load_scalars(i_row, g + G, splits, p_scalars, SPREAD, WIDTH, SPLITS)
         if TARGET != DENOMINATOR:
-            squares = tl.load(p_square + SQUARE * WIDTH, mask=m_s, other=0.0, cache_modifier=".cg")
+            squares = load_scalars(i_row, g + G, splits, p_scalars, SQUARE, WIDTH, SPLITS)
     else:
         last_maximum, last_mass = tl.full([], LEAST_LOGIT, tl.float32), tl.full([], 0.0, tl.float32)
         last_out = last_mass
+    # Else the compiler loads first what it begins with, and waits for that before it asks for the rest.
+    tl.debug_barrier()
+    maxima = load_maxima(i_row, g, splits, p_scalars, WIDTH, SPLITS)
     f, top, mass, out, last_mass = merge_parts(maxima, masses, outs, last_maximum, last_mass, last_out)
     norm2 = tl.sum(out * out, 0)
     norm = tl.sqrt(norm2)
@@ -336,7 +350,7 @@ def merge_head(
 @triton.jit
 def settle_group(
     i_row, mode, known, epsilon, widths, guards, starts, residuals, p_mode, p_log_scale, p_params, p_state,
-    p_state_rows, budget_edges, error_edges, p_stats, p_counters,
+    budget_edges, error_edges, p_stats, p_counters,
     sink, window, cap, last, at_context, at_read, at_outcome, at_budget, at_error,
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, STATE: tl.constexpr, EXACT: tl.constexpr,
     TABLE: tl.constexpr, COUNTERS_P: tl.constexpr, UNIFORM: tl.constexpr,
@@ -347,7 +361,7 @@ def settle_group(
 
     The next step's scale lies above what this one needed, never below the guard, and within the cap.
     """
-    n, used, fixed, listed, expected_reads = known
+    n, request, used, fixed, counts, reads = known
     low = tl.minimum(sink, n)
     total = tl.maximum(n - window, low) - low
     fixed_tokens = n - total
@@ -357,8 +371,8 @@ def settle_group(
     budget, read, expected = total, n, 0.1 * total.to(tl.float32)
     limit = epsilon * 0.0 + 60.0
     if not EXACT:
-        budget = listed
-        expected = tl.maximum(expected_reads, 1.0)
+        budget = tl.sum(counts, 0)
+        expected = tl.maximum(tl.sum(reads, 0), 1.0)
         read = fixed_tokens + budget
         if cap < 1.0:
             limit = tl.log(tl.maximum(cap * total.to(tl.float32), 1.0) / expected)
@@ -392,8 +406,8 @@ def settle_group(
         short = tl.where(limit <= 0.02 + RETRY_AIM, CAPPED, UNCERTIFIED)
         close_group(
             i_row, mode, widths, residuals, following + fixed, expected, tl.where(widths <= epsilon, CERTIFIED, short),
-            n, low, total, 0, budget, read,
-            p_mode, p_state, p_state_rows, budget_edges, error_edges, p_stats, p_counters,
+            n, request, low, total, 0, budget, read,
+            p_mode, p_state, budget_edges, error_edges, p_stats, p_counters,
             at_context, at_read, at_outcome, at_budget, at_error,
             HKV, G, GP, STATE, COUNTERS_P,
         )  # fmt: skip
@@ -401,18 +415,17 @@ def settle_group(
 
 @triton.jit
 def close_group(
-    i_row, mode, widths, residuals, following, expected, outcome, n, low, total, top_k, budget, read,
-    p_mode, p_state, p_state_rows, budget_edges, error_edges, p_stats, p_counters,
+    i_row, mode, widths, residuals, following, expected, outcome, n, request, low, total, top_k, budget, read,
+    p_mode, p_state, budget_edges, error_edges, p_stats, p_counters,
     at_context, at_read, at_outcome, at_budget, at_error,
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, STATE: tl.constexpr, COUNTERS_P: tl.constexpr,
 ):  # fmt: skip
     """Write statistics and counters, and what the next step starts from."""
-    b, h = i_row // HKV, i_row % HKV
     o_g = tl.arange(0, GP)
     m_g = o_g < G
     head = i_row * G + o_g
     tl.store(p_mode + i_row, DONE)
-    state = p_state + (tl.load(p_state_rows + b) * HKV * G + h * G + o_g) * STATE
+    state = p_state + (request * HKV * G + i_row % HKV * G + o_g) * STATE
     tl.store(state + STATE_SCALE, following, mask=m_g)
     tl.store(state + STATE_CONTEXT, n.to(tl.float32) + following * 0.0, mask=m_g)
     tl.store(state + STATE_READS, expected + following * 0.0, mask=m_g)

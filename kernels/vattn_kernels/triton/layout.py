@@ -72,33 +72,32 @@ LEAST_SPLITS: Final = 4
 # Splits of all rows, at most, of the rounds that few rows take part in.
 MOST_TAIL: Final = 8192
 MOST_LISTS: Final = LISTS.value * MOST_SPLITS
+# So many serve every usual batch with one compiled kernel, see `padded_rows`.
+LEAST_ROWS: Final = 1024
 
 
 @dataclass
 class Launch:
     """How kernels are launched; the figures behind the choices are in ``kernels/benchmarks/RESULTS.md``.
 
-    ``tail`` are the rounds after the first: about so many splits of the rows that are open. ``retry_programs`` are how
-    many of theirs run at once on a multiprocessor; two of ``attend_exact`` do from ``exact_shared`` bytes on.
+    ``tail_items`` are about how many splits of the rows that are open the rounds after the first make; two of their
+    programs run at once on a multiprocessor from ``finish_shared`` bytes on. A warp merges ``combine_splits`` splits.
     ``overlap`` is off only to time or compare launches one by one, see `launches_overlap`.
     """
 
     programs: int = 1024
     overlap: bool = True
-    retry_programs: int = 2
     tail_items: int = 1024
     prepare_warps: int = 4
     prepare_block: int = 32
     select_registers: int | None = 80
     attend_block: int = 32
     attend_registers: int | None = 168
-    combine_warps: int = 4
+    combine_splits: int = 16
     uniform_warps: int = 8
     exact_block: int = 128
-    exact_warps: int = 8
     exact_stages: int = 3
-    exact_registers: int = 128
-    exact_shared: int = 160 << 10
+    finish_shared: int = 160 << 10
 
 
 LAUNCH: Final = Launch()
@@ -132,15 +131,9 @@ def attend_registers(width: int, head_dim: int) -> int | None:
     return LAUNCH.attend_registers if width * head_dim <= 16 * 128 else None
 
 
-def exact_registers(width: int, head_dim: int) -> int | None:
-    """Registers a thread of ``attend_exact``: two programs a multiprocessor, while the output's tile fits them."""
-    return LAUNCH.exact_registers if width * head_dim <= 16 * 128 else None
-
-
-def exact_programs(device: torch.device, width: int, head_dim: int) -> int:
-    """Programs of ``attend_exact`` that run at once on a multiprocessor: as many as its memory and registers hold."""
-    holds = exact_registers(width, head_dim) is not None and _shared_memory(device) >= LAUNCH.exact_shared
-    return 2 if holds else 1
+def finish_programs(device: torch.device, head_dim: int) -> int:
+    """Programs of ``finish`` that run at once on a multiprocessor: as many as its memory holds tiles of."""
+    return 2 if head_dim <= 128 and _shared_memory(device) >= LAUNCH.finish_shared else 1
 
 
 @functools.cache
@@ -150,7 +143,7 @@ def _shared_memory(device: torch.device) -> int:
 
 
 def carveout_holds(device: torch.device, percent: int) -> bool:
-    """Whether so much of its shared memory holds what runs at once on a multiprocessor, see `exact_programs`.
+    """Whether so much of its shared memory holds what runs at once on a multiprocessor, see `finish_programs`.
 
     Parameters
     ----------
@@ -159,7 +152,7 @@ def carveout_holds(device: torch.device, percent: int) -> bool:
     percent : int
         Share of the multiprocessor's shared memory.
     """
-    return _shared_memory(device) * percent // 100 >= LAUNCH.exact_shared
+    return _shared_memory(device) * percent // 100 >= LAUNCH.finish_shared
 
 
 def one_warp_attends(dtype: torch.dtype, head_dim: int, group: int) -> bool:
@@ -192,7 +185,7 @@ def splits_of(rows: int) -> int:
 
 def combine_warps(splits: int) -> int:
     """Warps that merge the splits of one head."""
-    return 1 if splits <= 16 else LAUNCH.combine_warps
+    return max(1, splits // LAUNCH.combine_splits)
 
 
 def tail_splits_of(rows: int, max_len: int) -> int:
@@ -209,6 +202,11 @@ def tail_splits_of(rows: int, max_len: int) -> int:
     return max(1 << max(0, wanted.bit_length() - 1), LEAST_SPLITS)
 
 
+def padded_rows(rows: int) -> int:
+    """Modes that ``finish`` loads to find the rows that are open: a power of two, those of all rows at least."""
+    return max(LEAST_ROWS, 1 << (rows - 1).bit_length())
+
+
 @functools.cache
 def programs_at_once(device: torch.device, each: int) -> int:
     """Programs that run at once on a GPU, ``each`` a multiprocessor; an interpreter runs one after the other."""
@@ -222,7 +220,7 @@ class Workspace:
     Attributes
     ----------
     mode : torch.Tensor
-        int32 ``[rows]``, what a row does in the coming round.
+        int32 ``[padded_rows(rows)]``, what a row does in the coming round.
     codes : torch.Tensor
         int8 ``[rows * group, fields]``, the query in the sketch's coordinates.
     query : torch.Tensor
@@ -245,7 +243,7 @@ class Workspace:
     attended : torch.Tensor
         int32 ``[rows]``, splits that the first round has attended to.
     barrier : torch.Tensor
-        int32 ``[2]``, see `vattn_kernels.triton.rounds.await_all`; the first is 0 between launches.
+        int32 ``[2]``, see `vattn_kernels.triton.finish.await_all`; the first is 0 between launches.
     counts, reads : torch.Tensor
         int32 and float32 ``[rows, MOST_LISTS]``, tokens selected and their expected number, by list.
     outs, scalars : torch.Tensor
@@ -378,7 +376,7 @@ def workspace(
         return torch.empty(shape, dtype=dtype, device=device)
 
     made = Workspace(
-        empty(rows, dtype=torch.int32),
+        empty(padded_rows(rows), dtype=torch.int32),
         empty(heads, MOST_CODES, dtype=torch.int8),
         empty(heads, 2 * dim),
         empty(heads),

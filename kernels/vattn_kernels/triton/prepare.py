@@ -24,6 +24,8 @@ from vattn_kernels.triton.layout import (
 LEAST_CODING = tl.constexpr(1e-6)
 # Nats; a log-scale of a thousand of them must fit 32 bits.
 LEAST_STEP = tl.constexpr(1e-6)
+# Bits of a float32 that tf32 keeps.
+TF32 = tl.constexpr(-(1 << 13))
 
 
 @triton.jit
@@ -50,20 +52,21 @@ def prepare_fwd_kernel(
     state = p_state + (tl.load(p_state_rows + b) * HKV * G + h * G + o_g) * WIDTH
     o_d = tl.arange(0, DP)
     m_d = o_d < D
-    q = tl.load(p_q + head[:, None] * D + o_d[None, :], mask=m_g[:, None] & m_d[None, :], other=0.0)  # [GP, DP]
+    p_own_q = p_q + head[:, None] * D + o_d[None, :]
+    m_q = m_g[:, None] & m_d[None, :]
+    # Each half loads what it can before it waits for any of it.
     if tl.program_id(0) % 2 == 0:
         tl.store(p_listed + i_row * SIGNALS + tl.arange(0, SIGNALS), 0)
         tl.store(p_attended + i_row, 0)
+        q = tl.load(p_own_q, mask=m_q, other=0.0)  # [GP, DP]
         learnt = tl.load(state + STATE_CONTEXT, mask=m_g, other=1.0)
-        age = n - learnt.to(tl.int32)
-        known = tl.min(((learnt > 0) & (age >= 0) & (age <= MOST_AGE) | (o_g >= G)).to(tl.int32), 0)
-        sampled = (n >= dense_below) & (n <= tl.load(p_covered)) & (total > 2 * pilot_min) & (known > 0)
-        tl.store(p_mode + i_row, tl.where(sampled, SAMPLED, DENSE))
         scale = tl.load(state + STATE_SCALE, mask=m_g, other=0.0)
+        covered = tl.load(p_covered)
         top = tl.full([GP], float("-inf"), tl.float32)
         mass = tl.zeros([GP], tl.float32)
         fixed_tokens = n - total
-        for start in range(0, fixed_tokens, F):
+        # A loop in stages would copy the slots through shared memory, one more wait, and mostly there is one pass.
+        for start in tl.range(0, fixed_tokens, F, num_stages=1):
             index = start + tl.arange(0, F)
             m_f = index < fixed_tokens
             position = tl.where(index < low, index, index + total)
@@ -79,27 +82,37 @@ def prepare_fwd_kernel(
         fixed = top + tl.log(tl.maximum(mass, 1e-30))
         tl.store(p_fixed + head, fixed, mask=m_g)
         tl.store(p_log_scale + head, scale - fixed, mask=m_g)
+        age = n - learnt.to(tl.int32)
+        known = tl.min(((learnt > 0) & (age >= 0) & (age <= MOST_AGE) | (o_g >= G)).to(tl.int32), 0)
+        sampled = (n >= dense_below) & (n <= covered) & (total > 2 * pilot_min) & (known > 0)
+        tl.store(p_mode + i_row, tl.where(sampled, SAMPLED, DENSE))
     elif SELECTOR != SKETCH:
+        q = tl.load(p_own_q, mask=m_q, other=0.0)
         reads = tl.max(tl.load(state + STATE_READS, mask=m_g, other=0.0), 0)
         least = floor * tl.maximum(reads, 1.0) / tl.maximum(total, 1).to(tl.float32)
         tl.store(p_scale + i_row * NUM_SCALES + FLOOR, least)
         describe_query(q, head, m_g, h, p_mean, p_steps, p_query, p_bias, sm_scale, D, DP, SELECTOR)
     else:
-        reads = tl.max(tl.load(state + STATE_READS, mask=m_g, other=0.0), 0)
-        qf = q.to(tl.float32)
         o_r = tl.arange(0, C)
         m_r = o_r < R
-        basis = p_query_basis + h * D * D
-        first = tl.load(basis + o_d[:, None] * D + o_r[None, :], mask=m_d[:, None] & m_r[None, :], other=0.0)
-        t = tl.dot(qf, first, input_precision="tf32x3")  # [GP, C]
         step = tl.load(p_steps + h * R + o_r, mask=m_r, other=0.0)
         field_width = tl.load(p_fields + (h * R + o_r) * 3 + 2, mask=m_r, other=0)
+        mean = tl.load(p_mean + h * D + o_d, mask=m_d, other=0.0)
+        basis = p_query_basis + h * D * D
+        first = tl.load(basis + o_d[:, None] * D + o_r[None, :], mask=m_d[:, None] & m_r[None, :], other=0.0)
+        qf = tl.load(p_own_q, mask=m_q, other=0.0).to(tl.float32)
+        reads = tl.load(state + STATE_READS, mask=m_g, other=0.0)
+        # Else the compiler waits for some of it before it asks for the rest.
+        tl.debug_barrier()
+        # A query of 16 bits is exact in tf32, so two products give all bits of the table but the last.
+        high = (first.to(tl.int32, bitcast=True) & TF32).to(tl.float32, bitcast=True)
+        t = tl.dot(qf, high, input_precision="tf32")  # [GP, C]
+        t = tl.dot(qf, first - high, t, input_precision="tf32")
         weight = tl.where((field_width > 0)[None, :], sm_scale * t * step[None, :], 0.0)
         unit = tl.maximum(tl.max(tl.max(tl.abs(weight), 1), 0) / 127.0, LEAST_STEP)
         code = tl.floor(weight / unit + 0.5)
         centre = 0.5 - (1 << tl.maximum(field_width - 1, 0)).to(tl.float32)
         centre = tl.where(field_width > 0, centre, 0.0)
-        mean = tl.load(p_mean + h * D + o_d, mask=m_d, other=0.0)
         bias = sm_scale * tl.sum(qf * mean[None, :], 1) + unit * tl.sum(code * centre[None, :], 1)
         tl.store(
             p_codes + head[:, None] * CODES + o_r[None, :], code.to(tl.int8), mask=m_g[:, None] & (o_r < CODES)[None, :]
@@ -110,4 +123,5 @@ def prepare_fwd_kernel(
         p_own = p_scale + i_row * NUM_SCALES
         tl.store(p_own + UNIT, unit)
         tl.store(p_own + CODING, tl.maximum(kappa * LOG2E, LEAST_CODING))
-        tl.store(p_own + FLOOR, floor * tl.maximum(reads, 1.0) / tl.maximum(total, 1).to(tl.float32))
+        least = floor * tl.maximum(tl.max(reads, 0), 1.0) / tl.maximum(total, 1).to(tl.float32)
+        tl.store(p_own + FLOOR, least)

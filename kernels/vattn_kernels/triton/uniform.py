@@ -22,9 +22,11 @@ from vattn_kernels.triton.combine import (
     close_group,
     half_width,
     load_edges,
-    load_last,
+    load_last_scalars,
+    load_last_tile,
     load_maxima,
-    load_splits,
+    load_scalars,
+    load_tiles,
     merge_parts,
 )
 from vattn_kernels.triton.layout import (
@@ -33,6 +35,7 @@ from vattn_kernels.triton.layout import (
     EXHAUSTED,
     LAST_TIE,
     LISTS,
+    MASS,
     NUM_PLANS,
     NUMERATOR,
     OUTPUT,
@@ -190,10 +193,12 @@ def budget_fwd_kernel(
     log_masses = tl.zeros([GP], tl.float32)
     residuals = tl.zeros([GP], tl.float32)
     for g in range(G):
-        masses, outs, p_plain, m_s = load_splits(i_row, g, SPLITS, p_outs, p_scalars, WIDTH, DP, SPLITS)
-        last_maximum, last_mass, last_out = load_last(i_row, g, SPLITS, p_outs, p_scalars, WIDTH, DP, SPLITS)
-        plains, alongs, p_square, _ = load_splits(i_row, g + G, SPLITS, p_outs, p_scalars, WIDTH, DP, SPLITS)
-        maxima = load_maxima(p_plain, m_s, WIDTH)
+        outs = load_tiles(i_row, g, SPLITS, p_outs, WIDTH, DP, SPLITS)
+        last_out = load_last_tile(i_row, g, SPLITS, p_outs, WIDTH, DP, SPLITS)
+        maxima = load_maxima(i_row, g, SPLITS, p_scalars, WIDTH, SPLITS)
+        masses = load_scalars(i_row, g, SPLITS, p_scalars, MASS, WIDTH, SPLITS)
+        last_maximum, last_mass = load_last_scalars(i_row, g, SPLITS, p_scalars, WIDTH, SPLITS)
+        plains = load_scalars(i_row, g + G, SPLITS, p_scalars, MASS, WIDTH, SPLITS)
         f, top, mass, out, last_mass = merge_parts(maxima, masses, outs, last_maximum, last_mass, last_out)
         norm2 = tl.sum(out * out, 0)
         p_head = p_out + (i_row * G + g) * D + o_d
@@ -203,10 +208,11 @@ def budget_fwd_kernel(
         plain = tl.sum(f2 * plains, 0) / excess
         sample_mass = tl.sum(tl.where(is_sampled, f * masses, 0.0), 0) * pi
         if TARGET != DENOMINATOR:
-            squares = tl.load(p_square + SQUARE * WIDTH, mask=m_s, other=0.0, cache_modifier=".cg")
+            squares = load_scalars(i_row, g + G, SPLITS, p_scalars, SQUARE, WIDTH, SPLITS)
             square = tl.sum(f2 * squares, 0) / excess
             sample_out = tl.sum(tl.where(is_sampled[:, None], f[:, None] * outs, 0.0), 0) * pi
         if TARGET == OUTPUT:
+            alongs = load_tiles(i_row, g + G, SPLITS, p_outs, WIDTH, DP, SPLITS)
             along = tl.sum(f2[:, None] * alongs, 0) / excess
             square = square - 2 * tl.sum(out * along, 0) + norm2 * plain
             gap = sample_out - out * sample_mass
@@ -243,8 +249,8 @@ def budget_fwd_kernel(
     fixed = tl.load(p_fixed + i_row * G + o_g, mask=m_g, other=0.0)
     close_group(
         i_row, SAMPLED, widths, residuals, fixed - log_masses, size.to(tl.float32), tl.where(is_cut, CAPPED, outcome),
-        n, sink, total, top_k, size, n - total + top_k + size,
-        p_mode, p_state, p_state_rows, load_edges(p_budget_edges, BUDGET_EDGES, BUDGET_EDGES_P),
+        n, tl.load(p_state_rows + i_row // HKV), sink, total, top_k, size, n - total + top_k + size,
+        p_mode, p_state, load_edges(p_budget_edges, BUDGET_EDGES, BUDGET_EDGES_P),
         load_edges(p_error_edges, ERROR_EDGES, ERROR_EDGES_P), p_stats, p_counters,
         at_context, at_read, at_outcome, at_budget, at_error,
         HKV, G, GP, STATE, COUNTERS_P,

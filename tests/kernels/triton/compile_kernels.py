@@ -24,9 +24,9 @@ from vattn_kernels.triton.attend import attend_fwd_kernel
 from vattn_kernels.triton.attend_gluon import attend_lists_fwd_kernel
 from vattn_kernels.triton.audit import audit_fwd_kernel, choose_fwd_kernel
 from vattn_kernels.triton.combine import combine_fwd_kernel
+from vattn_kernels.triton.finish import finish_fwd_kernel
 from vattn_kernels.triton.pages import bound_pages_fwd_kernel, mark_slots_fwd_kernel
 from vattn_kernels.triton.prepare import prepare_fwd_kernel
-from vattn_kernels.triton.rounds import attend_exact_fwd_kernel, retry_fwd_kernel
 from vattn_kernels.triton.select import select_fwd_kernel
 from vattn_kernels.triton.select_gluon import select_lists_fwd_kernel
 from vattn_kernels.triton.signature import sign_keys_fwd_kernel, sign_queries_fwd_kernel
@@ -78,9 +78,8 @@ def shapes(arch: int, dtype: str, cache: str, head_dim: int, group: int, words: 
     else:
         yield attend_fwd_kernel, warps, merge | attend
     yield combine_fwd_kernel, 1, merge
-    yield retry_fwd_kernel, warps, merge | sketch | attend | few | {"CAPPED": False}
-    yield attend_exact_fwd_kernel, launch.exact_warps, merge | few | {
-        "BN": launch.exact_block, "STAGES": launch.exact_stages, "MERGE": True, "UNIFORM": False
+    yield finish_fwd_kernel, warps, merge | sketch | attend | few | {
+        "EXACT_BN": launch.exact_block, "STAGES": launch.exact_stages, "CAPPED": False, "UNIFORM": False, "AUDIT": False
     }  # fmt: skip
     yield rank_fwd_kernel, warps, merge | sketch
     yield top_k_fwd_kernel, launch.uniform_warps, merge
@@ -99,7 +98,7 @@ def shapes_of_selectors(arch: int, dtype: str, cache: str, head_dim: int, group:
         kernel: (warps, constants) for kernel, warps, constants in shapes(arch, dtype, cache, head_dim, group, words)
     }
     _, merge = given[combine_fwd_kernel]
-    warps, retry = given[retry_fwd_kernel]
+    warps, finish = given[finish_fwd_kernel]
     for i, selector in enumerate(SELECTORS[1:], 1):
         # One signature a query head, by nets of three layers as HashAttention's authors have them.
         net = {"FIRST": 128, "SECOND": 128} if selector == "hash" else {"FIRST": 0, "SECOND": 0}
@@ -114,7 +113,7 @@ def shapes_of_selectors(arch: int, dtype: str, cache: str, head_dim: int, group:
         yield selector, prepare_fwd_kernel, prepare_warps, prepare | none | {"R": 1, "C": 16, "CODES": 4, "SELECTOR": i}
         yield selector, select_fwd_kernel, warps, merge | {"DP4A": True} | own
         yield selector, rank_fwd_kernel, warps, merge | {"DP4A": True} | own
-        yield selector, retry_fwd_kernel, warps, {n: c for n, c in retry.items() if n != "p_valid"} | own
+        yield selector, finish_fwd_kernel, warps, {n: c for n, c in finish.items() if n != "p_valid"} | own
         if selector == "quest":
             vector = {"D": head_dim, "DP": prepare["DP"]}
             yield selector, mark_slots_fwd_kernel, 4, vector | {"BT": 16}
@@ -129,8 +128,6 @@ def registers(kernel, constants: dict) -> int | None:
     """The limit that a launch sets."""
     if kernel is select_lists_fwd_kernel:
         return layout.select_registers(constants["G"], constants["WORDS"])
-    if kernel is attend_exact_fwd_kernel:
-        return layout.exact_registers(constants["WIDTH"], constants["DP"])
     if kernel is attend_fwd_kernel:
         return layout.attend_registers(constants["WIDTH"], constants["DP"])
     return None

@@ -36,7 +36,7 @@ def asked(monkeypatch):
 
 
 def test_kernels_of_a_step_are_asked(asked):
-    for name in ("prepare_fwd_kernel", "select_lists_fwd_kernel", "attend_exact_fwd_kernel"):
+    for name in ("prepare_fwd_kernel", "select_lists_fwd_kernel", "finish_fwd_kernel"):
         assert asked(name) == [(7, carveout.ATTRIBUTE, carveout.PERCENT)]
 
 
@@ -46,5 +46,5 @@ def test_others_kernels_are_left_alone(asked):
 
 def test_a_small_multiprocessor_keeps_what_must_run_at_once(asked):
     # 100 KiB of an RTX 4090, 164 of an A100.
-    assert asked("attend_exact_fwd_kernel", 100 << 10) == asked("attend_exact_fwd_kernel", 164 << 10) == []
+    assert asked("finish_fwd_kernel", 100 << 10) == asked("finish_fwd_kernel", 164 << 10) == []
     assert not layout.carveout_holds(torch.device("cpu"), carveout.PERCENT)
