@@ -65,6 +65,30 @@ def test_first_step_is_exact_and_later_ones_hold_epsilon(shape):
     assert c.errors(out).max() < 0.1 + ROUNDING
 
 
+@pytest.mark.parametrize("cap", [1.0, 0.3])
+def test_rows_that_draw_again_and_rows_that_are_read_whole_share_a_launch(cap):
+    """So many that every program of the launch has some of both."""
+    c = case(24, 3000, 32, 8, 128, epsilon=1e-6, settings={"cap": cap})
+    found = []
+    for _ in range(3):
+        c.learnt(-3.0)
+        c.state[::3] = 0.0
+        found.append(c.run())
+    out, stats, _ = found[0]
+    errors = c.errors(out)
+    is_whole = torch.arange(c.batch, device="cuda") % 3 == 0
+    certified, dense = (ops.OUTCOMES.index(name) for name in ("certified", "dense"))
+    assert (stats[is_whole, :, 3] == dense).all() and errors[is_whole].max() < ROUNDING
+    drawn = stats[~is_whole]
+    if cap == 1:
+        assert (drawn[..., 3] == certified).all() and errors[~is_whole].max() < ROUNDING
+    else:
+        assert ((drawn[..., 3] != certified) & (drawn[..., 3] != dense)).all()
+        assert (drawn[..., 0] < 0.5).all() and errors[~is_whole].max() < 1
+    for again, again_stats, _ in found[1:]:
+        assert torch.equal(again, out) and torch.equal(again_stats, stats)
+
+
 @pytest.mark.parametrize("fp8", FP8, ids="{0[0]}".format)
 @pytest.mark.parametrize("shape", FP8_SHAPES, ids=lambda s: "B{}-N{}-H{}-K{}-D{}-{}".format(*s))
 def test_an_fp8_cache_is_read_exactly_first_and_holds_epsilon_later(shape, fp8):

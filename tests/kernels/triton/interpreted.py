@@ -305,6 +305,24 @@ def test_an_open_group_draws_again_and_then_reads_everything():
     assert (stats[..., 3] == ops.OUTCOMES.index("certified")).all()
 
 
+@pytest.mark.parametrize(("cap", "outcome"), [(1.0, "certified"), (0.5, "capped")])
+def test_rows_that_draw_again_and_rows_that_are_read_whole_share_a_launch(cap, outcome):
+    case = Step(context=500, epsilon=1e-6, settings={"cap": cap})
+    case.learnt(1.0)
+    case.state[case.state_rows[1]] = 0.0
+    out, stats, counters = case.run()
+    errors = case.errors(out)
+    assert (stats[0, :, 3] == ops.OUTCOMES.index(outcome)).all() and (
+        stats[1, :, 3] == ops.OUTCOMES.index("dense")
+    ).all()
+    assert errors[1].max() < 2e-5
+    assert errors[0].max() < (2e-5 if cap == 1 else 0.5)
+    if cap < 1:
+        assert (stats[0, :, 0] > 0.4).all() and (stats[0, :, 0] < 0.7).all()
+    counted = dict(zip(ops.OUTCOMES, counters[OFFSETS[2] : OFFSETS[3]].tolist(), strict=True))
+    assert counted == dict.fromkeys(ops.OUTCOMES, 0) | {outcome: case.num_qo_heads, "dense": case.num_qo_heads}
+
+
 @pytest.mark.parametrize("heads", HEADS)
 def test_an_audit_counts_the_true_errors(heads):
     # What the cap cuts violates epsilon here and there.
