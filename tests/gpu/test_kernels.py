@@ -65,6 +65,18 @@ def test_first_step_is_exact_and_later_ones_hold_epsilon(shape):
     assert c.errors(out).max() < 0.1 + ROUNDING
 
 
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+def test_a_padded_row_is_its_one_token(dtype):
+    c = case(3, 3000, 8, 2, 64, dtype, epsilon=0.9)
+    c.learnt(2.0)
+    c.state[1] = 0.0
+    c.seq_lens[1] = 1
+    out, stats, _ = c.run()
+    assert torch.equal(out[1], c.v_cache[c.kv_indices[1, 0].long()].repeat_interleave(4, 0))
+    assert (stats[1, :, 0] == 1).all() and (stats[1, :, 3] == ops.OUTCOMES.index("dense")).all()
+    assert (stats[[0, 2], :, 0] < 1).all() and torch.isfinite(out).all()
+
+
 @pytest.mark.parametrize("cap", [1.0, 0.3])
 def test_rows_that_draw_again_and_rows_that_are_read_whole_share_a_launch(cap):
     """So many that every program of the launch has some of both."""
@@ -296,7 +308,7 @@ def test_signals_of_an_aborted_step_are_not_taken_for_this_ones(head_dim):
 def test_kernels_share_one_carveout():
     case(2, 3000, 8, 2, 128, epsilon=0.1).run()
     device = torch.cuda.current_device()
-    wanted = carveout.PERCENT if layout.carveout_holds(torch.device("cuda", device), carveout.PERCENT) else -1
+    wanted = carveout.percent_of(torch.device("cuda", device)) or -1
     for kernel in (prepare_fwd_kernel, select_lists_fwd_kernel, attend_lists_fwd_kernel, combine_fwd_kernel):
         loaded = kernel.device_caches[device][0].values()
         assert loaded

@@ -9,7 +9,9 @@ as what it needs of the launch ahead is there (`layout.await_signals`).
 
 Sampler ``uniform`` takes other launches between the first and the last: ``rank`` and ``top_k``, then ``list``,
 ``attend`` and ``budget`` for the pilot, and the same for the budget. They wait for each other, and for speed it has no
-claim.
+claim. Its ranks divide a head's scores by its mass of the last step, where the reference takes this step's estimate, so
+a request's first step is read whole; and what its lists do not hold, top-k and sample each in splits of their own, is
+read whole whatever the cap.
 """
 
 from __future__ import annotations
@@ -151,7 +153,7 @@ def decode(
         work.mode, work.codes, work.query, work.bias, work.log_scale, work.fixed, work.scale, work.listed,
         work.attended, sm_scale, k_scale, floor, sink, window, dense_below, pilot_min, kv_stride, k_stride,
         **model, **choice, GP=max(16, padded_group), R=side.width, C=coded, CODES=4 * groups, F=launch.prepare_block,
-        WIDTH=STATE_WIDTH, MOST_AGE=MOST_AGE, **signals, num_warps=launch.prepare_warps,
+        WIDTH=STATE_WIDTH, MOST_AGE=MOST_AGE, UNIFORM=is_uniform, **signals, num_warps=launch.prepare_warps,
     )  # fmt: skip
 
     target_id = TARGETS.index(target)
@@ -174,6 +176,8 @@ def decode(
     )  # fmt: skip
 
     query = work.codes if is_sketch else work.query
+    ranking = layout.ranking(q.device, work) if is_uniform else None
+    plan = None if ranking is None else ranking.plan
 
     def finish(is_audit: bool) -> None:
         programs = layout.programs_at_once(q.device, layout.finish_programs(q.device, padded_dim))
@@ -181,9 +185,10 @@ def decode(
             q, k_cache, v_cache, kv_indices, seq_lens, *lists, side.rows, side.norms, side.fields, query, work.bias,
             work.scale, work.used, work.barrier, *settled, logit_scale, v_scale, sink, window, *key, rows,
             launch.tail_items, kv_stride, k_stride, side.head_stride, side.norm_stride, capacity, cap,
-            *counter_offsets[:5], side.valid, side.row_stride, **merge, **sketch, **attend, **choice, **follow,
-            SPLITS=tail, LEAST=layout.LEAST_SPLITS, ROWS_P=layout.padded_rows(rows), EXACT_BN=launch.exact_block,
-            STAGES=launch.exact_stages, CAPPED=cap < 1, UNIFORM=is_uniform, AUDIT=is_audit, DP4A=q.is_cuda,
+            *counter_offsets[:5], side.valid, side.row_stride, plan, **merge, **sketch, **attend, **choice,
+            **follow, SPLITS=tail, LEAST=layout.LEAST_SPLITS, ROWS_P=layout.padded_rows(rows),
+            EXACT_BN=layout.exact_block(padded_dim), STAGES=launch.exact_stages, CAPPED=cap < 1, UNIFORM=is_uniform,
+            AUDIT=is_audit, DP4A=q.is_cuda,
         )  # fmt: skip
 
     is_aligned = k_cache.data_ptr() % 16 == 0 and v_cache.data_ptr() % 16 == 0
@@ -203,8 +208,7 @@ def decode(
                 MOST=layout.MOST_LISTS, TARGET=target_id, maxnreg=layout.attend_registers(width, padded_dim),
             )  # fmt: skip
 
-    def draw_uniformly() -> None:
-        ranking = layout.ranking(q.device, work)
+    def draw_uniformly(ranking: layout.Ranking) -> None:
         rank_fwd_kernel[(rows * splits,)](
             side.rows, side.norms, kv_indices, seq_lens, side.fields, work.mode, query, work.bias, work.log_scale,
             work.scale, ranking.ranks, side.valid, v_cache, sink, window, sm_scale, kv_stride, side.head_stride,
@@ -252,8 +256,8 @@ def decode(
             SPLITS=splits, num_warps=layout.combine_warps(splits),
         )  # fmt: skip
 
-    if is_uniform:
-        draw_uniformly()
+    if ranking is not None:
+        draw_uniformly(ranking)
     else:
         draw_by_score()
     finish(is_audit=False)

@@ -85,10 +85,12 @@ def attend_list(
             borders = borders + (count,)
             jumps = jumps + (span - own,)
     if not listed:
-        count = sink + window
+        low = tl.minimum(sink, n)
+        high = tl.maximum(n - window, low)
+        count = low + n - high
         p_list = p_kv_indices + b.to(tl.int64) * kv_stride
-        borders = (sink, count, count)
-        jumps = (n - window - sink, 0, 0)
+        borders = (low, count, count)
+        jumps = (high - low, 0, 0)
 
     # Rows [0, G) hold the estimate's weights w y, rows [G, 2G) its variance's w (w - 1) y^2.
     o_w = tl.arange(0, WIDTH)

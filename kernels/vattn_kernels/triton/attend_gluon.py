@@ -97,6 +97,8 @@ def attend_lists_fwd_kernel(
     slot = gl.load(p_list + i_first * span + o_t, mask=o_t < gl.where(listed, TILE, n), other=0)
     mode = gl.load(p_mode + i_row)
     # Sink and window are two lists.
+    low = gl.minimum(sink, n)
+    high = gl.maximum(n - window, low)
     borders = ()
     jumps = ()
     total = 0
@@ -106,10 +108,10 @@ def attend_lists_fwd_kernel(
         own = gl.load(p_counts + i_row * MOST + LISTS * i_split + i_list, mask=listed, other=0)
         start = i_list * span
         if j == 0:
-            own = gl.where(listed, own, sink)
+            own = gl.where(listed, own, low)
         if j == 1:
-            own = gl.where(listed, own, window)
-            start = gl.where(listed, start, n - window)
+            own = gl.where(listed, own, n - high)
+            start = gl.where(listed, start, high)
         if j > 0:
             borders = borders + (total,)
             jumps = jumps + (start - end,)

@@ -7,6 +7,7 @@ begin beside those of the launch ahead. Figures: ``kernels/benchmarks/RESULTS.md
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -15,10 +16,22 @@ from triton import knobs
 
 from vattn_kernels.triton import layout
 
-# Of a multiprocessor's shared memory; what a kernel cannot do without comes before it.
+# Of a multiprocessor's shared memory, or more where it takes more to hold what `layout.finish_programs` counts on.
 PERCENT = 75
 # CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT of the CUDA driver API, which Triton does not expose.
 ATTRIBUTE = 9
+
+
+def percent_of(device: torch.device) -> int | None:
+    """Share that all kernels of a step ask for; None where CUDA chooses, as one program of ``finish`` runs at once.
+
+    Parameters
+    ----------
+    device : torch.device
+        Where the cache lives.
+    """
+    needed, held = layout.finish_shared(128), layout.shared_memory(device)
+    return max(PERCENT, math.ceil(100 * needed / held)) if needed <= held else None
 
 
 def share(kernels: Iterable[Any]) -> None:
@@ -28,12 +41,23 @@ def share(kernels: Iterable[Any]) -> None:
     ----------
     kernels : iterable of JITFunction
         Those of a step, by whose names Triton tells what it has loaded.
+
+    Raises
+    ------
+    RuntimeError
+        When a kernel is loaded, if CUDA refuses: ``finish`` would wait for programs that never run.
     """
     names = {kernel.fn.__name__ for kernel in kernels}
 
     def loaded(module: object, function: int, name: str, *_: object) -> None:
-        if name in names and layout.carveout_holds(torch.device("cuda", torch.cuda.current_device()), PERCENT):
-            # A preference: refused, it costs speed alone.
-            ctypes.CDLL("libcuda.so.1").cuFuncSetAttribute(ctypes.c_void_p(function), ATTRIBUTE, PERCENT)
+        percent = percent_of(torch.device("cuda", torch.cuda.current_device())) if name in names else None
+        if percent is None:
+            return
+        error = ctypes.CDLL("libcuda.so.1").cuFuncSetAttribute(ctypes.c_void_p(function), ATTRIBUTE, percent)
+        if error:
+            raise RuntimeError(
+                f"vattn: CUDA answered {error}, expected 0, when {name} asked for {percent} % of shared memory: its "
+                "programs would wait for others for ever. Check the driver's version"
+            )
 
     knobs.runtime.kernel_load_end_hook.add(loaded)

@@ -1,4 +1,4 @@
-"""Stages ``budget`` and ``combine``: merge a row's splits, certify or set the next scales, write output and counters.
+"""Stage ``combine``: merge a row's splits, certify or set the next scales, write output and counters.
 
 A launch of its own after the first round: done by the last split to arrive inside ``attend``, it cost that 35 us. Later
 rounds merge within theirs, see `vattn_kernels.triton.finish`.
@@ -18,6 +18,7 @@ from vattn_kernels.triton.layout import (
     LISTS,
     MASS,
     MAXIMUM,
+    NUM_PLANS,
     NUM_SCALARS,
     NUMERATOR,
     OUTPUT,
@@ -27,6 +28,7 @@ from vattn_kernels.triton.layout import (
     STATE_CONTEXT,
     STATE_READS,
     STATE_SCALE,
+    TOP_K,
     await_signals,
     begin_next,
 )
@@ -106,7 +108,7 @@ def combine_fwd_kernel(
     await_signals(p_attended + item // G, SPLITS + 1, DEPENDENT)
     combine_head(
         item, tl.load(p_mode + item // G), SPLITS, MAY_RETRY, budget_edges, error_edges, p_outs, p_scalars, p_heads,
-        p_seq_lens, p_mode, p_counts, p_log_scale, p_fixed, p_reads, p_arrivals, p_params, p_state,
+        p_seq_lens, p_mode, p_counts, p_log_scale, p_fixed, p_reads, p_arrivals, None, p_params, p_state,
         p_state_rows, p_out, p_stats, p_counters, v_scale, sink, window, cap,
         at_context, at_read, at_outcome, at_budget, at_error,
         HKV, G, GP, WIDTH, D, DP, SPLITS, MOST, STATE, TARGET, False, TABLE, POINTS, PER_UNIT, COUNTERS_P, False,
@@ -116,7 +118,7 @@ def combine_fwd_kernel(
 @triton.jit
 def combine_round(
     rows, last, splits, p_outs, p_scalars, p_heads, p_seq_lens, p_mode, p_counts, p_log_scale, p_fixed, p_reads,
-    p_arrivals, p_params, p_state, p_state_rows, p_budget_edges, p_error_edges, p_out, p_stats, p_counters,
+    p_arrivals, p_plan, p_params, p_state, p_state_rows, p_budget_edges, p_error_edges, p_out, p_stats, p_counters,
     v_scale, sink, window, cap, at_context, at_read, at_outcome, at_budget, at_error,
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     SPLITS: tl.constexpr, MOST: tl.constexpr, STATE: tl.constexpr, TARGET: tl.constexpr,
@@ -133,7 +135,7 @@ def combine_round(
         if (mode >= DENSE) if EXACT else (mode == SAMPLED):
             combine_head(
                 item, mode, splits, last, budget_edges, error_edges, p_outs, p_scalars, p_heads, p_seq_lens, p_mode,
-                p_counts, p_log_scale, p_fixed, p_reads, p_arrivals, p_params, p_state, p_state_rows, p_out,
+                p_counts, p_log_scale, p_fixed, p_reads, p_arrivals, p_plan, p_params, p_state, p_state_rows, p_out,
                 p_stats, p_counters, v_scale, sink, window, cap, at_context, at_read, at_outcome, at_budget, at_error,
                 HKV, G, GP, WIDTH, D, DP, SPLITS, MOST, STATE, TARGET, EXACT, TABLE, POINTS, PER_UNIT,
                 COUNTERS_P, UNIFORM,
@@ -144,7 +146,7 @@ def combine_round(
 @triton.jit
 def combine_head(
     item, mode, splits, last, budget_edges, error_edges, p_outs, p_scalars, p_heads, p_seq_lens, p_mode, p_counts,
-    p_log_scale, p_fixed, p_reads, p_arrivals, p_params, p_state, p_state_rows, p_out, p_stats, p_counters,
+    p_log_scale, p_fixed, p_reads, p_arrivals, p_plan, p_params, p_state, p_state_rows, p_out, p_stats, p_counters,
     v_scale, sink, window, cap, at_context, at_read, at_outcome, at_budget, at_error,
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     SPLITS: tl.constexpr, MOST: tl.constexpr, STATE: tl.constexpr, TARGET: tl.constexpr,
@@ -156,13 +158,14 @@ def combine_head(
     # Loaded by every head, so that the last one, which decides, has not to wait for it.
     epsilon = tl.load(p_params)
     known = row_of_round(
-        i_row, splits, p_seq_lens, p_state_rows, p_log_scale, p_fixed, p_counts, p_reads, HKV, G, GP, MOST, EXACT
-    )
+        i_row, splits, p_seq_lens, p_state_rows, p_log_scale, p_fixed, p_counts, p_reads, p_plan,
+        HKV, G, GP, MOST, EXACT, UNIFORM,
+    )  # fmt: skip
     # All is loaded and merged before the mode is asked, which saves a trip to memory; a row that does not take part
     # merges what is not its own, and drops it.
     wanted = (mode >= DENSE) if EXACT else (mode == SAMPLED)
     width, guard, start, residual = merge_head(
-        i_row, i_head, splits, wanted, epsilon, p_outs, p_scalars, p_params, p_out, v_scale,
+        i_row, i_head, splits, wanted, epsilon, p_outs, p_scalars, p_fixed, p_params, p_out, v_scale,
         G, WIDTH, D, DP, SPLITS, TARGET, EXACT, TABLE, POINTS, PER_UNIT, UNIFORM,
     )  # fmt: skip
     if wanted:
@@ -191,13 +194,14 @@ def combine_head(
 
 @triton.jit
 def row_of_round(
-    i_row, splits, p_seq_lens, p_state_rows, p_log_scale, p_fixed, p_counts, p_reads,
+    i_row, splits, p_seq_lens, p_state_rows, p_log_scale, p_fixed, p_counts, p_reads, p_plan,
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, MOST: tl.constexpr, EXACT: tl.constexpr,
+    UNIFORM: tl.constexpr,
 ):  # fmt: skip
     """What a group decides by beside its heads' results.
 
-    Context, row of the state, log-scales and fixed masses of the heads; of every list its length and the expected one,
-    which are not summed here: what is loaded later would wait for that.
+    Context, row of the state, size of the top-k, log-scales and fixed masses of the heads; of every list its length and
+    the expected one, which are not summed here: what is loaded later would wait for that.
     """
     o_g = tl.arange(0, GP)
     o_m = tl.arange(0, MOST)
@@ -206,6 +210,7 @@ def row_of_round(
     return (
         tl.load(p_seq_lens + b).to(tl.int32),
         tl.load(p_state_rows + b),
+        tl.load(p_plan + i_row * NUM_PLANS + TOP_K) if UNIFORM else 0,
         # An earlier round of the same launch may have written it, on another multiprocessor.
         tl.load(p_log_scale + i_row * G + o_g, mask=o_g < G, other=0.0, cache_modifier=".cg"),
         tl.load(p_fixed + i_row * G + o_g, mask=o_g < G, other=0.0),
@@ -278,7 +283,7 @@ def merge_splits(
 
 @triton.jit
 def merge_head(
-    i_row, g, splits, wanted, epsilon, p_outs, p_scalars, p_params, p_out, v_scale,
+    i_row, g, splits, wanted, epsilon, p_outs, p_scalars, p_fixed, p_params, p_out, v_scale,
     G: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SPLITS: tl.constexpr,
     TARGET: tl.constexpr, EXACT: tl.constexpr, TABLE: tl.constexpr, POINTS: tl.constexpr, PER_UNIT: tl.constexpr,
     UNIFORM: tl.constexpr,
@@ -336,6 +341,8 @@ def merge_head(
     if TARGET == DENOMINATOR:
         size = size * 0.0 + 1.0
     log_mass = top * LN2 + tl.log(mass)
+    if EXACT:
+        residual = 1.0 - tl.exp(tl.minimum(tl.load(p_fixed + i_row * G + g) - log_mass, 0.0))
     share = epsilon * size / GUARD
     if TARGET > NUMERATOR:
         share = 0.5 * share
@@ -361,14 +368,15 @@ def settle_group(
 
     The next step's scale lies above what this one needed, never below the guard, and within the cap.
     """
-    n, request, used, fixed, counts, reads = known
+    n, request, top_k, used, fixed, counts, reads = known
     low = tl.minimum(sink, n)
     total = tl.maximum(n - window, low) - low
     fixed_tokens = n - total
     o_g = tl.arange(0, GP)
     m_g = o_g < G
     head = i_row * G + o_g
-    budget, read, expected = total, n, 0.1 * total.to(tl.float32)
+    top_k = tl.where(mode == EXHAUSTED, top_k, 0)
+    budget, read, expected = total - top_k, n, 0.1 * total.to(tl.float32)
     limit = epsilon * 0.0 + 60.0
     if not EXACT:
         budget = tl.sum(counts, 0)
@@ -406,7 +414,7 @@ def settle_group(
         short = tl.where(limit <= 0.02 + RETRY_AIM, CAPPED, UNCERTIFIED)
         close_group(
             i_row, mode, widths, residuals, following + fixed, expected, tl.where(widths <= epsilon, CERTIFIED, short),
-            n, request, low, total, 0, budget, read,
+            n, request, low, total, top_k, budget, read,
             p_mode, p_state, budget_edges, error_edges, p_stats, p_counters,
             at_context, at_read, at_outcome, at_budget, at_error,
             HKV, G, GP, STATE, COUNTERS_P,
@@ -430,9 +438,10 @@ def close_group(
     tl.store(state + STATE_CONTEXT, n.to(tl.float32) + following * 0.0, mask=m_g)
     tl.store(state + STATE_READS, expected + following * 0.0, mask=m_g)
 
-    is_dense = mode == DENSE
+    is_dense = (mode == DENSE) | (n <= 1)
     outcome = tl.where(is_dense, SERVED_DENSELY, outcome)
     budget = tl.where(is_dense, 0, budget)
+    residuals = tl.where(is_dense, 0.0, residuals)
     o_c = tl.arange(0, 8)
     density = read.to(tl.float32) / tl.maximum(n, 1).to(tl.float32)
     shared = tl.where(o_c == 0, density, tl.where(o_c == 1, budget.to(tl.float32), read.to(tl.float32)))

@@ -39,8 +39,8 @@ def splits_for(wanted, items, SPLITS: tl.constexpr, LEAST: tl.constexpr):
 def await_all(p_barrier):
     """Wait until every program of the launch has come here; what each has stored may then be loaded, past the L1 cache.
 
-    All programs must run at once, which `vattn_kernels.triton.layout.Launch` sees to. The barrier holds how many have
-    come, and how often all had.
+    All programs must run at once, which `vattn_kernels.triton.layout.finish_programs` sees to. The barrier holds how
+    many have come, and how often all had.
     """
     tl.debug_barrier()
     times = tl.atomic_add(p_barrier + 1, 0, sem="acquire")
@@ -60,7 +60,7 @@ def finish_fwd_kernel(
     p_heads, p_log_scale, p_fixed, p_reads, p_arrivals, p_params, p_state, p_state_rows, p_budget_edges, p_error_edges,
     p_out, p_stats, p_counters,
     sm_scale, v_scale, sink, window, seed, layer, rows, items, kv_stride, k_stride, code_head, norm_head, capacity,
-    cap, at_context, at_read, at_outcome, at_budget, at_error, p_valid, row_stride,
+    cap, at_context, at_read, at_outcome, at_budget, at_error, p_valid, row_stride, p_plan,
     HKV: tl.constexpr, G: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr,
     EXACT_BN: tl.constexpr, STAGES: tl.constexpr,
     SPLITS: tl.constexpr, LEAST: tl.constexpr, MOST: tl.constexpr, TARGET: tl.constexpr, WIDE: tl.constexpr,
@@ -104,8 +104,8 @@ def finish_fwd_kernel(
             await_all(p_barrier)
             combine_round(
                 rows, LAST if CAPPED else MAY_READ_ALL, splits, p_outs, p_scalars, p_heads, p_seq_lens, p_mode,
-                p_counts, p_log_scale, p_fixed, p_reads, p_arrivals, p_params, p_state, p_state_rows, p_budget_edges,
-                p_error_edges, p_out, p_stats, p_counters,
+                p_counts, p_log_scale, p_fixed, p_reads, p_arrivals, None, p_params, p_state, p_state_rows,
+                p_budget_edges, p_error_edges, p_out, p_stats, p_counters,
                 v_scale, sink, window, cap, at_context, at_read, at_outcome, at_budget, at_error,
                 HKV, G, GP, WIDTH, D, DP, SPLITS, MOST, STATE, TARGET, False, TABLE, POINTS, PER_UNIT,
                 BUDGET_EDGES, BUDGET_EDGES_P, ERROR_EDGES, ERROR_EDGES_P, COUNTERS_P, False,
@@ -129,8 +129,8 @@ def finish_fwd_kernel(
             await_all(p_barrier)
             combine_round(
                 rows, LAST, splits, p_outs, p_scalars, p_heads, p_seq_lens, p_mode, p_counts, p_log_scale, p_fixed,
-                p_reads, p_arrivals, p_params, p_state, p_state_rows, p_budget_edges, p_error_edges, p_out, p_stats,
-                p_counters,
+                p_reads, p_arrivals, p_plan, p_params, p_state, p_state_rows, p_budget_edges, p_error_edges, p_out,
+                p_stats, p_counters,
                 v_scale, sink, window, cap, at_context, at_read, at_outcome, at_budget, at_error,
                 HKV, G, GP, WIDTH, D, DP, SPLITS, MOST, STATE, TARGET, True, TABLE, POINTS, PER_UNIT,
                 BUDGET_EDGES, BUDGET_EDGES_P, ERROR_EDGES, ERROR_EDGES_P, COUNTERS_P, UNIFORM,

@@ -80,9 +80,9 @@ LEAST_ROWS: Final = 1024
 class Launch:
     """How kernels are launched; the figures behind the choices are in ``kernels/benchmarks/RESULTS.md``.
 
-    ``tail_items`` are about how many splits of the rows that are open the rounds after the first make; two of their
-    programs run at once on a multiprocessor from ``finish_shared`` bytes on. A warp merges ``combine_splits`` splits.
-    ``overlap`` is off only to time or compare launches one by one, see `launches_overlap`.
+    ``tail_items`` are about how many splits of the rows that are open the rounds after the first make; tiles of exact
+    attention have ``exact_tile`` numbers at most; a warp merges ``combine_splits`` splits. ``overlap`` is off only to
+    time or compare launches one by one, see `launches_overlap`.
     """
 
     programs: int = 1024
@@ -95,9 +95,8 @@ class Launch:
     attend_registers: int | None = 168
     combine_splits: int = 16
     uniform_warps: int = 8
-    exact_block: int = 128
+    exact_tile: int = 128 * 128
     exact_stages: int = 3
-    finish_shared: int = 160 << 10
 
 
 LAUNCH: Final = Launch()
@@ -131,28 +130,31 @@ def attend_registers(width: int, head_dim: int) -> int | None:
     return LAUNCH.attend_registers if width * head_dim <= 16 * 128 else None
 
 
+def exact_block(head_dim: int) -> int:
+    """Tokens of a tile of exact attention."""
+    return min(128, LAUNCH.exact_tile // head_dim)
+
+
+def finish_shared(head_dim: int) -> int:
+    """Bytes of a multiprocessor that hold two programs of ``finish``, with what CUDA keeps for each."""
+    return (164 if head_dim <= 128 else 171) << 10
+
+
 def finish_programs(device: torch.device, head_dim: int) -> int:
-    """Programs of ``finish`` that run at once on a multiprocessor: as many as its memory holds tiles of."""
-    return 2 if head_dim <= 128 and _shared_memory(device) >= LAUNCH.finish_shared else 1
+    """Programs of ``finish`` that run at once on a multiprocessor: as many as its memory holds, see `carveout`."""
+    return 2 if shared_memory(device) >= finish_shared(head_dim) else 1
 
 
 @functools.cache
-def _shared_memory(device: torch.device) -> int:
-    """Bytes of a GPU's multiprocessor; 0 elsewhere."""
-    return torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor if device.type == "cuda" else 0
-
-
-def carveout_holds(device: torch.device, percent: int) -> bool:
-    """Whether so much of its shared memory holds what runs at once on a multiprocessor, see `finish_programs`.
+def shared_memory(device: torch.device) -> int:
+    """Bytes of a multiprocessor of a GPU; 0 elsewhere.
 
     Parameters
     ----------
     device : torch.device
         Where the cache lives.
-    percent : int
-        Share of the multiprocessor's shared memory.
     """
-    return _shared_memory(device) * percent // 100 >= LAUNCH.finish_shared
+    return torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor if device.type == "cuda" else 0
 
 
 def one_warp_attends(dtype: torch.dtype, head_dim: int, group: int) -> bool:
@@ -237,7 +239,7 @@ class Workspace:
     arrivals : torch.Tensor
         int32 ``[rows]``, heads of a row that are done; 0 between launches.
     used : torch.Tensor
-        int32 ``[1]``, splits a row in the round that is under way, after the first.
+        int32 ``[1]``, splits a row that is read whole.
     listed : torch.Tensor
         int32 ``[rows, MOST_SPLITS]``, 1 once the first round has selected a split, see `await_signals`.
     attended : torch.Tensor

@@ -35,7 +35,7 @@ def prepare_fwd_kernel(
     sm_scale, k_scale, floor, sink, window, dense_below, pilot_min, kv_stride, k_stride,
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr,
     C: tl.constexpr, CODES: tl.constexpr, F: tl.constexpr, WIDTH: tl.constexpr, MOST_AGE: tl.constexpr,
-    SELECTOR: tl.constexpr, SIGNALS: tl.constexpr, DEPENDENT: tl.constexpr,
+    SELECTOR: tl.constexpr, UNIFORM: tl.constexpr, SIGNALS: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Two programs a row, because neither half waits for the other: the fixed set with the mode, and the query."""
     # What comes next loads before it waits what a step only reads, and what is not ours may still write it.
@@ -85,7 +85,9 @@ def prepare_fwd_kernel(
         age = n - learnt.to(tl.int32)
         known = tl.min(((learnt > 0) & (age >= 0) & (age <= MOST_AGE) | (o_g >= G)).to(tl.int32), 0)
         sampled = (n >= dense_below) & (n <= covered) & (total > 2 * pilot_min) & (known > 0)
-        tl.store(p_mode + i_row, tl.where(sampled, SAMPLED, DENSE))
+        # A padded row goes through the first round with nothing listed, so that `finish` finds nothing to do.
+        is_padded = (n <= 1) & (not UNIFORM)
+        tl.store(p_mode + i_row, tl.where(sampled | is_padded, SAMPLED, DENSE))
     elif SELECTOR != SKETCH:
         q = tl.load(p_own_q, mask=m_q, other=0.0)
         reads = tl.max(tl.load(state + STATE_READS, mask=m_g, other=0.0), 0)

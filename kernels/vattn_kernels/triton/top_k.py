@@ -131,6 +131,7 @@ def top_k_fwd_kernel(
     first = tl.maximum(tl.ceil(pilot * total.to(tl.float32) * (1.0 - WHOLE)).to(tl.int32), pilot_min)
     size = tl.minimum(first, total - top_k)
     border = splits_of_members(top_k, size, capacity // (SPLITS * LISTS), SPLITS)
+    tl.store(p_plan + i_row * NUM_PLANS + TOP_K, top_k)
     if (size == 0) | (border < 0):
         tl.store(p_mode + i_row, EXHAUSTED)
         return
@@ -166,7 +167,6 @@ def top_k_fwd_kernel(
     p_row = p_plan + i_row * NUM_PLANS
     tl.store(p_row + THRESHOLD, threshold.to(tl.int32, bitcast=True))
     tl.store(p_row + LAST_TIE, last_tie)
-    tl.store(p_row + TOP_K, top_k)
     tl.store(p_row + SAMPLE_SIZE, size)
     tl.store(p_row + SPLIT_BORDER, border)
     tl.store(p_row + CUT_HEADS, 0)

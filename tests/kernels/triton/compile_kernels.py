@@ -65,7 +65,7 @@ def shapes(arch: int, dtype: str, cache: str, head_dim: int, group: int, words: 
     attend = {"BN": launch.attend_block, "WIDE": dtype == "fp16"}
     yield prepare_fwd_kernel, launch.prepare_warps, common | {
         "GP": max(16, padded), "R": head_dim, "C": coded, "CODES": 4 * groups, "F": launch.prepare_block, "WIDTH": 4,
-        "MOST_AGE": 64, "SELECTOR": 0,
+        "MOST_AGE": 64, "SELECTOR": 0, "UNIFORM": False,
     }  # fmt: skip
     warps = layout.LISTS.value
     few = {"LEAST": layout.LEAST_SPLITS, "ROWS_P": 128}
@@ -79,7 +79,8 @@ def shapes(arch: int, dtype: str, cache: str, head_dim: int, group: int, words: 
         yield attend_fwd_kernel, warps, merge | attend
     yield combine_fwd_kernel, 1, merge
     yield finish_fwd_kernel, warps, merge | sketch | attend | few | {
-        "EXACT_BN": launch.exact_block, "STAGES": launch.exact_stages, "CAPPED": False, "UNIFORM": False, "AUDIT": False
+        "EXACT_BN": layout.exact_block(power), "STAGES": launch.exact_stages, "CAPPED": False, "UNIFORM": False,
+        "AUDIT": False, "p_plan": None,
     }  # fmt: skip
     yield rank_fwd_kernel, warps, merge | sketch
     yield top_k_fwd_kernel, launch.uniform_warps, merge
@@ -163,8 +164,8 @@ def type_of(name: str, kernel, dtype: str, cache: str, selector: str) -> str:
 def main() -> None:
     models = (
         ("bf16", "bf16", 128, 4, 2), ("bf16", "bf16", 64, 3, 2), ("fp16", "fp16", 96, 1, 4),
-        ("bf16", "bf16", 256, 16, 2), ("bf16", "bf16", 128, 8, 4), ("bf16", "fp8e5", 128, 4, 2),
-        ("bf16", "fp8e4nv", 128, 4, 2), ("fp16", "fp8e4nv", 96, 1, 4),
+        ("bf16", "bf16", 256, 16, 2), ("bf16", "bf16", 128, 8, 4), ("bf16", "bf16", 128, 16, 2),
+        ("bf16", "fp8e5", 128, 4, 2), ("bf16", "fp8e4nv", 128, 4, 2), ("fp16", "fp8e4nv", 96, 1, 4),
     )  # fmt: skip
     for arch in (80, 90):
         for model in models[: int(sys.argv[1])] if sys.argv[1:] else models:
@@ -183,9 +184,12 @@ def main() -> None:
                 aligned = {
                     (i,): [["tt.divisibility", 16]]
                     for i, name in enumerate(kernel.arg_names)
-                    if name.startswith("p_")
-                    or name.endswith("_stride")
-                    or (name == "code_head" and selector in ROWS_OF_NUMBERS)
+                    if name not in constants
+                    and (
+                        name.startswith("p_")
+                        or name.endswith("_stride")
+                        or (name == "code_head" and selector in ROWS_OF_NUMBERS)
+                    )
                 }
                 kind = GluonASTSource if kernel.is_gluon() else ASTSource
                 source = kind(kernel, signature, constants, aligned)

@@ -324,6 +324,21 @@ def test_rows_that_draw_again_and_rows_that_are_read_whole_share_a_launch(cap, o
 
 
 @pytest.mark.parametrize("heads", HEADS)
+def test_a_padded_row_leaves_nothing_to_finish(heads):
+    case = Step(batch=3, context=500, num_qo_heads=heads[0], num_kv_heads=heads[1], epsilon=0.9)
+    case.learnt(2.0)
+    case.state[case.state_rows[1]] = 0.0
+    case.seq_lens[1] = 1
+    used = case.workspace().used.fill_(-1)
+    out, stats, counters = case.run()
+    assert used == -1
+    first = case.v_cache[case.kv_indices[1, 0].long()].repeat_interleave(heads[0] // heads[1], 0)
+    torch.testing.assert_close(out[1], first, rtol=1e-5, atol=1e-6)
+    assert (stats[1, :, 0] == 1).all() and (stats[1, :, 3] == ops.OUTCOMES.index("dense")).all()
+    assert counters[OFFSETS[2] : OFFSETS[3]].sum() == 2 * heads[0]
+
+
+@pytest.mark.parametrize("heads", HEADS)
 def test_an_audit_counts_the_true_errors(heads):
     # What the cap cuts violates epsilon here and there.
     case = Step(

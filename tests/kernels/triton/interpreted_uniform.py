@@ -46,6 +46,13 @@ def agrees(case):
     return out, stats, counters
 
 
+def assert_counted(case, stats, counters):
+    """What the statistics say of each head's top-k and sample stands in the counters."""
+    budget, read = stats[..., 1].double(), stats[..., 4].double()
+    assert counters[OFFSETS[1] + 2] == (read - budget - FIXED).sum()
+    assert counters[OFFSETS[1] + 3] == counters[OFFSETS[3]] == budget.sum()
+
+
 def members(case, request, head):
     """Positions in the range of the top-k and of the sample, from the lists of the last step."""
     slots, pi = case.lists(request, head)
@@ -89,17 +96,19 @@ def test_the_cap_is_told_head_by_head():
 @pytest.mark.parametrize("settings", [{"top_k_share": 1.0}, {"top_k_count": 10**6}, {"pilot": 1.0}], ids=str)
 def test_nothing_is_left_to_sample(settings):
     case = uniform(settings=settings, context=500, num_qo_heads=4)
-    out, stats, _ = case.run()
+    out, stats, counters = agrees(case)
     assert case.errors(out).max() < 2e-5
     assert (stats[..., 0] == 1).all() and (stats[..., 2] == 0).all() and (stats[..., 4] == 500).all()
     assert (stats[..., 3] == ops.OUTCOMES.index("certified")).all()
+    assert_counted(case, stats, counters)
 
 
 def test_a_bound_that_asks_for_everything_reads_it():
     case = uniform(context=500, num_qo_heads=4, epsilon=1e-6)
-    out, stats, _ = case.run()
+    out, stats, counters = agrees(case)
     assert case.errors(out).max() < 2e-5
     assert (stats[..., 0] == 1).all() and (stats[..., 3] == ops.OUTCOMES.index("certified")).all()
+    assert_counted(case, stats, counters)
 
 
 def test_of_tokens_that_tie_the_first_are_the_top_k():

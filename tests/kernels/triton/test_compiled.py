@@ -27,8 +27,8 @@ MOST_REGISTERS = {
     "list_fwd_kernel": 96, "budget_fwd_kernel": 255,
 }  # fmt: skip
 MOST_SHARED = 164 * 1024
-# Of a multiprocessor.
-REGISTERS = 65536
+# Of a multiprocessor: registers, and shared memory of the one that has least, sm_86; CUDA keeps some for each program.
+REGISTERS, SMALLEST, KEPT = 65536, 100 << 10, 1 << 10
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def rows():
     return [json.loads(line) for line in run.stdout.splitlines()]
 
 
-@pytest.mark.parametrize(("arch", "count", "caches"), [(80, 6, {"fp8e5"}), (90, 8, {"fp8e5", "fp8e4nv"})])
+@pytest.mark.parametrize(("arch", "count", "caches"), [(80, 7, {"fp8e5"}), (90, 9, {"fp8e5", "fp8e4nv"})])
 def test_every_kernel_compiles(rows, arch, count, caches):
     built = [r for r in rows if r["arch"] == arch and r["selector"] == "sketch"]
     models = {(r["dtype"], r["cache"], r["head_dim"], r["group"], r["words"]) for r in built}
@@ -50,12 +50,11 @@ def test_every_kernel_compiles(rows, arch, count, caches):
 
 
 def test_programs_that_wait_for_each_other_run_at_once(rows):
-    """As many a multiprocessor as `layout.finish_programs` says; more would wait for ever."""
+    """Two a multiprocessor where `layout.finish_programs` says so, else one; more would wait for ever."""
     for row in (r for r in rows if r["kernel"] == "finish_fwd_kernel"):
-        each = 2 if row["head_dim"] <= 128 else 1
-        registers = -(-row["registers"] // 8) * 8
-        assert registers * row["threads"] * each <= REGISTERS, row
-        assert row["shared"] * each <= layout.LAUNCH.finish_shared, row
+        assert 2 * (row["shared"] + KEPT) <= layout.finish_shared(row["head_dim"]), row
+        assert row["shared"] + KEPT <= SMALLEST, row
+        assert 2 * row["threads"] * MOST_REGISTERS["finish_fwd_kernel"] <= REGISTERS, row
 
 
 def test_kernels_of_the_main_shape_fit(rows):
