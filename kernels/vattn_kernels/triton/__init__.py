@@ -241,8 +241,7 @@ def decode(
         if layout.gluon_serves(q.device) and is_sketch and layout.tensor_cores_score(group, words):
             select_lists_fwd_kernel[(rows * splits,)](
                 *score, HKV=num_kv_heads, G=group, SPLITS=splits, TARGET=target_id, **sketch, **signals,
-                num_warps=warps,
-                maxnreg=layout.select_registers(group, words),
+                num_warps=warps, maxnreg=layout.select_registers(group, words),
             )  # fmt: skip
         else:
             select_fwd_kernel[(rows * splits,)](
