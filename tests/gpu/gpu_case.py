@@ -61,11 +61,13 @@ class GpuCase(DecodeCase):
         ops.decode(*arguments, **(self.step | settings), state=self.state, state_rows=self.state_rows)
         return arguments[-4], arguments[-3], arguments[-2]
 
+    def workspace(self):
+        padded_dim, max_len = 1 << (self.head_dim - 1).bit_length(), self.kv_indices.shape[1]
+        return layout.workspace(self.q.device, self.batch, max_len, self.num_qo_heads, self.num_kv_heads, padded_dim)
+
     def lists(self):
         """Which slots every row's last round listed, and their inclusion probabilities, 0 elsewhere."""
-        rows, max_len = self.batch * self.num_kv_heads, self.kv_indices.shape[1]
-        padded_dim = 1 << (self.head_dim - 1).bit_length()
-        work = layout.workspace(self.q.device, self.batch, max_len, self.num_qo_heads, self.num_kv_heads, padded_dim)
+        rows, max_len, work = self.batch * self.num_kv_heads, self.kv_indices.shape[1], self.workspace()
         splits, lists = layout.splits_of(rows), layout.LISTS.value
         pi = torch.zeros(rows, self.k_cache.shape[0], device="cuda")
         of_row = layout.capacity(rows, max_len)

@@ -71,7 +71,9 @@ def test_a_padded_row_is_its_one_token(dtype):
     c.learnt(2.0)
     c.state[1] = 0.0
     c.seq_lens[1] = 1
+    used = c.workspace().used.fill_(-1)
     out, stats, _ = c.run()
+    assert used == -1
     assert torch.equal(out[1], c.v_cache[c.kv_indices[1, 0].long()].repeat_interleave(4, 0))
     assert (stats[1, :, 0] == 1).all() and (stats[1, :, 3] == ops.OUTCOMES.index("dense")).all()
     assert (stats[[0, 2], :, 0] < 1).all() and torch.isfinite(out).all()

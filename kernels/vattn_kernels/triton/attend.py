@@ -17,6 +17,7 @@ from vattn_kernels.triton.layout import (
     SQUARE,
     await_signals,
     begin_next,
+    sampled_range,
     signal,
 )
 
@@ -85,8 +86,7 @@ def attend_list(
             borders = borders + (count,)
             jumps = jumps + (span - own,)
     if not listed:
-        low = tl.minimum(sink, n)
-        high = tl.maximum(n - window, low)
+        low, high = sampled_range(n, sink, window)
         count = low + n - high
         p_list = p_kv_indices + b.to(tl.int64) * kv_stride
         borders = (low, count, count)

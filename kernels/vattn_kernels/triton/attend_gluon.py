@@ -24,6 +24,7 @@ from vattn_kernels.triton.layout import (
     SQUARE,
     await_signals,
     begin_next,
+    sampled_range,
     signal,
 )
 
@@ -97,8 +98,7 @@ def attend_lists_fwd_kernel(
     slot = gl.load(p_list + i_first * span + o_t, mask=o_t < gl.where(listed, TILE, n), other=0)
     mode = gl.load(p_mode + i_row)
     # Sink and window are two lists.
-    low = gl.minimum(sink, n)
-    high = gl.maximum(n - window, low)
+    low, high = sampled_range(n, sink, window)
     borders = ()
     jumps = ()
     total = 0

@@ -31,6 +31,8 @@ from vattn_kernels.triton.layout import (
     TOP_K,
     await_signals,
     begin_next,
+    is_padding,
+    sampled_range,
 )
 
 LN2 = tl.constexpr(0.6931471805599453)
@@ -369,8 +371,8 @@ def settle_group(
     The next step's scale lies above what this one needed, never below the guard, and within the cap.
     """
     n, request, top_k, used, fixed, counts, reads = known
-    low = tl.minimum(sink, n)
-    total = tl.maximum(n - window, low) - low
+    low, high = sampled_range(n, sink, window)
+    total = high - low
     fixed_tokens = n - total
     o_g = tl.arange(0, GP)
     m_g = o_g < G
@@ -438,7 +440,8 @@ def close_group(
     tl.store(state + STATE_CONTEXT, n.to(tl.float32) + following * 0.0, mask=m_g)
     tl.store(state + STATE_READS, expected + following * 0.0, mask=m_g)
 
-    is_dense = (mode == DENSE) | (n <= 1)
+    # A padded row went through the first round, and is told as what it is, read whole.
+    is_dense = (mode == DENSE) | is_padding(n)
     outcome = tl.where(is_dense, SERVED_DENSELY, outcome)
     budget = tl.where(is_dense, 0, budget)
     residuals = tl.where(is_dense, 0.0, residuals)
@@ -476,5 +479,4 @@ def count_group(
         entries += hits(o_c, at_error + 1 + bucket_of(error_edges, widths), m_g)
         sums = tl.where(o_c == at_error, tl.sum(tl.where(m_g, widths, 0.0), 0), 0.0)
     row = (tokens * G + entries).to(tl.float64) + sums.to(tl.float64)
-    # A padded row has no token, or the one that a graph runner fills in; a request that decodes has two at least.
-    tl.atomic_add(p_counters + o_c, row, mask=(row != 0.0) & (n > 1), sem="relaxed")
+    tl.atomic_add(p_counters + o_c, row, mask=(row != 0.0) & (not is_padding(n)), sem="relaxed")

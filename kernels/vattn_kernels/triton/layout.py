@@ -403,6 +403,19 @@ def workspace(
 
 
 @triton.jit
+def sampled_range(n, sink, window):
+    """First position behind the sink, and first of the window: what is drawn from lies between them."""
+    low = tl.minimum(sink, n)
+    return low, tl.maximum(n - window, low)
+
+
+@triton.jit
+def is_padding(n):
+    """Whether a row has one token or none: a graph runner fills a batch with such, a request that decodes has two."""
+    return n <= 1
+
+
+@triton.jit
 def begin_next(DEPENDENT: tl.constexpr):
     """Let the next launch's programs start once all of this launch have: each runs up to its `await_last`."""
     if DEPENDENT:

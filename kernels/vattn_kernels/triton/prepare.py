@@ -19,6 +19,8 @@ from vattn_kernels.triton.layout import (
     UNIT,
     await_last,
     begin_next,
+    is_padding,
+    sampled_range,
 )
 
 LEAST_CODING = tl.constexpr(1e-6)
@@ -44,8 +46,8 @@ def prepare_fwd_kernel(
     i_row = tl.program_id(0) // 2
     b, h = i_row // HKV, i_row % HKV
     n = tl.load(p_seq_lens + b).to(tl.int32)
-    low = tl.minimum(sink, n)
-    total = tl.maximum(n - window, low) - low
+    low, high = sampled_range(n, sink, window)
+    total = high - low
     o_g = tl.arange(0, GP)
     m_g = o_g < G
     head = i_row * G + o_g
@@ -86,8 +88,8 @@ def prepare_fwd_kernel(
         known = tl.min(((learnt > 0) & (age >= 0) & (age <= MOST_AGE) | (o_g >= G)).to(tl.int32), 0)
         sampled = (n >= dense_below) & (n <= covered) & (total > 2 * pilot_min) & (known > 0)
         # A padded row goes through the first round with nothing listed, so that `finish` finds nothing to do.
-        is_padded = (n <= 1) & (not UNIFORM)
-        tl.store(p_mode + i_row, tl.where(sampled | is_padded, SAMPLED, DENSE))
+        ends_early = is_padding(n) & (not UNIFORM)
+        tl.store(p_mode + i_row, tl.where(sampled | ends_early, SAMPLED, DENSE))
     elif SELECTOR != SKETCH:
         q = tl.load(p_own_q, mask=m_q, other=0.0)
         reads = tl.max(tl.load(state + STATE_READS, mask=m_g, other=0.0), 0)
@@ -107,9 +109,9 @@ def prepare_fwd_kernel(
         # Else the compiler waits for some of it before it asks for the rest.
         tl.debug_barrier()
         # A query of 16 bits is exact in tf32, so two products give all bits of the table but the last.
-        high = (first.to(tl.int32, bitcast=True) & TF32).to(tl.float32, bitcast=True)
-        t = tl.dot(qf, high, input_precision="tf32")  # [GP, C]
-        t = tl.dot(qf, first - high, t, input_precision="tf32")
+        upper = (first.to(tl.int32, bitcast=True) & TF32).to(tl.float32, bitcast=True)
+        t = tl.dot(qf, upper, input_precision="tf32")  # [GP, C]
+        t = tl.dot(qf, first - upper, t, input_precision="tf32")
         weight = tl.where((field_width > 0)[None, :], sm_scale * t * step[None, :], 0.0)
         unit = tl.maximum(tl.max(tl.max(tl.abs(weight), 1), 0) / 127.0, LEAST_STEP)
         code = tl.floor(weight / unit + 0.5)

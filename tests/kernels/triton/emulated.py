@@ -183,8 +183,10 @@ def test_rows_that_are_not_sampled_end_at_once_and_signal(emulated):
 def test_a_padded_row_is_its_one_token(emulated):
     case = case_of((4, 2), 64, 600)
     case.seq_lens[1] = 1
+    used = case.workspace().used.fill_(-1)
     kernels = emulated()
     out, stats, _ = case.run()
+    assert used == -1
     assert [kernel.launches for kernel in kernels] == [1, 1]
     first = case.v_cache[case.kv_indices[1, 0].long()].repeat_interleave(2, 0)
     assert torch.equal(out[1], first)

@@ -54,7 +54,8 @@ def test_programs_that_wait_for_each_other_run_at_once(rows):
     for row in (r for r in rows if r["kernel"] == "finish_fwd_kernel"):
         assert 2 * (row["shared"] + KEPT) <= layout.finish_shared(row["head_dim"]), row
         assert row["shared"] + KEPT <= SMALLEST, row
-        assert 2 * row["threads"] * MOST_REGISTERS["finish_fwd_kernel"] <= REGISTERS, row
+        registers = -(-row["registers"] // 8) * 8
+        assert 2 * registers * row["threads"] <= REGISTERS, row
 
 
 def test_kernels_of_the_main_shape_fit(rows):
