@@ -321,6 +321,14 @@ def test_kernels_share_one_carveout():
             assert found.value == wanted
 
 
+def test_programs_that_could_not_run_at_once_are_refused_not_awaited(monkeypatch):
+    c = case(64, 1000, 8, 2, 128)
+    c.run()
+    monkeypatch.setattr(layout, "programs_at_once", lambda device, each: 1 << 20)
+    with pytest.raises(RuntimeError, match="cooperative"):
+        c.run()
+
+
 OTHERS = pytest.mark.parametrize("selector", ops.SELECTORS[1:])
 # Only signatures have bits.
 DRAWN = [("oracle", 64), ("quest", 64), *((name, bits) for name in ("sign", "hash") for bits in (32, 64, 128))]

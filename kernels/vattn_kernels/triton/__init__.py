@@ -9,9 +9,9 @@ as what it needs of the launch ahead is there (`layout.await_signals`).
 
 Sampler ``uniform`` takes other launches between the first and the last: ``rank`` and ``top_k``, then ``list``,
 ``attend`` and ``budget`` for the pilot, and the same for the budget. They wait for each other, and for speed it has no
-claim. Its ranks divide a head's scores by its mass of the last step, where the reference takes this step's estimate, so
-a request's first step is read whole; and what its lists do not hold, top-k and sample each in splits of their own, is
-read whole whatever the cap.
+claim. Its ranks divide a head's scores by the mass that sink and window promise, by their share of it in the last step,
+where the reference takes this step's estimate, so a request's first step is read whole; and what its lists do not hold,
+top-k and sample each in splits of their own, is read whole whatever the cap.
 """
 
 from __future__ import annotations
@@ -188,7 +188,7 @@ def decode(
             *counter_offsets[:5], side.valid, side.row_stride, plan, **merge, **sketch, **attend, **choice,
             **follow, SPLITS=tail, LEAST=layout.LEAST_SPLITS, ROWS_P=layout.padded_rows(rows),
             EXACT_BN=layout.exact_block(padded_dim), STAGES=launch.exact_stages, CAPPED=cap < 1, UNIFORM=is_uniform,
-            AUDIT=is_audit, DP4A=q.is_cuda,
+            AUDIT=is_audit, DP4A=q.is_cuda, launch_cooperative_grid=True,
         )  # fmt: skip
 
     is_aligned = k_cache.data_ptr() % 16 == 0 and v_cache.data_ptr() % 16 == 0

@@ -45,7 +45,7 @@ def share(kernels: Iterable[Any]) -> None:
     Raises
     ------
     RuntimeError
-        When a kernel is loaded, if CUDA refuses: ``finish`` would wait for programs that never run.
+        When a kernel is loaded, if CUDA refuses: programs of ``finish`` that wait for each other would not fit.
     """
     names = {kernel.fn.__name__ for kernel in kernels}
 
@@ -56,8 +56,8 @@ def share(kernels: Iterable[Any]) -> None:
         error = ctypes.CDLL("libcuda.so.1").cuFuncSetAttribute(ctypes.c_void_p(function), ATTRIBUTE, percent)
         if error:
             raise RuntimeError(
-                f"vattn: CUDA answered {error}, expected 0, when {name} asked for {percent} % of shared memory: its "
-                "programs would wait for others for ever. Check the driver's version"
+                f"vattn: CUDA answered {error}, expected 0, when {name} asked for {percent} % of shared memory, which "
+                "programs that wait for each other need. Check the driver's version"
             )
 
     knobs.runtime.kernel_load_end_hook.add(loaded)

@@ -39,8 +39,8 @@ def splits_for(wanted, items, SPLITS: tl.constexpr, LEAST: tl.constexpr):
 def await_all(p_barrier):
     """Wait until every program of the launch has come here; what each has stored may then be loaded, past the L1 cache.
 
-    All programs must run at once, which `vattn_kernels.triton.layout.finish_programs` sees to. The barrier holds how
-    many have come, and how often all had.
+    All programs must run at once: the launch is a cooperative one, which CUDA refuses where they cannot. The barrier
+    holds how many have come, and how often all had.
     """
     tl.debug_barrier()
     times = tl.atomic_add(p_barrier + 1, 0, sem="acquire")
