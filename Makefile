@@ -12,7 +12,9 @@ PYTEST_ARGS ?=
 SGLANG_VERSIONS ?= 0.5.17 0.5.23
 GPU_PYTHON ?= $(BIN)/python
 SANITIZER_TOOLS ?= memcheck racecheck
-SANITIZED ?= not 128k and not chance and not byte_products
+SANITIZER_JOBS ?= 4
+SANITIZED ?= not 128k and not chance and not byte_products and not refused_not_awaited
+SANITIZED_FILES := tests/gpu/test_kernels.py tests/gpu/test_uniform.py
 LOAD_HOST ?= http://127.0.0.1:30000
 APT = DEBIAN_FRONTEND=noninteractive apt-get -q -y
 
@@ -40,11 +42,13 @@ test-sglang-%: requirements/sglang-%.txt
 test-gpu: ## kernels and servers on a GPU (GPU_PYTHON=python3, TEST_GPU_MODEL=folder of a converted model)
 	@$(GPU_PYTHON) -m pytest -m gpu tests/gpu $(PYTEST_ARGS)
 
-sanitize: $(SANITIZER_TOOLS:%=sanitize-%) ## the GPU kernels under compute-sanitizer (PYTEST_ARGS="-n 6" where pytest-xdist is)
+sanitize: $(SANITIZER_TOOLS:%=sanitize-%) ## the GPU kernels under compute-sanitizer, eight tests a process (SANITIZER_JOBS=16)
 
 sanitize-%:
-	@PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $* --target-processes all --error-exitcode 9 \
-	    $(GPU_PYTHON) -m pytest -m gpu -q -k "$(SANITIZED)" tests/gpu/test_kernels.py tests/gpu/test_uniform.py $(PYTEST_ARGS)
+	@tests=$$($(GPU_PYTHON) -m pytest --collect-only -q -m gpu -k "$(SANITIZED)" $(SANITIZED_FILES)) || { echo "$$tests"; exit 1; }; \
+	tests=$$(echo "$$tests" | grep ::); echo "== $*: $$(echo "$$tests" | wc -l) tests"; \
+	echo "$$tests" | PYTORCH_NO_CUDA_MEMORY_CACHING=1 xargs -d '\n' -n 8 -P $(SANITIZER_JOBS) \
+	    compute-sanitizer --tool $* --error-exitcode 9 $(GPU_PYTHON) -m pytest -m gpu -q $(PYTEST_ARGS)
 
 prove: env ## violations of delta by sampler, target, bound and population; writes docs/proof.md
 	@$(BIN)/python -m vattn_sgl.eval.prove $(PROVE_ARGS)
