@@ -160,6 +160,37 @@ def test_the_top_k_have_the_largest_estimates(selector):
             assert logits[0, SINK + top_k].mean() > logits[0, SINK:-WINDOW].mean()
 
 
+def test_a_query_unlike_the_last_one_is_ranked_by_what_sink_and_window_held_of_that_ones_mass():
+    case = uniform(context=700, settings={"top_k_count": 40})
+    places = [(request, head) for request in range(case.batch) for head in range(case.num_kv_heads)]
+
+    def masses(place):
+        logits, _ = case.logits(*place)
+        fixed = torch.cat([logits[:, :SINK], logits[:, -WINDOW:]], 1)
+        return logits.logsumexp(1), fixed.logsumexp(1)
+
+    last = {place: masses(place) for place in places}
+    case.q = 2 * case.q.roll(1, 1)
+    case.run()
+    unmoved = 0
+    for place in places:
+        logits, (whole, fixed) = case.logits(*place)[0][:, SINK:-WINDOW], masses(place)
+        predicted = last[place][0] - last[place][1] + fixed
+        ranked, by_its_own = (
+            (logits - mass[:, None]).amax(0).topk(40).indices.sort().values for mass in (predicted, whole)
+        )
+        top_k, _ = members(case, *place)
+        assert torch.equal(top_k.sort().values, ranked)
+        unmoved += int(torch.equal(ranked, by_its_own))
+    assert unmoved < len(places)
+
+
+def test_a_head_alone_ranks_any_query_like_the_reference():
+    case = uniform(context=700, num_qo_heads=2, num_kv_heads=2, epsilon=0.3)
+    case.q = 2 * case.q.roll(1, 1)
+    agrees(case)
+
+
 @pytest.mark.parametrize("selector", ["sketch", "quest"])
 def test_what_has_no_usable_side_data_is_sampled_and_no_member(selector):
     case = uniform(selector, context=700, num_qo_heads=2, settings={"pilot": 0.4})
