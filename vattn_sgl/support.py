@@ -15,8 +15,6 @@ from vattn_sgl.config import Settings
 
 DENSE_ADVICE = "serve this model with another --attention-backend"
 DEVICES = ("cpu", "cuda")
-# Of the ops' samplers those that a server has served on a GPU; others wait for that.
-TRIED_SAMPLERS = ("proportional",)
 # Values of --kv-cache-dtype.
 CACHE_NAMES = ("auto", "bfloat16", "bf16", "float32")
 GPU_CACHE_NAMES = ("auto", "bfloat16", "bf16", "fp8_e4m3", "fp8_e5m2")
@@ -150,8 +148,6 @@ def gpu_reasons(args: Any, settings: Settings) -> Iterator[str]:
         In force at start.
     """
     here = "the GPU kernels of this version"
-    if settings.sampler not in TRIED_SAMPLERS:
-        yield f"sampler {settings.sampler}: no server has tried it on a GPU yet; set sampler to {TRIED_SAMPLERS[0]}"
     if settings.group_score != "max":
         yield f"group_score {settings.group_score}: {here} share scores by their maximum; set group_score to max"
     if settings.effective_bound == "bernstein":
