@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+
+import pytest
 import torch
 from decode_case import DecodeCase
 
@@ -11,6 +14,8 @@ from vattn_kernels.triton import layout
 # Rounding of bf16 outputs, which a relative error of a whole head feels by its root mean square.
 ROUNDING = 5e-3
 BF16, FP16 = torch.bfloat16, torch.float16
+# Dtype of a cache, and the scales of its keys and values; powers of two, which round nothing.
+FP8 = [(torch.float8_e4m3fn, 0.5, 2.0), (torch.float8_e5m2, 2.0, 0.25)]
 
 
 def by_head(side):
@@ -85,3 +90,22 @@ def case(batch, context, heads, kv_heads, head_dim, dtype=BF16, **options):
         batch=batch, context=context, num_qo_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim, dtype=dtype,
         **options,
     )  # fmt: skip
+
+
+def with_fp8_cache(dtype, k_scale, v_scale, shape, **options):
+    """A case with a scaled fp8 cache, and the same with one of q's dtype that holds what the first stands for."""
+    least = ops.GPU_CACHE_CAPABILITY.get(dtype, (0, 0))
+    if torch.cuda.get_device_capability() < least:
+        pytest.skip(f"{dtype} takes compute capability {least}")
+    fp8 = case(*shape, **options)
+    plain = copy.copy(fp8)
+    for name, scale in (("k_cache", k_scale), ("v_cache", v_scale)):
+        stored = (getattr(plain, name).float() / scale).to(dtype)
+        setattr(fp8, name, stored)
+        setattr(plain, name, (stored.float() * scale).to(plain.dtype))
+    fp8.step = fp8.step | {"k_scale": k_scale, "v_scale": v_scale}
+    plain.side = (*(t.clone() for t in plain.side[:3]), *plain.side[3:])
+    plain.state = plain.state.clone()
+    for one in (fp8, plain):
+        one.encode()
+    return fp8, plain

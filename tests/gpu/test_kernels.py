@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import ctypes
 
 import pytest
 import torch
 from decode_case import OFFSETS
-from gpu_case import BF16, FP16, ROUNDING, case
+from gpu_case import BF16, FP8, FP16, ROUNDING, case, with_fp8_cache
 from scipy import stats as statistics
 
 from vattn_kernels import ops, params
@@ -26,31 +25,10 @@ SHAPES = [
     (5, 2049, 6, 2, 96, FP16), (1, 4096, 2, 1, 256, BF16), (2, 63, 9, 3, 64, BF16), (2, 1500, 9, 3, 64, BF16),
     (2, 3000, 16, 2, 128, BF16), (3, 1111, 4, 2, 64, BF16), (1, 900, 4, 4, 128, BF16),
 ]  # fmt: skip
-# Dtype of a cache, and the scales of its keys and values; powers of two, which round nothing.
-FP8 = [(torch.float8_e4m3fn, 0.5, 2.0), (torch.float8_e5m2, 2.0, 0.25)]
 FP8_SHAPES = [
     (2, 1000, 32, 8, 128, BF16), (5, 2049, 6, 2, 96, FP16), (1, 4096, 2, 1, 256, BF16), (2, 1500, 9, 3, 64, BF16),
     (3, 1111, 16, 2, 64, FP16),
 ]  # fmt: skip
-
-
-def with_fp8_cache(dtype, k_scale, v_scale, shape, **options):
-    """A case with a scaled fp8 cache, and the same with one of q's dtype that holds what the first stands for."""
-    least = ops.GPU_CACHE_CAPABILITY.get(dtype, (0, 0))
-    if torch.cuda.get_device_capability() < least:
-        pytest.skip(f"{dtype} takes compute capability {least}")
-    fp8 = case(*shape, **options)
-    plain = copy.copy(fp8)
-    for name, scale in (("k_cache", k_scale), ("v_cache", v_scale)):
-        stored = (getattr(plain, name).float() / scale).to(dtype)
-        setattr(fp8, name, stored)
-        setattr(plain, name, (stored.float() * scale).to(plain.dtype))
-    fp8.step = fp8.step | {"k_scale": k_scale, "v_scale": v_scale}
-    plain.side = (*(t.clone() for t in plain.side[:3]), *plain.side[3:])
-    plain.state = plain.state.clone()
-    for one in (fp8, plain):
-        one.encode()
-    return fp8, plain
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "B{}-N{}-H{}-K{}-D{}-{}".format(*s))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from decode_case import OFFSETS
-from gpu_case import BF16, FP16, ROUNDING, case
+from gpu_case import BF16, FP8, FP16, ROUNDING, case, with_fp8_cache
 from scipy import stats as statistics
 
 from vattn_kernels import ops
@@ -19,12 +19,12 @@ SHAPES = [
     (1, 111, 4, 1, 64, BF16), (2, 1000, 32, 8, 128, BF16), (3, 2049, 6, 2, 96, FP16), (1, 4096, 4, 1, 256, BF16),
     (2, 1500, 9, 3, 64, BF16), (2, 3000, 16, 1, 128, FP16), (1, 63, 4, 4, 64, BF16),
 ]  # fmt: skip
+SETTINGS = {"sampler": "uniform", "pilot": 0.05}
 
 
 def uniform(*shape, settings=None, **options):
     """A case whose first step has told the masses that scores are divided by."""
-    settings = {"sampler": "uniform", "pilot": 0.05} | (settings or {})
-    c = case(*shape, settings=settings, **options)
+    c = case(*shape, settings=SETTINGS | (settings or {}), **options)
     c.run()
     return c
 
@@ -48,6 +48,25 @@ def test_a_step_is_the_references(shape, target):
     assert error.max() < 0.1 and error.median() < 0.02
     torch.testing.assert_close(stats[..., 1].double().cpu(), true_stats[..., 1], rtol=0.1, atol=3)
     torch.testing.assert_close(stats[..., 2].double().cpu(), true_stats[..., 2], rtol=0.1, atol=2e-3)
+
+
+@pytest.mark.parametrize("fp8", FP8, ids="{0[0]}".format)
+def test_an_fp8_cache_is_sampled_as_what_it_stands_for(fp8):
+    c, plain = with_fp8_cache(*fp8, (2, 3000, 8, 2, 64, BF16), epsilon=0.3, settings=SETTINGS)
+    c.side[1].copy_(plain.side[1])
+    found = []
+    for one in (c, plain):
+        one.run()
+        out, stats, _ = one.run()
+        found.append((out.float(), stats, one.lists()[0]))
+    (out, stats, tokens), (expected_out, expected_stats, expected_tokens) = found
+    assert 0 < tokens.sum() < 0.9 * tokens.numel()
+    # Rounding, as above: a budget may differ by some tokens.
+    assert (tokens != expected_tokens).sum() < 0.02 * expected_tokens.sum()
+    error = (out - expected_out).norm(dim=-1) / expected_out.norm(dim=-1)
+    assert error.max() < 0.1 and error.median() < 0.02
+    torch.testing.assert_close(stats[..., 1], expected_stats[..., 1], rtol=0.1, atol=3)
+    torch.testing.assert_close(stats[..., 2], expected_stats[..., 2], rtol=0.1, atol=2e-3)
 
 
 @pytest.mark.parametrize("selector", ops.SELECTORS)

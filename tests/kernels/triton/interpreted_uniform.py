@@ -11,7 +11,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 from decode_case import EDGES, OFFSETS
-from interpreted import HEADS, SINK, WINDOW, Step, few_programs  # noqa: F401
+from interpreted import FP8, HEADS, SINK, WINDOW, Step, few_programs, with_fp8_cache  # noqa: F401
 
 from vattn_kernels import ops, sketch
 from vattn_kernels.reference import rng
@@ -21,12 +21,12 @@ from vattn_kernels.reference.uniform import top_k_size
 from vattn_kernels.triton import layout
 
 FIXED = SINK + WINDOW
+SETTINGS = {"sampler": "uniform", "pilot": 0.1, "pilot_min": 16}
 
 
 def uniform(selector="oracle", settings=None, **options):
     """A case whose first step, which is read whole, has told the masses that scores are divided by."""
-    settings = {"sampler": "uniform", "selector": selector, "pilot": 0.1, "pilot_min": 16} | (settings or {})
-    case = Step(settings=settings, **options)
+    case = Step(settings=SETTINGS | {"selector": selector} | (settings or {}), **options)
     case.run()
     return case
 
@@ -158,6 +158,21 @@ def test_the_top_k_have_the_largest_estimates(selector):
             slack = 0.35 if selector == "sketch" else 1e-3
             assert estimated[0, top_k].min() >= estimated[0, others].max() - slack
             assert logits[0, SINK + top_k].mean() > logits[0, SINK:-WINDOW].mean()
+
+
+@pytest.mark.parametrize(("dtype", "k_scale", "v_scale"), FP8)
+def test_a_scaled_fp8_cache_is_sampled_as_what_it_stands_for(dtype, k_scale, v_scale):
+    cases = with_fp8_cache(dtype, k_scale, v_scale, context=400, settings=SETTINGS | {"audit_rate": 1.0}, epsilon=0.3)
+    results = []
+    for case in cases:
+        case.run()
+        results.append((*case.run(), case.state, *(m for r in (0, 1) for m in members(case, r, 0))))
+    (out, stats, counters, state, *listed), (plain_out, plain_stats, plain_counters, plain_state, *plain) = results
+    assert all(torch.equal(a, b) for a, b in zip(listed, plain, strict=True)) and 0 < float(stats[..., 0].max()) < 1
+    torch.testing.assert_close(out, plain_out, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(stats, plain_stats, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(counters, plain_counters)
+    torch.testing.assert_close(state, plain_state, rtol=1e-4, atol=1e-4)
 
 
 def test_a_query_unlike_the_last_one_is_ranked_by_what_sink_and_window_held_of_that_ones_mass():
