@@ -106,6 +106,8 @@ def few_programs(monkeypatch):
     def checked(kernel, *args, **given):
         unknown = given.keys() - {*kernel.arg_names, *LAUNCH_ARGUMENTS}
         assert not unknown, f"{kernel.fn.__name__} takes no {unknown}"
+        waits = "p_barrier" in kernel.arg_names
+        assert waits == given.get("launch_cooperative_grid", False), "programs that wait for each other must all run"
         return run(kernel, *args, **given)
 
     monkeypatch.setattr(InterpretedFunction, "run", checked)
