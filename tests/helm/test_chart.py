@@ -12,6 +12,7 @@ from pathlib import Path
 import kubernetes_validate
 import pytest
 import yaml
+from sglang.srt.environ import third_party_cache_defaults
 
 from vattn_sgl.config import Settings, check_file, load_settings
 
@@ -279,6 +280,16 @@ def test_cache(render, arguments, claim, makes_one):
     volume = next(v for v in pod(manifests)["volumes"] if v["name"] == "cache")
     assert volume.get("persistentVolumeClaim", {}).get("claimName") == claim
     assert ("PersistentVolumeClaim" in {m["kind"] for m in manifests}) == makes_one
+
+
+def test_what_is_fetched_learnt_and_compiled_lies_in_the_cache(render, monkeypatch):
+    manifests = render()
+    mount = next(m["mountPath"] for m in container(manifests)["volumeMounts"] if m["name"] == "cache")
+    given = environment(manifests)
+    for name in ("VATTN_CACHE", "HF_HOME", "XDG_CACHE_HOME", "SGLANG_CACHE_DIR", "TRITON_CACHE_DIR"):
+        assert Path(given[name]).is_relative_to(mount), name
+    monkeypatch.setenv("SGLANG_CACHE_DIR", given["SGLANG_CACHE_DIR"])
+    assert third_party_cache_defaults()["TRITON_CACHE_DIR"] == given["TRITON_CACHE_DIR"]
 
 
 def test_service_monitor_is_off_by_default_and_scrapes_metrics(render):
