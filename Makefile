@@ -47,7 +47,7 @@ sanitize: $(SANITIZER_TOOLS:%=sanitize-%) ## the GPU kernels under compute-sanit
 sanitize-%:
 	@tests=$$($(GPU_PYTHON) -m pytest --collect-only -q -m gpu -k "$(SANITIZED)" $(SANITIZED_FILES)) || { echo "$$tests"; exit 1; }; \
 	tests=$$(echo "$$tests" | grep ::); echo "== $*: $$(echo "$$tests" | wc -l) tests"; \
-	echo "$$tests" | PYTORCH_NO_CUDA_MEMORY_CACHING=1 xargs -d '\n' -n 4 -P $(SANITIZER_JOBS) \
+	echo "$$tests" | PYTORCH_NO_CUDA_MEMORY_CACHING=1 OMP_NUM_THREADS=1 xargs -d '\n' -n 4 -P $(SANITIZER_JOBS) \
 	    compute-sanitizer --tool $* --error-exitcode 9 $(GPU_PYTHON) -m pytest -m gpu -q $(PYTEST_ARGS)
 
 prove: env ## violations of delta by sampler, target, bound and population; writes docs/proof.md
