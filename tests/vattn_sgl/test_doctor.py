@@ -216,10 +216,10 @@ def test_settings_that_a_gpu_cannot_serve(folder, monkeypatch, change_config):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Test GPU")
     assert (True, "GPU Test GPU: kernels are compiled as a server starts", "") in report(folder)
-    monkeypatch.setenv("VATTN_SAMPLER", "uniform")
+    monkeypatch.setenv("VATTN_BOUND", "bernstein")
     (failed,) = failures(folder)
-    assert "set sampler to proportional" in failed
-    monkeypatch.delenv("VATTN_SAMPLER")
+    assert "leave bound at null" in failed
+    monkeypatch.delenv("VATTN_BOUND")
     change_config(head_dim=80)
     (failed,) = failures(folder)
     assert "GPU kernels of this version serve" in failed
