@@ -13,6 +13,7 @@ SGLANG_VERSIONS ?= 0.5.17 0.5.23
 GPU_PYTHON ?= $(BIN)/python
 SANITIZER_TOOLS ?= memcheck racecheck
 SANITIZER_JOBS ?= 4
+# Without the longest, and what memcheck takes for an error: a launch that CUDA is meant to refuse.
 SANITIZED ?= not 128k and not chance and not byte_products and not refused_not_awaited
 SANITIZED_FILES := tests/gpu/test_kernels.py tests/gpu/test_uniform.py
 LOAD_HOST ?= http://127.0.0.1:30000

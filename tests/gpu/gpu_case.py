@@ -14,8 +14,6 @@ from vattn_kernels.triton import layout
 # Rounding of bf16 outputs, which a relative error of a whole head feels by its root mean square.
 ROUNDING = 5e-3
 BF16, FP16 = torch.bfloat16, torch.float16
-# Dtype of a cache, and the scales of its keys and values; powers of two, which round nothing.
-FP8 = [(torch.float8_e4m3fn, 0.5, 2.0), (torch.float8_e5m2, 2.0, 0.25)]
 
 
 def by_head(side):

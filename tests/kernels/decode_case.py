@@ -16,6 +16,8 @@ BUDGET_EDGES = torch.tensor([64.0, 256.0, 1024.0])
 OFFSETS = [0, 1, 6, 10, 15, 20, 22]
 WIDTH = 27
 UNLIMITED = 2**31 - 1
+# Dtype of a cache, and the scales of its keys and values; powers of two, which round nothing.
+FP8 = [(torch.float8_e4m3fn, 0.5, 2.0), (torch.float8_e5m2, 2.0, 0.25)]
 
 
 @dataclass

@@ -13,7 +13,7 @@ from triton.backends.nvidia.compiler import CUDAOptions
 from triton.runtime.interpreter import InterpretedFunction
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from decode_case import EDGES, OFFSETS, DecodeCase
+from decode_case import EDGES, FP8, OFFSETS, DecodeCase
 
 from vattn_kernels import ops, params, sketch
 from vattn_kernels import triton as gpu
@@ -24,8 +24,6 @@ from vattn_kernels.triton import layout
 SINK, WINDOW = 16, 64
 LAUNCH_ARGUMENTS = {"grid", "warmup", *inspect.signature(CUDAOptions).parameters}
 HEADS = [(4, 2), (3, 1), (2, 2), (5, 1)]
-# Dtype of a cache, and the scales of its keys and values; powers of two, which round nothing.
-FP8 = [(torch.float8_e4m3fn, 0.5, 2.0), (torch.float8_e5m2, 2.0, 0.25)]
 
 
 def by_head(side):

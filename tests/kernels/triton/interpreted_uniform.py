@@ -10,8 +10,8 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from decode_case import EDGES, OFFSETS
-from interpreted import FP8, HEADS, SINK, WINDOW, Step, few_programs, with_fp8_cache  # noqa: F401
+from decode_case import EDGES, FP8, OFFSETS
+from interpreted import HEADS, SINK, WINDOW, Step, few_programs, with_fp8_cache  # noqa: F401
 
 from vattn_kernels import ops, sketch
 from vattn_kernels.reference import rng

@@ -64,6 +64,6 @@ def test_the_share_asked_for_holds_what_runs_at_once(asked):
             )
 
 
-def test_a_refusal_is_no_deadlock(asked):
+def test_a_refusal_is_an_error(asked):
     with pytest.raises(RuntimeError, match="CUDA answered 1, expected 0, when finish_fwd_kernel asked for 75 %"):
         asked("finish_fwd_kernel", error=1)

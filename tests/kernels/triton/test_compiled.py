@@ -50,7 +50,7 @@ def test_every_kernel_compiles(rows, arch, count, caches):
 
 
 def test_programs_that_wait_for_each_other_run_at_once(rows):
-    """Two a multiprocessor where `layout.finish_programs` says so, else one; more would wait for ever."""
+    """Two a multiprocessor where `layout.finish_programs` says so, else one; CUDA would refuse to launch more."""
     for row in (r for r in rows if r["kernel"] == "finish_fwd_kernel"):
         assert 2 * (row["shared"] + KEPT) <= layout.finish_shared(row["head_dim"]), row
         assert row["shared"] + KEPT <= SMALLEST, row
