@@ -19,6 +19,8 @@ import psutil
 import requests
 
 START_LIMIT_S = 300.0
+# torch.compile takes minutes for each batch size, and for each twice: sampled steps and steps that read all.
+COMPILE_LIMIT_S = 1800.0
 REQUEST_LIMIT_S = 600.0
 # SGLang takes further ports near the one it is given.
 PORT_SPAN = 20
@@ -106,6 +108,7 @@ class Server:
             # One word, because a key may begin with a dash.
             self.command.append(f"--admin-api-key={admin_key}")
         self.env = {**os.environ, **(env or {})}
+        self.start_limit_s = COMPILE_LIMIT_S if "--enable-torch-compile" in arguments else START_LIMIT_S
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self, waiting: Callable[[float], None] | None = None) -> None:
@@ -142,8 +145,8 @@ class Server:
             waiting(elapsed)
             if self.process.poll() is not None:
                 raise ServerError(f"the server exited with {self.process.returncode}:\n{self.tail()}")
-            if elapsed > START_LIMIT_S:
-                raise ServerError(f"the server was not ready after {START_LIMIT_S:.0f} s:\n{self.tail()}")
+            if elapsed > self.start_limit_s:
+                raise ServerError(f"the server was not ready after {self.start_limit_s:.0f} s:\n{self.tail()}")
             try:
                 if requests.get(f"{self.url}/health", timeout=25).status_code == 200:
                     return

@@ -56,6 +56,18 @@ def tell_an_error_in_the_stream(self):
     self.wfile.write(b'data: {"error": {"message": "too long"}}\n\ndata: [DONE]\n\n')
 
 
+@pytest.mark.parametrize(
+    ("arguments", "limit"), [((), "START_LIMIT_S"), (("--enable-torch-compile",), "COMPILE_LIMIT_S")]
+)
+def test_a_server_that_does_not_get_ready_is_given_up_at_its_limit(arguments, limit, tmp_path, monkeypatch):
+    monkeypatch.setattr(f"vattn_sgl.server.{limit}", 1.5)
+    server = Server(tmp_path, "torch_native", arguments)
+    server.command = [sys.executable, "-c", "import time; time.sleep(60)"]
+    with pytest.raises(ServerError, match="not ready after 2 s"):
+        server.start()
+    assert server.process is None
+
+
 CALLS = {
     "generate": lambda server: server.generate([1], 1),
     "stream": lambda server: list(server.stream([1], 1)),
