@@ -7,6 +7,7 @@ import itertools
 import torch
 from torch import Tensor
 
+from vattn_kernels import params as layout
 from vattn_kernels.pages import PAGE
 from vattn_kernels.quantiles import TARGETS
 from vattn_kernels.signature import MAX_BITS, MAX_LAYERS, MAX_WIDTH, WORD_BITS
@@ -14,10 +15,15 @@ from vattn_kernels.signature import MAX_BITS, MAX_LAYERS, MAX_WIDTH, WORD_BITS
 SAMPLERS = ("proportional", "uniform")
 GROUP_SCORES = ("max", "mean")
 MAX_GROUP = 16
+# Columns of ``stats``: realized density, budget b in tokens, relative half-width, index into `ops.OUTCOMES`, tokens
+# read, share of the softmax mass that was estimated rather than read for certain.
+STATS = ("density", "budget", "half_width", "outcome", "read", "residual_mass")
+COUNTER_BLOCKS = 7
 # Of a cache that GPU kernels read beside queries of two bytes.
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 # Side-data arguments of ``decode``, and those that each selector cannot do without.
 SIDE = ("codes", "norms", "valid", "mean", "query_basis", "steps", "fields")
+SIDE_DTYPES = dict(zip(SIDE, (torch.int32, torch.uint8, torch.uint8, *[torch.float32] * 3, torch.int32), strict=True))
 NEEDED = dict.fromkeys(("sketch", "sign", "hash"), SIDE) | {
     "oracle": (),
     "quest": ("codes", "norms", "valid", "mean", "steps"),
@@ -46,39 +52,91 @@ def require(condition: bool, message: str, *values: object) -> None:
         raise ValueError("vattn: " + message.format(*values))
 
 
+def check_tensor(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int | None, ...]) -> None:
+    """Refuse a tensor that is not contiguous, of ``dtype`` and of ``shape``, in which None is any size.
+
+    Parameters
+    ----------
+    name : str
+        Of the argument.
+    tensor : torch.Tensor
+        The argument.
+    dtype : torch.dtype
+        Expected.
+    shape : tuple of int or None
+        Expected.
+
+    Raises
+    ------
+    ValueError
+        If it is another.
+    """
+    sizes = tensor.shape
+    fits = len(sizes) == len(shape) and all(
+        wanted is None or size == wanted for size, wanted in zip(sizes, shape, strict=True)
+    )
+    require(
+        fits and tensor.dtype == dtype and tensor.is_contiguous(),
+        "{} is {} of shape {} and strides {}, expected contiguous {} of shape {}",
+        *(name, tensor.dtype, tuple(sizes), tensor.stride(), dtype, shape),
+    )
+
+
+def check_slots(slots: Tensor) -> None:
+    """Refuse slots to encode that are no row of int64."""
+    check_tensor("slots", slots, torch.int64, (None,))
+
+
 def check_cache(k_cache: Tensor, v_cache: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
     """Refuse a KV cache of another layout than ``[slots, num_kv_heads, head_dim]`` in one of ``dtypes``."""
     dtype, shape = k_cache.dtype, k_cache.shape
     require(dtype in dtypes, "the KV cache is {}, expected one of {}", dtype, dtypes)
     require(dtype == v_cache.dtype, "k_cache is {} but v_cache is {}", dtype, v_cache.dtype)
+    require(len(shape) == 3, "k_cache has shape {}, expected (slots, heads, head_dim)", tuple(shape))
     require(shape == v_cache.shape, "k_cache has shape {}, v_cache {}; expected one shape", shape, v_cache.shape)
     require(k_cache.is_contiguous() and v_cache.is_contiguous(), "k_cache and v_cache must be contiguous")
 
 
 def check_decode(
-    q: Tensor, k_cache: Tensor, kv_indices: Tensor, seq_lens: Tensor, out: Tensor, stats: Tensor, target: str
-) -> None:
+    q: Tensor, k_cache: Tensor, kv_indices: Tensor, seq_lens: Tensor, params: Tensor, covered: Tensor,
+    budget_edges: Tensor, error_edges: Tensor, audit_edges: Tensor, out: Tensor, stats: Tensor, counters: Tensor,
+    counter_offsets: list[int], target: str,
+) -> None:  # fmt: skip
     """Refuse arguments of ``decode`` that no device serves."""
-    heads, kv_heads = q.shape[1], k_cache.shape[1]
-    head_dim = k_cache.shape[2]
-    require(q.shape[2] == head_dim, "q has head_dim {}, the KV cache {}; expected one head_dim", q.shape[2], head_dim)
+    require(q.dim() == 3 and q.shape[0] > 0, "q has shape {}, expected (batch, heads, head_dim)", tuple(q.shape))
+    batch, heads, head_dim = q.shape
+    kv_heads = k_cache.shape[1]
+    require(k_cache.shape[2] == head_dim, "q has head_dim {}, the KV cache {}", head_dim, k_cache.shape[2])
     require(
-        q.dtype == out.dtype and k_cache.dtype in (q.dtype, *FP8_DTYPES),
-        "q is {}, out {}, the KV cache {}; expected one dtype",
-        *(q.dtype, out.dtype, k_cache.dtype),
+        k_cache.dtype in (q.dtype, *FP8_DTYPES), "q is {}, the KV cache {}; expected one dtype", q.dtype, k_cache.dtype
     )
     require(
         heads % kv_heads == 0 and heads // kv_heads <= MAX_GROUP,
         "{} query heads over {} KV heads: the group must be whole and at most {}",
         *(heads, kv_heads, MAX_GROUP),
     )
-    require(q.is_contiguous() and out.is_contiguous() and stats.is_contiguous(), "q, out and stats must be contiguous")
     require(
-        kv_indices.dtype == torch.int32 and kv_indices.stride(1) == 1,
-        "kv_indices must be int32 with unit stride along positions, got {} and strides {}",
-        *(kv_indices.dtype, kv_indices.stride()),
+        kv_indices.dtype == torch.int32 and kv_indices.stride(-1) == 1 and kv_indices.shape[:-1] == (batch,),
+        "kv_indices is {} of shape {} and strides {}, expected int32 of {} rows, with unit stride along positions",
+        *(kv_indices.dtype, tuple(kv_indices.shape), kv_indices.stride(), batch),
     )
     require(seq_lens.dtype in (torch.int32, torch.int64), "seq_lens must be int32 or int64, got {}", seq_lens.dtype)
+    require(
+        len(counter_offsets) == COUNTER_BLOCKS, "counter_offsets are {}, not {}", len(counter_offsets), COUNTER_BLOCKS
+    )
+    for name, tensor, dtype, shape in (
+        ("q", q, q.dtype, (None, None, None)),
+        ("seq_lens", seq_lens, seq_lens.dtype, (batch,)),
+        ("params", params, torch.float32, (layout.PARAMS_WIDTH,)),
+        ("covered", covered, torch.int32, (1,)),
+        ("budget_edges", budget_edges, torch.float32, (None,)),
+        ("error_edges", error_edges, torch.float32, (None,)),
+        ("audit_edges", audit_edges, torch.float32, (None,)),
+        ("out", out, q.dtype, (batch, heads, head_dim)),
+        ("stats", stats, torch.float32, (batch, heads, len(STATS))),
+        ("counters", counters, torch.float64, (None,)),
+    ):
+        check_tensor(name, tensor, dtype, shape)
     require(target in TARGETS, "target {!r} is unknown, expected one of {}", target, TARGETS)
 
 
@@ -88,6 +146,11 @@ def needed_side(selector: str, given: tuple[Tensor | None, ...]) -> dict[str, Te
     side = {name: tensor for name in NEEDED[selector] if (tensor := named[name]) is not None}
     missing = [name for name in NEEDED[selector] if name not in side]
     require(not missing, "selector {!r} needs side data, got no {}", selector, ", ".join(missing))
+    for name, tensor in side.items():
+        # Page bounds are of the cache's dtype.
+        if (name, selector) != ("codes", "quest"):
+            expected = SIDE_DTYPES[name]
+            require(tensor.dtype == expected, "{} is {}, expected {}", name, tensor.dtype, expected)
     return side
 
 

@@ -16,14 +16,12 @@ from vattn_kernels import cpu
 from vattn_kernels.checks import FP8_DTYPES as FP8_DTYPES
 from vattn_kernels.checks import GROUP_SCORES as GROUP_SCORES
 from vattn_kernels.checks import SAMPLERS as SAMPLERS
+from vattn_kernels.checks import STATS as STATS
 from vattn_kernels.quantiles import TARGETS as TARGETS
 
 SELECTORS = ("sketch", "oracle", "quest", "sign", "hash")
 OUTCOMES = ("certified", "uncertified", "capped", "dense")
 READ_KINDS = ("sink", "window", "top_k", "sample", "dense")
-# Columns of ``stats``: realized density, budget b in tokens, relative half-width, index into OUTCOMES, tokens read,
-# share of the softmax mass that was estimated rather than read for certain.
-STATS = ("density", "budget", "half_width", "outcome", "read", "residual_mass")
 # Columns of ``state``.
 STATE_WIDTH = 4
 # What the GPU kernels serve; a server asks before it imports Triton.
@@ -101,7 +99,8 @@ def decode(
     kv_indices : torch.Tensor
         int32 ``[batch, max_len]``; row r holds the slots of request r by position.
     seq_lens : torch.Tensor
-        int32 or int64 ``[batch]``, tokens in each cache, the current one included; 0 is a padded row.
+        int32 or int64 ``[batch]``, tokens in each cache, the current one included; 0 is a padded row. No more than
+        ``max_len``, which a GPU does not check.
     codes : torch.Tensor, optional
         int32 ``[num_slots, num_kv_heads, words]`` sketch or signature of every slot's key, contiguous on a CPU; on a
         GPU one head's rows lie side by side, ``norms`` likewise; ``quest``: page bounds of
@@ -168,6 +167,8 @@ def reserve(
     sampler: str = "proportional",
 ) -> None:
     """Allocate what the ops of a device work in, so that no step allocates; nothing on a CPU.
+
+    A GPU's steps share it, so they must follow each other on one stream.
 
     Parameters
     ----------

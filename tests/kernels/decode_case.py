@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,8 +17,36 @@ BUDGET_EDGES = torch.tensor([64.0, 256.0, 1024.0])
 OFFSETS = [0, 1, 6, 10, 15, 20, 22]
 WIDTH = 27
 UNLIMITED = 2**31 - 1
+# Op that makes a selector's side data.
+ENCODERS = {"sketch": "encode", "quest": "encode_pages", "sign": "encode_signature", "hash": "encode_signature"}
 # Dtype of a cache, and the scales of its keys and values; powers of two, which round nothing.
 FP8 = [(torch.float8_e4m3fn, 0.5, 2.0), (torch.float8_e5m2, 2.0, 0.25)]
+# What no device may take, by argument: a kernel would read or write beside it.
+MISFITS = [
+    ("q", lambda q: q[0]),
+    ("q", lambda q: q[:0]),
+    ("q", lambda q: q.transpose(0, 1).contiguous().transpose(0, 1)),
+    ("k_cache", lambda k: k[:, 0]),
+    ("kv_indices", lambda slots: slots[:1]),
+    ("kv_indices", lambda slots: slots.long()),
+    ("seq_lens", lambda lengths: lengths[:1]),
+    ("codes", lambda codes: codes.long()),
+    ("norms", lambda norms: norms.int()),
+    ("mean", lambda mean: mean.half()),
+    ("query_basis", lambda basis: basis.double()),
+    ("steps", lambda steps: steps.double()),
+    ("fields", lambda fields: fields.long()),
+    ("params", lambda params: params[:-1]),
+    ("params", lambda params: params.double()),
+    ("covered", lambda covered: covered.long()),
+    ("error_edges", lambda edges: edges.double()),
+    ("out", lambda out: out[:1]),
+    ("out", lambda out: out.double()),
+    ("stats", lambda stats: stats[..., :5].contiguous()),
+    ("stats", lambda stats: stats.double()),
+    ("counters", lambda counters: counters.float()),
+    ("counter_offsets", lambda offsets: offsets[:5]),
+]
 
 
 @dataclass
@@ -198,6 +227,13 @@ class DecodeCase:
         covered = torch.tensor([self.covered], dtype=torch.int32)
         read = (self.q, self.k_cache, self.v_cache, self.kv_indices, self.seq_lens, *self.side, row, covered)
         return (*read, BUDGET_EDGES, EDGES, EDGES, out, stats, counters, OFFSETS)
+
+    def misfit(self, name: str, change: Callable[[Any], Any]) -> list[Any]:
+        """Positional arguments of which the named one is changed."""
+        arguments = list(self.arguments())
+        names = [argument.name for argument in torch.ops.vattn.decode.default._schema.arguments]
+        arguments[names.index(name)] = change(arguments[names.index(name)])
+        return arguments
 
     def run(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Output, stats and counters of one call."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from decode_case import OFFSETS, DecodeCase
+from decode_case import ENCODERS, MISFITS, OFFSETS, DecodeCase
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,7 +17,6 @@ WEAK_SELECTORS = ("quest", "sign", "hash")
 ESTIMATORS = [(s, None) for s in ops.SELECTORS] + [(s, "bernstein") for s in quantiles.PROVABLE_SELECTORS]
 # Positions among the side data that make scores flat when zeroed.
 FLAT = {"sketch": (4,), "quest": (5,), "sign": (5,), "hash": (5,)}
-ENCODERS = {"sketch": "encode", "quest": "encode_pages", "sign": "encode_signature", "hash": "encode_signature"}
 
 
 @SAMPLERS
@@ -319,6 +318,20 @@ def test_unsupported_settings_are_named(change, message):
     case.step |= change
     with pytest.raises(ValueError, match=message):
         ops.decode(*case.arguments(), **case.step)
+
+
+@pytest.mark.parametrize(("name", "change"), MISFITS)
+def test_arguments_that_do_not_fit_are_named(name, change):
+    case = DecodeCase(settings={"selector": "sketch"})
+    with pytest.raises(ValueError, match=f"vattn: {name} "):
+        ops.decode(*case.misfit(name, change), **case.step)
+
+
+def test_a_context_longer_than_the_page_table_is_refused():
+    case = DecodeCase(context=300, settings={"selector": "sketch"})
+    case.seq_lens[1] = 301
+    with pytest.raises(ValueError, match="a context of 301 tokens, kv_indices has 300"):
+        case.run()
 
 
 @SAMPLERS

@@ -17,6 +17,7 @@ from vattn_kernels.checks import (
     check_decode,
     check_nets,
     check_signatures,
+    check_slots,
     needed_side,
     require,
 )
@@ -95,17 +96,21 @@ def decode(
 ) -> None:  # fmt: skip
     """CPU implementation of `vattn_kernels.ops.decode`; it needs no state."""
     _check_cache(k_cache, v_cache, k_scale, v_scale)
+    check_decode(
+        q, k_cache, kv_indices, seq_lens, params, covered, budget_edges, error_edges, audit_edges, out, stats, counters,
+        counter_offsets, target,
+    )  # fmt: skip
     batch, num_qo_heads, head_dim = q.shape
     num_kv_heads = k_cache.shape[1]
     group = num_qo_heads // num_kv_heads
-    check_decode(q, k_cache, kv_indices, seq_lens, out, stats, target)
+    longest = int(seq_lens.max())
+    require(longest <= kv_indices.shape[1], "a context of {} tokens, kv_indices has {}", longest, kv_indices.shape[1])
     require(sampler in SAMPLERS, "sampler {!r} is unknown, expected one of {}", sampler, SAMPLERS)
     require(
         selector in SELECTOR_NUMBERS, "selector {!r} is unknown, expected one of {}", selector, (*SELECTOR_NUMBERS,)
     )
     require(group_score in GROUP_SCORES, "group_score {!r} is unknown, expected one of {}", group_score, GROUP_SCORES)
     require(pilot_min >= 4 and pilot > 0, "pilot_min {} must be at least 4 and pilot {} above 0", pilot_min, pilot)
-    require(params.numel() == layout.PARAMS_WIDTH, "params has {} values, not {}", params.numel(), layout.PARAMS_WIDTH)
     require(
         selector in PROVABLE_SELECTORS or float(params[layout.LOG]) == 0,
         "bound 'bernstein' needs an upper bound of every logit, which selector {!r} does not have: expected one of {}",
@@ -156,17 +161,13 @@ def _side_data(
     return side
 
 
-def _check_slots(slots: Tensor) -> None:
-    require(slots.dtype == torch.int64 and slots.is_contiguous(), "slots must be contiguous int64, got {}", slots.dtype)
-
-
 def encode(
     k_cache: Tensor, v_cache: Tensor, slots: Tensor, mean: Tensor, key_basis: Tensor, steps: Tensor, fields: Tensor,
     codes: Tensor, norms: Tensor, valid: Tensor, *, k_scale: float = 1.0, v_scale: float = 1.0,
 ) -> None:  # fmt: skip
     """CPU implementation of `vattn_kernels.ops.encode`."""
     _check_cache(k_cache, v_cache, k_scale, v_scale)
-    _check_slots(slots)
+    check_slots(slots)
     args = _EncodeArgs(
         k_cache.data_ptr(), v_cache.data_ptr(), slots.data_ptr(), mean.data_ptr(), key_basis.data_ptr(),
         steps.data_ptr(), fields.data_ptr(), codes.data_ptr(), norms.data_ptr(), valid.data_ptr(), slots.numel(),
@@ -195,7 +196,7 @@ def encode_signature(
 ) -> None:  # fmt: skip
     """CPU implementation of `vattn_kernels.ops.encode_signature`."""
     _check_cache(k_cache, k_cache)
-    _check_slots(slots)
+    check_slots(slots)
     bits = check_nets(nets, widths, k_cache.shape[2])[-1]
     check_signatures(nets, bits, codes, k_cache.shape[1])
     args = _SignatureArgs(
@@ -209,7 +210,7 @@ def encode_signature(
 def encode_pages(k_cache: Tensor, v_cache: Tensor, slots: Tensor, bounds: Tensor, norms: Tensor, valid: Tensor) -> None:
     """CPU implementation of `vattn_kernels.ops.encode_pages`."""
     _check_cache(k_cache, v_cache)
-    _check_slots(slots)
+    check_slots(slots)
     check_bounds(bounds, k_cache)
     args = _PageArgs(
         k_cache.data_ptr(), v_cache.data_ptr(), slots.data_ptr(), bounds.data_ptr(), norms.data_ptr(),

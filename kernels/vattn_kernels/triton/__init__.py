@@ -22,7 +22,16 @@ import torch
 from torch import Tensor
 
 from vattn_kernels import params as parameters
-from vattn_kernels.checks import FP8_DTYPES, SAMPLERS, check_cache, check_decode, check_signatures, require
+from vattn_kernels.checks import (
+    FP8_DTYPES,
+    SAMPLERS,
+    check_cache,
+    check_decode,
+    check_signatures,
+    check_slots,
+    check_tensor,
+    require,
+)
 from vattn_kernels.ops import GPU_CACHE_DTYPES, GPU_DTYPES, GPU_HEAD_DIMS, SELECTORS, STATE_WIDTH
 from vattn_kernels.quantiles import TARGETS
 from vattn_kernels.sketch import GROUPS_PER_WORD
@@ -84,6 +93,8 @@ def reserve(
 ) -> None:
     """Allocate the workspace of the largest batch, so that no later step does.
 
+    A device has one, so that steps, captured ones too, must follow each other on one stream.
+
     Parameters
     ----------
     device : torch.device
@@ -113,16 +124,21 @@ def decode(
     """GPU implementation of `vattn_kernels.ops.decode`."""
     _check_cache(k_cache, v_cache)
     require(q.dtype in GPU_DTYPES or not q.is_cuda, "q is {}, expected one of {}", q.dtype, GPU_DTYPES)
+    check_decode(
+        q, k_cache, kv_indices, seq_lens, params, covered, budget_edges, error_edges, audit_edges, out, stats, counters,
+        counter_offsets, target,
+    )  # fmt: skip
     batch, num_qo_heads, head_dim = q.shape
     num_kv_heads = k_cache.shape[1]
     group = num_qo_heads // num_kv_heads
     require(sampler in SAMPLERS, "sampler {!r} is unknown, expected one of {}", sampler, SAMPLERS)
     require(group_score == "max", "group_score {!r} runs on the CPU only; expected 'max'", group_score)
-    check_decode(q, k_cache, kv_indices, seq_lens, out, stats, target)
     _check_scaled(selector, k_cache, k_scale, v_scale)
     side = side_of(selector, q, k_cache, codes, norms, valid, mean, query_basis, steps, fields)
     if state is None or state_rows is None:
         raise ValueError("vattn: a GPU needs state and state_rows, got None; see vattn_kernels.ops.decode")
+    check_tensor("state", state, torch.float32, (None, num_qo_heads, STATE_WIDTH))
+    check_tensor("state_rows", state_rows, torch.int64, (batch,))
 
     rows, max_len = batch * num_kv_heads, kv_indices.shape[1]
     work = layout.workspace(q.device, batch, max_len, num_qo_heads, num_kv_heads, _power_of_two(head_dim))
@@ -300,7 +316,8 @@ def encode_layers(
     for k, v in zip(k_caches, v_caches, strict=True):
         _check_cache(k, v)
         require(k.stride() == k_cache.stride(), "K caches of strides {} and {}", k.stride(), k_cache.stride())
-    check_codes(codes[0], norms[0], steps)
+    check_slots(slots)
+    check_codes(codes[0], norms[0], mean[0], "key_basis", key_basis[0], steps[0], fields[0], k_cache)
     if not slots.numel():
         return
     words, (_, heads, head_dim) = codes.shape[-1], k_cache.shape
@@ -322,6 +339,7 @@ def encode_signature(
     """GPU implementation of `vattn_kernels.ops.encode_signature`: one launch."""
     _check_cache(k_cache, k_cache)
     _check_scaled("sign", k_cache)
+    check_slots(slots)
     _, heads, head_dim = k_cache.shape
     first, second, bits = sizes_of(widths, nets, head_dim)
     check_signatures(nets, bits, codes, heads)
@@ -340,6 +358,7 @@ def encode_pages(k_cache: Tensor, v_cache: Tensor, slots: Tensor, bounds: Tensor
     """GPU implementation of `vattn_kernels.ops.encode_pages`: two launches."""
     _check_cache(k_cache, v_cache)
     _check_scaled("quest", k_cache)
+    check_slots(slots)
     check_pages(bounds, k_cache)
     count, (num_slots, heads, head_dim) = slots.numel(), k_cache.shape
     if not count:

@@ -291,6 +291,8 @@ class Ranking:
 
 _workspaces: dict[torch.device, tuple[tuple[int, ...], Workspace]] = {}
 _rankings: dict[torch.device, Ranking] = {}
+# Captured graphs hold the addresses of what was too small for a later call.
+_outgrown: list[Workspace | Ranking] = []
 
 
 def width_of(group: int) -> int:
@@ -343,6 +345,8 @@ def ranking(device: torch.device, work: Workspace) -> Ranking:
     have = (0, 0) if found is None else (found.ranks.numel(), found.plan.numel())
     if found is None or have[0] < size[0] or have[1] < size[1]:
         _check_growth(device, have, size)
+        if found is not None:
+            _outgrown.append(found)
         found = Ranking(*(torch.empty(count, dtype=torch.int32, device=device) for count in size))
         _rankings[device] = found
     return found
@@ -351,7 +355,7 @@ def ranking(device: torch.device, work: Workspace) -> Ranking:
 def workspace(
     device: torch.device, batch: int, max_len: int, num_qo_heads: int, num_kv_heads: int, head_dim: int
 ) -> Workspace:
-    """The device's workspace, made anew only when it is too small.
+    """The device's workspace, made anew only when it is too small; steps on it must follow each other on one stream.
 
     Parameters
     ----------
@@ -372,6 +376,8 @@ def workspace(
     if found is not None and all(w <= h for w, h in zip(size, have, strict=True)):
         return found
     _check_growth(device, have, size)
+    if found is not None:
+        _outgrown.append(found)
     rows, heads, entries, splits, width, dim = (max(w, h) for w, h in zip(size, have, strict=True))
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

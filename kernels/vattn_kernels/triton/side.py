@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-from vattn_kernels.checks import check_bounds, check_nets, needed_side, require
+from vattn_kernels.checks import check_bounds, check_nets, check_tensor, needed_side, require
 from vattn_kernels.ops import SELECTORS
 from vattn_kernels.signature import WORD_BITS
 from vattn_kernels.sketch import GROUPS_PER_WORD
@@ -45,21 +46,32 @@ class Side(NamedTuple):
     sizes: tuple[int, int, int] = (0, 0, 0)
 
 
-def by_head(name: str, side: Tensor) -> None:
-    """Refuse side data ``[rows, heads, n]`` of which one head's rows do not lie side by side."""
+def by_head(name: str, side: Tensor, dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
+    """Refuse side data of another dtype or shape, or of which one head's rows do not lie side by side."""
     require(
-        side.stride(2) == 1 and side.stride(0) == side.shape[2],
-        "{} must lie by head, then slot: strides {} of shape {}",
-        *(name, side.stride(), tuple(side.shape)),
+        side.dtype == dtype and side.shape == shape and side.stride(2) == 1 and side.stride(0) == shape[2],
+        "{} must lie by head, then slot: {} of strides {} and shape {}, expected {} of shape {}",
+        *(name, side.dtype, side.stride(), tuple(side.shape), dtype, shape),
     )
 
 
-def check_codes(codes: Tensor, norms: Tensor, steps: Tensor) -> None:
-    """Refuse side data of a sketch that the kernels do not read."""
+def check_codes(
+    codes: Tensor, norms: Tensor, mean: Tensor, basis: str, bases: Tensor, steps: Tensor, fields: Tensor,
+    k_cache: Tensor,
+) -> None:  # fmt: skip
+    """Refuse side data and tables of a sketch that the kernels do not read; ``basis`` names which bases."""
+    slots, heads, head_dim = k_cache.shape
     require(codes.shape[-1] in WORDS, "codes of {} words, expected {}", codes.shape[-1], WORDS)
-    by_head("codes", codes)
-    by_head("norms", norms)
-    require(steps.is_contiguous(), "steps must be contiguous")
+    by_head("codes", codes, torch.int32, (slots, heads, codes.shape[-1]))
+    by_head("norms", norms, torch.uint8, (slots, heads, 2))
+    coded = steps.shape[-1]
+    for name, tensor, dtype, shape in (
+        ("mean", mean, torch.float32, (heads, head_dim)),
+        (basis, bases, torch.float32, (heads, head_dim, head_dim)),
+        ("steps", steps, torch.float32, (heads, coded)),
+        ("fields", fields, torch.int32, (heads, coded, 3)),
+    ):
+        check_tensor(name, tensor, dtype, shape)
 
 
 def check_pages(bounds: Tensor, k_cache: Tensor) -> None:
@@ -92,20 +104,23 @@ def side_of(
     given = needed_side(selector, (codes, norms, valid, mean, query_basis, steps, fields))
     if selector == "oracle":
         return Side(k_cache, None, None, None, k_cache.stride(0), k_cache.stride(1), 0, 1, 1, 1)
-    codes, norms, steps = given["codes"], given["norms"], given["steps"]
+    codes, norms, mean, steps = given["codes"], given["norms"], given["mean"], given["steps"]
+    slots, heads, head_dim = k_cache.shape
     strides = codes.stride(0), codes.stride(1), norms.stride(1)
     if selector == "sketch":
-        check_codes(codes, norms, steps)
+        check_codes(codes, norms, mean, "query_basis", given["query_basis"], steps, given["fields"], k_cache)
         words = codes.shape[-1]
         return Side(codes, norms, None, fields, *strides, words, GROUPS_PER_WORD * words, steps.shape[-1])
-    by_head("norms", norms)
-    require(steps.is_contiguous(), "the line must be contiguous")
+    by_head("norms", norms, torch.uint8, (slots, heads, 1))
+    check_tensor("mean", mean, torch.float32, (heads, head_dim))
+    check_tensor("valid", given["valid"], torch.uint8, (slots,))
+    check_tensor("steps", steps, torch.float32, (heads, steps.shape[-1]))
     if selector == "quest":
         check_pages(codes, k_cache)
         return Side(codes, norms, valid, None, *strides, 1, 1, 1)
     nets = given["query_basis"]
-    sizes = sizes_of(given["fields"], nets, k_cache.shape[2])
-    words, own, group = codes.shape[-1], sizes[-1] // WORD_BITS, q.shape[1] // k_cache.shape[1]
+    sizes = sizes_of(given["fields"], nets, head_dim)
+    words, own, group = codes.shape[-1], sizes[-1] // WORD_BITS, q.shape[1] // heads
     require(
         words in (own, group * own) and codes.stride(2) == 1,
         "signatures of {} words, queries of {}: expected one signature a KV head, or one a query head", words, own,

@@ -13,7 +13,7 @@ from triton.backends.nvidia.compiler import CUDAOptions
 from triton.runtime.interpreter import InterpretedFunction
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from decode_case import EDGES, FP8, OFFSETS, DecodeCase
+from decode_case import EDGES, FP8, MISFITS, OFFSETS, DecodeCase
 
 from vattn_kernels import ops, params, sketch
 from vattn_kernels import triton as gpu
@@ -400,6 +400,13 @@ def test_the_scale_counts_where_all_scores_are_equal():
     assert 0.15 < float(stats[..., 1].mean()) / (case.context - SINK - WINDOW) < 0.25
 
 
+def test_a_workspace_that_became_too_small_is_kept():
+    """For a graph may have been captured on it."""
+    layout._workspaces.clear()
+    small, _ = Step(context=100).workspace(), Step(context=900, num_qo_heads=8).workspace()
+    assert any(kept is small for kept in layout._outgrown)
+
+
 def test_two_runs_give_equal_bits():
     case = Step(context=600)
     case.learnt(2.0)
@@ -418,6 +425,35 @@ def test_what_cannot_run_is_named():
             )
     with pytest.raises(ValueError, match="state"):
         gpu.decode(*case.arguments(), **case.step)
+
+
+GPU_MISFITS = [
+    ("codes", lambda codes: codes.contiguous()),
+    ("norms", lambda norms: norms[..., :1]),
+    ("mean", lambda mean: mean[:1]),
+    ("query_basis", lambda basis: basis.transpose(1, 2)),
+    ("steps", lambda steps: steps[:1]),
+    ("fields", lambda fields: fields[..., :2].contiguous()),
+]
+
+
+@pytest.mark.parametrize(("name", "change"), MISFITS + GPU_MISFITS)
+def test_arguments_that_do_not_fit_are_named(name, change):
+    case = Step(context=100)
+    with pytest.raises(ValueError, match=f"vattn: {name} "):
+        gpu.decode(*case.misfit(name, change), **case.step, state=case.state, state_rows=case.state_rows)
+
+
+@pytest.mark.parametrize(
+    "change", [{"state": lambda state: state[..., :3]}, {"state": lambda state: state.double()},
+               {"state_rows": lambda rows: rows.int()}, {"state_rows": lambda rows: rows[:1]}],
+)  # fmt: skip
+def test_a_state_that_does_not_fit_is_named(change):
+    case = Step(context=100)
+    ((name, wrong),) = change.items()
+    state = {"state": case.state, "state_rows": case.state_rows}
+    with pytest.raises(ValueError, match=f"vattn: {name} "):
+        gpu.decode(*case.arguments(), **case.step, **(state | {name: wrong(state[name])}))
 
 
 @pytest.mark.parametrize("selector", ["sketch", "oracle"])
