@@ -15,12 +15,12 @@ SANITIZER_TOOLS ?= memcheck racecheck
 SANITIZER_JOBS ?= 4
 # Without the longest, and what memcheck takes for an error: a launch that CUDA is meant to refuse.
 SANITIZED ?= not 128k and not chance and not byte_products and not refused_not_awaited
-SANITIZED_FILES := tests/gpu/test_kernels.py tests/gpu/test_uniform.py
+SANITIZED_FILES := tests/gpu/test_kernels.py tests/gpu/test_selectors.py tests/gpu/test_uniform.py
 LOAD_HOST ?= http://127.0.0.1:30000
 APT = DEBIAN_FRONTEND=noninteractive apt-get -q -y
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-sglang-versions test-gpu sanitize prove bench bench-gpu fidelity loadtest lint format env model tools clean
+.PHONY: help has-gpu demo test test-fast test-sglang-versions test-gpu sanitize prove bench bench-gpu fidelity loadtest lint format env model tools clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-22s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,12 +40,15 @@ test-sglang-%: requirements/sglang-%.txt
 	@$(MAKE) --no-print-directory env VENV=.venv-sglang-$* OVERLAY=$<
 	@echo "== SGLang $*" && .venv-sglang-$*/bin/python -m pytest -m e2e tests/e2e $(PYTEST_ARGS)
 
-test-gpu: ## kernels and servers on a GPU (GPU_PYTHON=python3, TEST_GPU_MODEL=folder of a converted model)
-	@$(GPU_PYTHON) -m pytest -m gpu tests/gpu $(PYTEST_ARGS)
+has-gpu:
+	@$(GPU_PYTHON) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "no CUDA device here: run this on a GPU")'
+
+test-gpu: has-gpu ## kernels and servers on a GPU (GPU_PYTHON=python3, TEST_GPU_MODEL=folder of a converted model)
+	@$(GPU_PYTHON) -m pytest -m gpu -rs tests/gpu $(PYTEST_ARGS)
 
 sanitize: $(SANITIZER_TOOLS:%=sanitize-%) ## the GPU kernels under compute-sanitizer, four tests a process (SANITIZER_JOBS=16)
 
-sanitize-%:
+sanitize-%: has-gpu
 	@tests=$$($(GPU_PYTHON) -m pytest --collect-only -q -m gpu -k "$(SANITIZED)" $(SANITIZED_FILES)) || { echo "$$tests"; exit 1; }; \
 	tests=$$(echo "$$tests" | grep ::); echo "== $*: $$(echo "$$tests" | wc -l) tests"; \
 	echo "$$tests" | PYTORCH_NO_CUDA_MEMORY_CACHING=1 OMP_NUM_THREADS=1 xargs -d '\n' -n 4 -P $(SANITIZER_JOBS) \
@@ -57,9 +60,10 @@ prove: env ## violations of delta by sampler, target, bound and population; writ
 bench: env ## decode speed against SGLang's torch_native, both in one run
 	@$(BIN)/python kernels/benchmarks/serve_cpu.py
 
-bench-gpu: ## attention on a GPU against the best dense kernels, and what its counters cost (GPU_PYTHON=python3)
+bench-gpu: has-gpu ## on a GPU: attention against the best dense kernels, what its counters cost, and servers (GPU_PYTHON=python3)
 	@$(GPU_PYTHON) kernels/benchmarks/decode_gpu.py
 	@$(GPU_PYTHON) kernels/benchmarks/telemetry_gpu.py
+	@$(GPU_PYTHON) kernels/benchmarks/serve.py
 
 fidelity: env ## measure the bound on a real model's attention and write docs/fidelity.md (FIDELITY_ARGS="--quick")
 	@$(BIN)/vattn eval fidelity --out docs --server $(FIDELITY_ARGS)

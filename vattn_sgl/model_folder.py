@@ -107,7 +107,10 @@ def reasons(described: Any) -> list[str]:
     import torch
 
     found = list(support.model_reasons(described))
-    return found + list(support.gpu_model_reasons(described)) if torch.cuda.is_available() else found
+    if not torch.cuda.is_available():
+        return found
+    of_device = support.gpu_device_reasons(torch.cuda.get_device_capability())
+    return [*found, *of_device, *support.gpu_model_reasons(described)]
 
 
 def check_config(path: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from vattn_kernels.checks import FP8_DTYPES, MAX_GROUP
 from vattn_kernels.cpu import DTYPES, MAX_HEAD_DIM
-from vattn_kernels.ops import GPU_CACHE_CAPABILITY, GPU_CACHE_DTYPES, GPU_DTYPES, GPU_HEAD_DIMS
+from vattn_kernels.ops import GPU_CACHE_CAPABILITY, GPU_CACHE_DTYPES, GPU_CAPABILITY, GPU_DTYPES, GPU_HEAD_DIMS
 from vattn_sgl.config import Settings
 
 DENSE_ADVICE = "serve this model with another --attention-backend"
@@ -59,6 +59,7 @@ def check(model_runner: Any, settings: Settings) -> None:
         reasons += gpu_reasons(model_runner.server_args, settings)
         reasons += gpu_model_reasons(model_runner.model_config)
         capability = torch.cuda.get_device_capability()
+        reasons += gpu_device_reasons(capability)
         reasons += gpu_pool_reasons(model_runner.token_to_kv_pool, settings.selector, capability)
     else:
         reasons += cpu_reasons(settings)
@@ -176,6 +177,22 @@ def gpu_model_reasons(config: Any) -> Iterator[str]:
         yield f"a model in {dtype}: the GPU kernels of this version take bfloat16 and float16; use --dtype bfloat16"
 
 
+def gpu_device_reasons(capability: tuple[int, int]) -> Iterator[str]:
+    """Reasons in a GPU.
+
+    Parameters
+    ----------
+    capability : tuple of int
+        Its compute capability.
+    """
+    if capability < GPU_CAPABILITY:
+        yield f"a GPU of compute capability {_dotted(capability)}: the kernels take {_dotted(GPU_CAPABILITY)} and later"
+
+
+def _dotted(capability: tuple[int, int]) -> str:
+    return "{}.{}".format(*capability)
+
+
 def gpu_pool_reasons(pool: Any, selector: str = "sketch", capability: tuple[int, int] | None = None) -> Iterator[str]:
     """Reasons in a GPU's KV pool.
 
@@ -195,7 +212,7 @@ def gpu_pool_reasons(pool: Any, selector: str = "sketch", capability: tuple[int,
     elif dtype in FP8_DTYPES and selector != "sketch":
         yield f"KV cache of {dtype}: selector {selector} reads 16 bits; use --kv-cache-dtype auto or selector sketch"
     elif capability is not None and capability < least:
-        needed, found = (f"{major}.{minor}" for major, minor in (least, capability))
+        needed, found = _dotted(least), _dotted(capability)
         yield f"KV cache of {dtype}: that takes compute capability {needed}, not {found}; use --kv-cache-dtype fp8_e5m2"
 
 

@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import triton
+from arguments import shape, share, writable
 
 import vattn_kernels.triton
 from vattn_kernels import ops, params, sketch
@@ -26,8 +28,10 @@ from vattn_sgl.config import Settings
 from vattn_telemetry.counters import CounterLayout
 
 QO_HEADS, KV_HEADS, HEAD_DIM, BITS = 32, 8, 128, 64
-# All but 64 x 131072, whose K and V of two layers do not fit one GPU. Below 2,048 the server reads everything.
-SHAPES = tuple((b, n) for n in (4096, 8192, 32768, 131072) for b in (1, 4, 16, 64) if b * n < 64 * 131072)
+# A token's codes and two norms.
+SIDE_BYTES = KV_HEADS * (BITS // 8 + 2)
+SHAPES = tuple((b, n) for n in (4096, 8192, 32768, 131072) for b in (1, 4, 16, 64))
+# Below 2,048 the server reads everything.
 SHORT_SHAPES = ((1, 2047), (16, 2047), (64, 2047))
 DENSITIES = (0.5, 0.2, 0.1, 0.05, 0.025)
 EPSILON, DELTA = 0.05, 0.05
@@ -39,8 +43,13 @@ REPLAYS = 15
 # Steps of a layer in one graph, about those of a model, so that its start weighs as little as there.
 LAYERS_OF_A_MODEL = 32
 BYTES_TO_ROTATE = 1 << 30
+# Of K and V, whose making takes three times as much; beyond it one layer must do, which no cache holds either.
+MOST_BYTES = 64 << 30
 COUNTERS = CounterLayout(1)
 DENSE_TOLERANCE = 1e-2
+# What is checked of a sample: so many layers, and in how many heads the error may exceed what the step states: five
+# times DELTA, as heads of a group share their draws.
+CHECKED_LAYERS, MOST_BEYOND = 4, 0.25
 # Shapes and densities of which steps are also timed that end after each launch.
 CUT_SHAPES, CUT_DENSITIES = ((16, 32768), (4, 131072), (1, 131072)), (0.1, 0.05)
 # A step's launches in order, without those of other selectors and of audits.
@@ -57,7 +66,8 @@ class Case:
         generator = torch.Generator("cuda").manual_seed(0)
         slots = batch * context + 64
         cache_bytes = 2 * slots * KV_HEADS * HEAD_DIM * 2
-        self.batch, self.context, self.layers = batch, context, max(2, -(-BYTES_TO_ROTATE // cache_bytes))
+        self.batch, self.context = batch, context
+        self.layers = min(max(2, -(-BYTES_TO_ROTATE // cache_bytes)), max(1, MOST_BYTES // cache_bytes))
         spread = torch.logspace(0.5, -1.0, HEAD_DIM, device="cuda")
 
         def normal(*shape: int) -> torch.Tensor:
@@ -130,14 +140,14 @@ class Case:
             for layer in range(self.layers):
                 self.decode(layer, cap=cap)
 
-    def errors(self, layer: int, out: torch.Tensor) -> torch.Tensor:
-        """Relative error of every head of the first request, float64."""
-        slots = self.kv_indices[0].long()
+    def errors(self, layer: int, request: int, out: torch.Tensor) -> torch.Tensor:
+        """Relative error of every head of a request, float64."""
+        slots = self.kv_indices[request].long()
         k, v = self.k[layer][slots].double(), self.v[layer][slots].double()
-        q = self.q[layer][0].double().view(KV_HEADS, -1, HEAD_DIM)
+        q = self.q[layer][request].double().view(KV_HEADS, -1, HEAD_DIM)
         p = torch.softmax(torch.einsum("hgd,nhd->hgn", q, k) * self.step["sm_scale"], -1)
         exact = torch.einsum("hgn,nhd->hgd", p, v).reshape(QO_HEADS, HEAD_DIM)
-        return (out[0].double() - exact).norm(dim=-1) / exact.norm(dim=-1)
+        return (out[request].double() - exact).norm(dim=-1) / exact.norm(dim=-1)
 
 
 def flashinfer(case: Case) -> Callable[[int], torch.Tensor]:
@@ -263,20 +273,29 @@ def copy_bandwidth() -> float:
     return 2 * source.nbytes / (time_us(lambda layer: torch.add(source, 1.0, out=target), 1) * 1e-6)
 
 
-def checked(case: Case, run: Callable[[int], torch.Tensor], limit: float, name: str) -> None:
-    """Refuse to time what is wrong."""
-    case.out.fill_(float("nan"))
-    error = float(case.errors(0, run(0)).max())
-    if not error < limit:
+def checked(case: Case, run: Callable[[int], torch.Tensor], name: str, is_sampled: bool) -> None:
+    """Refuse to time what is wrong: a dense output by its errors, a sampled one by how many exceed what it states."""
+    beyond, worst = [], 0.0
+    for layer in range(min(case.layers, CHECKED_LAYERS)):
+        case.out.fill_(float("nan"))
+        out = run(layer)
+        worst = worst if torch.isfinite(out).all() else float("inf")
+        for request in {0, case.batch - 1}:
+            errors = case.errors(layer, request, out)
+            stated = case.stats[request, :, ops.STATS.index("half_width")] if is_sampled else 0.0
+            beyond.append((~(errors <= stated + DENSE_TOLERANCE)).double().mean())
+            worst = max(worst, float(errors.max()))
+    found, most = float(torch.stack(beyond).mean()), MOST_BEYOND if is_sampled else 0.0
+    if not (worst < float("inf") and found <= most):
         raise SystemExit(
-            f"{name} at {case.batch}x{case.context}: relative error {error:.3g}, expected below {limit:.3g}"
+            f"{name} at {case.batch}x{case.context}: errors of up to {worst:.3g}, in {found:.1%} of heads above what "
+            f"the step states and {DENSE_TOLERANCE}, expected in at most {most:.0%}"
         )
 
 
 def bench(batch: int, context: int, order: str, densities: tuple[float, ...], bandwidth: float) -> list[dict[str, Any]]:
     """Rows of one shape."""
     case = Case(batch, context, order)
-    device = torch.cuda.get_device_name()
     dense: dict[str, float] = {}
     makers: dict[str, Callable[[Case], Callable[[int], torch.Tensor]]] = {
         "ours": lambda case: lambda layer: case.decode(layer, dense_below=1 << 30),
@@ -286,65 +305,73 @@ def bench(batch: int, context: int, order: str, densities: tuple[float, ...], ba
     case.params.copy_(torch.tensor(params.pack(EPSILON, DELTA, "f8")))
     for name, make in makers.items():
         run = make(case)
-        checked(case, run, DENSE_TOLERANCE, name)
+        checked(case, run, name, is_sampled=False)
         dense[name] = time_us(run, case.layers)
     others = min([t for n, t in dense.items() if n != "ours"], default=dense["ours"])
     best = min(dense.values())
     kv_us = 2 * batch * context * KV_HEADS * HEAD_DIM * 2 / bandwidth * 1e6
     head = f"{batch}x{context} {order}: dense " + ", ".join(f"{n} {t:.0f}" for n, t in dense.items())
     print(f"{head} us; K and V at copy bandwidth {kv_us:.0f} us", flush=True)
-    common = {"device": device, "batch": batch, "context": context, "order": order, "dense_us": round(best, 1)}
-    rows = [common | {"density": 1.0, "stage": f"dense:{n}", "us": round(t, 1)} for n, t in dense.items()]
+    common = {
+        "device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
+        "copy_tb_s": round(bandwidth / 1e12, 2), "batch": batch, "context": context, "order": order,
+        "side_bytes": batch * context * SIDE_BYTES, "dense_us": round(best, 1),
+    }  # fmt: skip
+
+    def row(density: float, stage: str, us: float, **more: Any) -> dict[str, Any]:
+        figures = {"density": round(density, 4), "stage": stage, "us": round(us, 1), "ratio": round(best / us, 2)}
+        return common | figures | more
+
+    rows = [row(1.0, f"dense:{n}", t) for n, t in dense.items()]
     everything = stages_us(makers["ours"](case), case.layers)
     shown = " ".join(f"{n} {t:.1f}" for n, t in everything.items())
     print(f"  reading everything: {others / dense['ours']:.2f}x the best other dense; {shown}", flush=True)
-    rows[0] |= {"ratio": round(others / dense["ours"], 2)}
     for density in (*densities, None) if densities else ():
         cap, epsilon = (1.0, EPSILON) if density is None else (density, UNREACHABLE)
+        label = f"epsilon {EPSILON}" if density is None else f"cap {density}"
         case.settle(epsilon, cap)
 
         def run(layer: int, cap: float = cap) -> torch.Tensor:
             return case.decode(layer, cap=cap)
 
-        if density is None:
-            checked(case, run, 3 * EPSILON, "epsilon .05")
+        checked(case, run, label, is_sampled=True)
         total = time_us(run, case.layers)
         real = float(case.stats[..., 0].mean())
         gather = kv_us * real
         stages = stages_us(run, case.layers)
         shown = " ".join(f"{n} {t:.1f}" for n, t in stages.items())
-        label = "epsilon .05" if density is None else f"cap {density}"
         print(f"  {label}: density {real:.4f}, {total:.1f} us, {best / total:.2f}x dense, "
               f"{total / gather:.2f} of its bytes' time; {shown}", flush=True)  # fmt: skip
-        same = common | {"density": round(real, 4), "wanted": label}
-        rows.append(same | {"stage": "total", "us": round(total, 1), "ratio": round(best / total, 2)})
-        rows += [same | {"stage": n, "us": round(t, 1)} for n, t in stages.items()]
+        rows.append(row(real, "total", total, wanted=label, gather_us=round(gather, 1)))
+        rows += [row(real, n, t, wanted=label) for n, t in stages.items()]
         if order == "in order" and (batch, context) in CUT_SHAPES and density in CUT_DENSITIES:
             ends = until_us(case, run)
             print("    steps that end after " + ", ".join(f"{n} {t:.1f}" for n, t in ends.items()), flush=True)
-            rows += [same | {"stage": f"until:{n}", "us": round(t, 1)} for n, t in ends.items()]
+            rows += [row(real, f"until:{n}", t, wanted=label) for n, t in ends.items()]
     return rows
 
 
 def main() -> int:
     """Run all shapes, print, and save the rows."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, default=Path(__file__).with_name("results.json"))
-    parser.add_argument("--shapes", nargs="*", help="BATCHxCONTEXT; all by default")
-    parser.add_argument("--densities", nargs="*", type=float, default=DENSITIES)
+    parser.add_argument("--json", type=writable, default=Path(__file__).with_name("results.json"))
+    parser.add_argument("--shapes", nargs="+", type=shape, default=[*SHORT_SHAPES, *SHAPES], help="BATCHxCONTEXT")
+    parser.add_argument("--densities", nargs="+", type=share, default=DENSITIES)
     options = parser.parse_args()
     if not torch.cuda.is_available():
         print("no CUDA device here: run this on a GPU; `make bench` measures a CPU", file=sys.stderr)
         return 2
-    shapes = [tuple(map(int, s.split("x"))) for s in options.shapes] if options.shapes else [*SHORT_SHAPES, *SHAPES]
     bandwidth = copy_bandwidth()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, copy {bandwidth / 1e12:.2f} TB/s, "
-          f"side data {BITS // 8 + 2} bytes a token and KV head", flush=True)  # fmt: skip
+          f"side data {SIDE_BYTES // KV_HEADS} bytes a token and KV head", flush=True)  # fmt: skip
     rows: list[dict[str, Any]] = []
-    for batch, context in shapes:
+    for batch, context in options.shapes:
         # Of what the server reads whole only that is timed.
         densities = () if (batch, context) in SHORT_SHAPES else tuple(options.densities)
-        rows += bench(batch, context, "in order", densities, bandwidth)
+        try:
+            rows += bench(batch, context, "in order", densities, bandwidth)
+        except torch.OutOfMemoryError:
+            print(f"{batch}x{context}: left out, this GPU has too little memory", flush=True)
         torch.cuda.empty_cache()
         if (batch, context) == (16, 32768):
             rows += bench(batch, context, "interleaved", (0.1, 0.05), bandwidth)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 import matplotlib
-from decode_gpu import BITS, HEAD_DIM, KV_HEADS
+from decode_gpu import HEAD_DIM, KV_HEADS, SIDE_BYTES
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -15,25 +16,35 @@ from matplotlib.ticker import NullFormatter
 
 HERE = Path(__file__).parent
 SHAPES = ((1, 131072), (16, 8192), (16, 32768), (16, 131072))
-# Bytes a token and layer: of K and V in bf16, and of the codes with their two norms.
-KV_BYTES, SIDE_BYTES = 2 * KV_HEADS * HEAD_DIM * 2, KV_HEADS * (BITS // 8 + 2)
+# Bytes a token and layer of K and V in bf16.
+KV_BYTES = 2 * KV_HEADS * HEAD_DIM * 2
 
 
-def main() -> None:
+def main() -> int:
     """Draw the shapes of `SHAPES`, ordered slots."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--copy", type=float, default=4.2, help="TB/s that a copy reaches")
+    parser.add_argument("--json", type=Path, default=HERE / "results.json", help="what decode_gpu.py wrote")
+    parser.add_argument("--png", type=Path, default=HERE / "roofline.png")
     options = parser.parse_args()
-    rows = json.loads((HERE / "results.json").read_text())
+    try:
+        rows = json.loads(options.json.read_text())
+    except (OSError, ValueError) as error:
+        print(f"{options.json}: {error}; expected what decode_gpu.py wrote", file=sys.stderr)
+        return 2
+    missing = set(SHAPES) - {(r["batch"], r["context"]) for r in rows}
+    if missing:
+        print(f"{options.json} has no rows of {sorted(missing)}: run decode_gpu.py with them", file=sys.stderr)
+        return 2
+    copy = rows[0]["copy_tb_s"]
     figure, axes = plt.subplots(1, len(SHAPES), figsize=(4 * len(SHAPES), 3.6), layout="constrained")
     for axis, (batch, context) in zip(axes, SHAPES, strict=True):
         own = [r for r in rows if (r["batch"], r["context"], r["order"]) == (batch, context, "in order")]
         totals = sorted((r["density"], r["us"]) for r in own if r["stage"] == "total" and r["wanted"].startswith("cap"))
         at = [density for density, _ in totals]
         megabytes = batch * context / 1e6
-        bound = [megabytes * (KV_BYTES * d + SIDE_BYTES) / options.copy for d in at]
+        bound = [megabytes * (KV_BYTES * d + SIDE_BYTES) / copy for d in at]
         axis.loglog(at, [us for _, us in totals], "o-", label="whole step")
-        axis.loglog(at, bound, "k--", label=f"bytes at {options.copy} TB/s")
+        axis.loglog(at, bound, "k--", label=f"bytes at {copy} TB/s")
         axis.axhline(own[0]["dense_us"], color="tab:red", label="best dense")
         axis.set(title=f"{batch} x {context}", xlabel="density", ylabel="us a layer" if axis is axes[0] else "")
         axis.set_xticks([0.025, 0.05, 0.1, 0.2, 0.5], labels=[".025", ".05", ".1", ".2", ".5"])
@@ -42,8 +53,9 @@ def main() -> None:
         axis.yaxis.set_minor_formatter(NullFormatter())
         axis.grid(alpha=0.3, which="both")
     axes[0].legend()
-    figure.savefig(HERE / "roofline.png", dpi=110)
+    figure.savefig(options.png, dpi=110)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

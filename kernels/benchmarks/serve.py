@@ -14,6 +14,7 @@ import random
 import re
 import secrets
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -25,6 +26,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from arguments import positive, share, writable
 from rich.console import Console
 
 from vattn_sgl.eval.served import totals
@@ -70,6 +72,7 @@ BACKENDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "vattention": ("vattention", ()),
 }
 OURS = "vattention"
+NO_GPU = "no GPU"
 UNREACHABLE_EPSILON = "1e-6"
 SPARE_TOKENS = 256
 # Tokens of a request that are not counted: the first come while others still wait.
@@ -119,7 +122,7 @@ def device_name() -> str:
     try:
         return subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0].strip()
     except (OSError, subprocess.CalledProcessError, IndexError):
-        return "no GPU"
+        return NO_GPU
 
 
 def prompts(requests: int, context: int) -> list[list[int]]:
@@ -238,19 +241,28 @@ def show(rows: list[Row]) -> None:
         print(json.dumps(asdict(row)))
 
 
-def main() -> None:
+def main() -> int:
     """Run and print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--backends", nargs="+", choices=list(BACKENDS), default=["triton", "vattention", "flashinfer"])
-    parser.add_argument("--densities", type=float, nargs="+", default=[0.1], help="one server of vattention for each")
-    parser.add_argument("--requests", type=int, default=16)
-    parser.add_argument("--context", type=int, default=32768)
-    parser.add_argument("--tokens", type=int, default=192)
-    parser.add_argument("--layers", type=int, default=GEOMETRY["num_hidden_layers"])
-    parser.add_argument("--chunk", type=int, default=16384, help="tokens of a prefill chunk")
-    parser.add_argument("--limit", type=float, default=260, help="seconds for each server")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--densities", type=share, nargs="+", default=[0.1], help="one server of vattention for each")
+    parser.add_argument("--requests", type=positive, default=16)
+    parser.add_argument("--context", type=positive, default=32768)
+    parser.add_argument("--tokens", type=positive, default=192, help=f"of each answer, more than {WARM_UP_TOKENS}")
+    parser.add_argument("--layers", type=positive, default=GEOMETRY["num_hidden_layers"])
+    parser.add_argument("--chunk", type=positive, default=16384, help="tokens of a prefill chunk")
+    parser.add_argument("--limit", type=positive, default=260, help="seconds for each server")
+    parser.add_argument("--json", type=writable)
     options = parser.parse_args()
+    longest = GEOMETRY["max_position_embeddings"] - options.tokens - SPARE_TOKENS
+    if options.context > longest:
+        parser.error(f"--context {options.context}, expected at most {longest} with --tokens {options.tokens}")
+    if options.tokens <= WARM_UP_TOKENS + 1:
+        parser.error(f"--tokens {options.tokens}, expected more than {WARM_UP_TOKENS + 1}")
+    if device_name() == NO_GPU:
+        print("no GPU here: run this on a GPU; `make bench` measures a CPU", file=sys.stderr)
+        return 2
+    failed = False
     work = prompts(options.requests, options.context)
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="vattn-serve-") as scratch:
@@ -263,11 +275,13 @@ def main() -> None:
                     rows.append(measure(folder, name, density, work, options, scratch))
                     show(rows[-1:])
                 except ServerError as error:
+                    failed = True
                     console.print(f"{name}: failed: {error}", markup=False, soft_wrap=True)
     show(rows)
     if options.json:
         options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
+    return int(failed)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

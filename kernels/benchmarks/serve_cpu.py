@@ -18,6 +18,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from arguments import positive, writable
 from rich.console import Console
 
 from vattn_sgl import model, texts
@@ -161,10 +162,10 @@ def limits(rows: list[Row], path: Path, bytes_per_second: float) -> None:
 def main() -> None:
     """Run and print."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--contexts", type=int, nargs="+", default=[1024, 6144])
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--tokens", type=int, default=48)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--contexts", type=positive, nargs="+", default=[1024, 6144])
+    parser.add_argument("--batches", type=positive, nargs="+", default=[1, 8])
+    parser.add_argument("--tokens", type=positive, default=48)
+    parser.add_argument("--json", type=writable)
     options = parser.parse_args()
     path = model.fetch()
     speed = bandwidth()

@@ -13,11 +13,13 @@ import sys
 
 import torch
 import triton
+from arguments import shape, share
 from decode_gpu import UNREACHABLE, Case, time_us
 
 from vattn_kernels import triton as gpu
 from vattn_kernels.triton import combine
 
+SHAPES = ((1, 32768), (16, 32768), (64, 8192))
 TURNS = 5
 
 
@@ -43,15 +45,15 @@ def kernel_without_counters() -> object:
 def main() -> int:
     """Print both times, their difference and its share of attention and of a whole step."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shapes", nargs="*", default=["1x32768", "16x32768", "64x8192"], help="BATCHxCONTEXT")
-    parser.add_argument("--cap", type=float, default=0.1)
+    parser.add_argument("--shapes", nargs="+", type=shape, default=SHAPES, help="BATCHxCONTEXT")
+    parser.add_argument("--cap", type=share, default=0.1)
     options = parser.parse_args()
     if not torch.cuda.is_available():
         print("no CUDA device here: run this on a GPU", file=sys.stderr)
         return 2
     kernels = {"on": combine.combine_fwd_kernel, "off": kernel_without_counters()}
-    for shape in options.shapes:
-        case = Case(*map(int, shape.split("x")), "in order")
+    for batch, context in options.shapes:
+        case, size = Case(batch, context, "in order"), f"{batch}x{context}"
         case.settle(UNREACHABLE, options.cap)
         times: dict[str, list[float]] = {name: [] for name in kernels}
 
@@ -64,10 +66,10 @@ def main() -> int:
                 case.counters.zero_()
                 times[name].append(time_us(step, case.layers))
                 if bool(case.counters.any()) != (name == "on"):
-                    raise SystemExit(f"{shape}: counters {name}, but they read {case.counters.tolist()}")
+                    raise SystemExit(f"{size}: counters {name}, but they read {case.counters.tolist()}")
         on, off = (statistics.median(times[name]) for name in ("on", "off"))
         spread = max(max(t) - min(t) for t in times.values())
-        print(f"{torch.cuda.get_device_name()} {shape} density {float(case.stats[..., 0].mean()):.3f}: counters on "
+        print(f"{torch.cuda.get_device_name()} {size} density {float(case.stats[..., 0].mean()):.3f}: counters on "
               f"{on:.2f} us, off {off:.2f} us, {on - off:+.2f} us a layer ({(on - off) / off:+.2%} of attention), "
               f"spread of a time {spread:.2f} us", flush=True)  # fmt: skip
         del case, step

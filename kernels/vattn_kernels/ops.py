@@ -28,7 +28,8 @@ STATE_WIDTH = 4
 GPU_HEAD_DIMS = (64, 96, 128, 256)
 GPU_DTYPES = (torch.bfloat16, torch.float16)
 GPU_CACHE_DTYPES = (*GPU_DTYPES, *FP8_DTYPES)
-# Compute capability that a cache's dtype takes, where not every GPU converts it.
+# Compute capability that they take, and that a cache's dtype does, where not every GPU converts it.
+GPU_CAPABILITY = (8, 0)
 GPU_CACHE_CAPABILITY = {torch.float8_e4m3fn: (8, 9)}
 
 _LIBRARY = torch.library.Library("vattn", "DEF")

@@ -214,6 +214,7 @@ def test_no_compiler(folder, monkeypatch):
 
 def test_settings_that_a_gpu_cannot_serve(folder, monkeypatch, change_config):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Test GPU")
     assert (True, "GPU Test GPU: kernels are compiled as a server starts", "") in report(folder)
     monkeypatch.setenv("VATTN_BOUND", "bernstein")
@@ -223,3 +224,7 @@ def test_settings_that_a_gpu_cannot_serve(folder, monkeypatch, change_config):
     change_config(head_dim=80)
     (failed,) = failures(folder)
     assert "GPU kernels of this version serve" in failed
+    change_config(head_dim=64)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    (failed,) = failures(folder)
+    assert "compute capability 7.5" in failed

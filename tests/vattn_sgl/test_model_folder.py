@@ -54,6 +54,7 @@ def test_a_class_that_comes_with_the_model_or_with_sglang_alone_is_known(small_f
 @pytest.mark.parametrize(("on_gpu", "refused"), [(True, True), (False, False)])
 def test_the_shape_is_looked_at_for_the_device_here(on_gpu, refused, small_folder, change_config, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: on_gpu)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     change_config(head_dim=80)
     found = model_folder.reasons(model_folder.describe(small_folder))
     assert any("GPU kernels" in reason for reason in found) is refused

@@ -161,6 +161,12 @@ def test_dtypes_on_a_gpu():
     assert "takes compute capability 8.9, not 8.6; use --kv-cache-dtype fp8_e5m2" in reason
 
 
+def test_gpus_older_than_the_kernels_are_named():
+    assert list(support.gpu_device_reasons((8, 0))) == list(support.gpu_device_reasons((9, 0))) == []
+    (reason,) = support.gpu_device_reasons((7, 5))
+    assert "7.5" in reason and "8.0" in reason
+
+
 def test_dtypes_on_a_cpu():
     pool = MHATokenToKVPool()
     runner = SimpleNamespace(

@@ -38,6 +38,8 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 FLOATS = {"sm_scale", "k_scale", "v_scale", "floor", "cap", "rate", "pilot", "top_k_share"}
 QUERY, CACHE = {"p_q", "p_out"}, {"p_k", "p_v", "p_bounds"}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8e4nv": torch.float8_e4m3fn, "fp8e5": torch.float8_e5m2}
+# Of most cases; `layout.MOST_SPLITS` of some.
+FEW_SPLITS = 8
 # Selectors whose rows are of the cache's type.
 ROWS_OF_NUMBERS = {"oracle", "quest"}
 TYPES = {
@@ -58,7 +60,7 @@ def shapes(arch: int, dtype: str, cache: str, head_dim: int, group: int, words: 
     launch = layout.LAUNCH
     sketch = {"R": head_dim, "GROUPS": groups, "WORDS": words, "DP4A": True, "SELECTOR": 0, "p_valid": None}
     merge = common | {
-        "GP": padded, "WIDTH": width, "SPLITS": 8, "MOST": layout.MOST_LISTS, "STATE": 4,
+        "GP": padded, "WIDTH": width, "SPLITS": FEW_SPLITS, "MOST": layout.MOST_LISTS, "STATE": 4,
         "TARGET": 0, "TABLE": 4, "POINTS": 33, "PER_UNIT": 64, "BUDGET_EDGES": 12, "BUDGET_EDGES_P": 16,
         "ERROR_EDGES": 10, "ERROR_EDGES_P": 16, "COUNTERS_P": 64,
     }  # fmt: skip
@@ -68,7 +70,7 @@ def shapes(arch: int, dtype: str, cache: str, head_dim: int, group: int, words: 
         "MOST_AGE": 64, "SELECTOR": 0, "UNIFORM": False,
     }  # fmt: skip
     warps = layout.LISTS.value
-    few = {"LEAST": layout.LEAST_SPLITS, "ROWS_P": 128}
+    few = {"LEAST": layout.LEAST_SPLITS, "ROWS_P": layout.LEAST_ROWS}
     if layout.tensor_cores_score(group, words):
         yield select_lists_fwd_kernel, warps, merge | sketch
     else:
@@ -175,6 +177,13 @@ def main() -> None:
             kernels = [("sketch", *kernel) for kernel in shapes(arch, *model)]
             if model == models[0]:
                 kernels += shapes_of_selectors(arch, *model)
+                # As few rows as there can be, with the most splits each.
+                most = {"SPLITS": layout.MOST_SPLITS}
+                kernels += [
+                    (selector, kernel, layout.combine_warps(layout.MOST_SPLITS), given | most)
+                    for selector, kernel, _, given in kernels
+                    if kernel in (combine_fwd_kernel, budget_fwd_kernel)
+                ]
             for selector, kernel, warps, given in kernels:
                 constants = {name: value for name, value in given.items() if name in kernel.arg_names}
                 signature = {
@@ -198,6 +207,7 @@ def main() -> None:
                 row = {
                     "kernel": kernel.fn.__name__, "selector": selector, "arch": arch, "dtype": dtype, "cache": cache,
                     "head_dim": head_dim, "group": group, "words": words, "threads": 32 * warps,
+                    "splits": constants.get("SPLITS", FEW_SPLITS),
                     "limit": options["maxnreg"], "shared": built.metadata.shared,
                     **resources(built.asm["cubin"]),
                 }  # fmt: skip

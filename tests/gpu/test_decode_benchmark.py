@@ -1,0 +1,32 @@
+"""The benchmark of decode attention refuses to time what is wrong."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from decode_gpu import UNREACHABLE, Case, checked
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(scope="module")
+def case():
+    case = Case(2, 4096, "in order")
+    case.settle(UNREACHABLE, 0.1)
+    return case
+
+
+@pytest.mark.parametrize("is_sampled", [True, False])
+def test_right_outputs_pass(case, is_sampled):
+    below = 0 if is_sampled else 1 << 30
+    checked(case, lambda layer: case.decode(layer, cap=0.1, dense_below=below), "ours", is_sampled)
+
+
+@pytest.mark.parametrize("is_sampled", [True, False])
+@pytest.mark.parametrize(
+    "spoil", [lambda out: out * 1.5, lambda out: out.index_fill(1, torch.tensor([3], device="cuda"), float("nan"))]
+)
+def test_wrong_outputs_are_refused(case, spoil, is_sampled):
+    below = 0 if is_sampled else 1 << 30
+    with pytest.raises(SystemExit, match="ours at 2x4096"):
+        checked(case, lambda layer: spoil(case.decode(layer, cap=0.1, dense_below=below)), "ours", is_sampled)
