@@ -37,7 +37,7 @@ def test_what_is_wrong_is_named_with_what_was_expected(kind, text):
     [
         (("serve.py", "--context", "999999"), "--context 999999, expected at most"),
         (("serve.py", "--tokens", "3"), "--tokens 3, expected more than"),
-        (("roofline.py", "--json", "no-such.json"), "no-such.json: "),
+        (("report.py", "--json", "no-such.json"), "no-such.json: "),
     ],
 )
 def test_a_script_says_why_it_does_not_start(command, message):

@@ -1,4 +1,7 @@
-"""Draw ``roofline.png`` from ``results.json``: time of a decode step against density, and what bounds it."""
+"""Tell what ``results.json`` holds: RESULTS.md's table of decode attention, and ``roofline.png``.
+
+The plot shows the time of a decode step against density, and what bounds it.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 from decode_gpu import HEAD_DIM, KV_HEADS, SIDE_BYTES
@@ -20,8 +24,26 @@ SHAPES = ((1, 131072), (16, 8192), (16, 32768), (16, 131072))
 KV_BYTES = 2 * KV_HEADS * HEAD_DIM * 2
 
 
+def table(rows: list[dict[str, Any]]) -> None:
+    """A Markdown row for each shape and order of slots: times in microseconds, speed-ups over the best dense kernel."""
+    print("| requests x context | best dense | cap .5 | cap .1 | cap .05 | epsilon .05 | reading all, ours |")
+    print("|---|---|---|---|---|---|---|")
+    for key in sorted({(r["context"], r["batch"], r["order"]) for r in rows}):
+        own = [r for r in rows if (r["context"], r["batch"], r["order"]) == key]
+        totals = {r["wanted"]: r for r in own if r["stage"] == "total"}
+        context, batch, order = key
+
+        def cell(wanted: str, totals: dict[str, dict[str, Any]] = totals) -> str:
+            found = totals.get(wanted)
+            return f"{found['us']:.1f}, {found['ratio']:.2f}x at {found['density']:.3f}" if found else ""
+
+        everything = next(r["ratio"] for r in own if r["stage"] == "dense:ours")
+        cells = " | ".join(cell(wanted) for wanted in ("cap 0.5", "cap 0.1", "cap 0.05", "epsilon 0.05"))
+        print(f"| {batch} x {context:,}, {order} | {own[0]['dense_us']:,.0f} | {cells} | {everything:.2f}x |")
+
+
 def main() -> int:
-    """Draw the shapes of `SHAPES`, ordered slots."""
+    """Print the table and draw the shapes of `SHAPES`, ordered slots."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path, default=HERE / "results.json", help="what decode_gpu.py wrote")
     parser.add_argument("--png", type=Path, default=HERE / "roofline.png")
@@ -35,6 +57,7 @@ def main() -> int:
     if missing:
         print(f"{options.json} has no rows of {sorted(missing)}: run decode_gpu.py with them", file=sys.stderr)
         return 2
+    table(rows)
     copy = rows[0]["copy_tb_s"]
     figure, axes = plt.subplots(1, len(SHAPES), figsize=(4 * len(SHAPES), 3.6), layout="constrained")
     for axis, (batch, context) in zip(axes, SHAPES, strict=True):
