@@ -184,7 +184,8 @@ def decode(
     }  # fmt: skip
     warps = layout.LISTS.value
     attend = {"BN": launch.attend_block, "WIDE": q.dtype != torch.bfloat16, "num_warps": warps}
-    key = (seed & 0x7FFFFFFF, layer_id)
+    # The kernels take the bits of an unsigned seed for those of a signed argument, whose type never changes then.
+    key = ((seed + (1 << 31)) % (1 << 32) - (1 << 31), layer_id)
     logit_scale = sm_scale * k_scale
     settled = (
         work.heads, work.log_scale, work.fixed, work.reads, work.arrivals, params, state, state_rows, budget_edges,

@@ -210,9 +210,9 @@ def test_first_step_of_a_request_is_exact_and_starts_the_state(context, heads):
     assert (case.state[case.state_rows[0], :, layout.STATE_CONTEXT.value] == context).all()
 
 
-@pytest.mark.parametrize("bits", [64, 128])
-def test_tokens_are_drawn_with_the_probability_of_their_score(bits):
-    case = Step(batch=2, context=600, bits=bits, epsilon=0.5)
+@pytest.mark.parametrize(("bits", "seed"), [(64, 0), (128, 0), (64, 2**32 - 7)])
+def test_tokens_are_drawn_with_the_probability_of_their_score(bits, seed):
+    case = Step(batch=2, context=600, bits=bits, epsilon=0.5, settings={"seed": seed})
     case.learnt(4.0)
     case.run()
     step, group = case.step, case.num_qo_heads // case.num_kv_heads
