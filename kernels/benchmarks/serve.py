@@ -26,9 +26,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from arguments import positive, share, writable
 from rich.console import Console
 
+from vattn_sgl.arguments import positive, share, writable
 from vattn_sgl.eval.served import totals
 from vattn_sgl.server import Server, ServerError
 

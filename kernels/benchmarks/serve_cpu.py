@@ -18,10 +18,10 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from arguments import positive, writable
 from rich.console import Console
 
 from vattn_sgl import model, texts
+from vattn_sgl.arguments import positive, writable
 from vattn_sgl.demo import totals
 from vattn_sgl.server import Server
 

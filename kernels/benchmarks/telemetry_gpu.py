@@ -13,11 +13,11 @@ import sys
 
 import torch
 import triton
-from arguments import shape, share
 from decode_gpu import UNREACHABLE, Case, time_us
 
 from vattn_kernels import triton as gpu
 from vattn_kernels.triton import combine
+from vattn_sgl.arguments import shape, share
 
 SHAPES = ((1, 32768), (16, 32768), (64, 8192))
 TURNS = 5

@@ -72,14 +72,15 @@ def check_tensor(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int
         If it is another.
     """
     sizes = tensor.shape
-    fits = len(sizes) == len(shape) and all(
-        wanted is None or size == wanted for size, wanted in zip(sizes, shape, strict=True)
+    fits = sizes == shape or (
+        len(sizes) == len(shape)
+        and all(wanted is None or size == wanted for size, wanted in zip(sizes, shape, strict=True))
     )
-    require(
-        fits and tensor.dtype == dtype and tensor.is_contiguous(),
-        "{} is {} of shape {} and strides {}, expected contiguous {} of shape {}",
-        *(name, tensor.dtype, tuple(sizes), tensor.stride(), dtype, shape),
-    )
+    if not (fits and tensor.dtype == dtype and tensor.is_contiguous()):
+        raise ValueError(
+            f"vattn: {name} is {tensor.dtype} of shape {tuple(sizes)} and strides {tensor.stride()}, expected "
+            f"contiguous {dtype} of shape {shape}"
+        )
 
 
 def check_slots(slots: Tensor) -> None:
@@ -125,7 +126,7 @@ def check_decode(
         len(counter_offsets) == COUNTER_BLOCKS, "counter_offsets are {}, not {}", len(counter_offsets), COUNTER_BLOCKS
     )
     for name, tensor, dtype, shape in (
-        ("q", q, q.dtype, (None, None, None)),
+        ("q", q, q.dtype, (batch, heads, head_dim)),
         ("seq_lens", seq_lens, seq_lens.dtype, (batch,)),
         ("params", params, torch.float32, (layout.PARAMS_WIDTH,)),
         ("covered", covered, torch.int32, (1,)),

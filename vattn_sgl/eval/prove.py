@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from vattn_kernels import ops
+from vattn_sgl.arguments import positive
 from vattn_sgl.eval import proof, proof_plots
 from vattn_sgl.eval.proof import DELTA, LEVEL, POWER, Bias, Cell, Result
 
@@ -38,7 +39,7 @@ NOTES = """What to know about these rows:
 def main(arguments: list[str] | None = None) -> int:
     """Run the study, write the report, and return 1 if a violation is unexplained or a sum is biased."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--calls", type=_positive, default=CALLS, help=f"calls a cell, {proof.HEADS} trials each")
+    parser.add_argument("--calls", type=positive, default=CALLS, help=f"calls a cell, {proof.HEADS} trials each")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("docs"), help="folder of proof.md and proof/*.png")
     options = parser.parse_args(arguments)
@@ -67,12 +68,6 @@ def main(arguments: list[str] | None = None) -> int:
     for bias in biased:
         console.print(f"biased: {bias}", style="red")
     return 1 if bad or biased else 0
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text}, expected a whole number of 1 or more")
-    return int(text)
 
 
 def _summary(results: dict[Cell, Result]) -> Table:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from vattn_kernels.checks import check_bounds, check_nets, check_tensor, needed_side, require
+from vattn_kernels.checks import SIDE_DTYPES, check_bounds, check_nets, check_tensor, needed_side, require
 from vattn_kernels.ops import SELECTORS
 from vattn_kernels.signature import WORD_BITS
 from vattn_kernels.sketch import GROUPS_PER_WORD
@@ -46,12 +45,12 @@ class Side(NamedTuple):
     sizes: tuple[int, int, int] = (0, 0, 0)
 
 
-def by_head(name: str, side: Tensor, dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
+def by_head(name: str, side: Tensor, shape: tuple[int, int, int]) -> None:
     """Refuse side data of another dtype or shape, or of which one head's rows do not lie side by side."""
     require(
-        side.dtype == dtype and side.shape == shape and side.stride(2) == 1 and side.stride(0) == shape[2],
+        side.dtype == SIDE_DTYPES[name] and side.shape == shape and side.stride(2) == 1 and side.stride(0) == shape[2],
         "{} must lie by head, then slot: {} of strides {} and shape {}, expected {} of shape {}",
-        *(name, side.dtype, side.stride(), tuple(side.shape), dtype, shape),
+        *(name, side.dtype, side.stride(), tuple(side.shape), SIDE_DTYPES[name], shape),
     )
 
 
@@ -62,16 +61,13 @@ def check_codes(
     """Refuse side data and tables of a sketch that the kernels do not read; ``basis`` names which bases."""
     slots, heads, head_dim = k_cache.shape
     require(codes.shape[-1] in WORDS, "codes of {} words, expected {}", codes.shape[-1], WORDS)
-    by_head("codes", codes, torch.int32, (slots, heads, codes.shape[-1]))
-    by_head("norms", norms, torch.uint8, (slots, heads, 2))
+    by_head("codes", codes, (slots, heads, codes.shape[-1]))
+    by_head("norms", norms, (slots, heads, 2))
     coded = steps.shape[-1]
-    for name, tensor, dtype, shape in (
-        ("mean", mean, torch.float32, (heads, head_dim)),
-        (basis, bases, torch.float32, (heads, head_dim, head_dim)),
-        ("steps", steps, torch.float32, (heads, coded)),
-        ("fields", fields, torch.int32, (heads, coded, 3)),
-    ):
-        check_tensor(name, tensor, dtype, shape)
+    check_tensor("mean", mean, SIDE_DTYPES["mean"], (heads, head_dim))
+    check_tensor(basis, bases, SIDE_DTYPES["query_basis"], (heads, head_dim, head_dim))
+    check_tensor("steps", steps, SIDE_DTYPES["steps"], (heads, coded))
+    check_tensor("fields", fields, SIDE_DTYPES["fields"], (heads, coded, 3))
 
 
 def check_pages(bounds: Tensor, k_cache: Tensor) -> None:
@@ -111,10 +107,10 @@ def side_of(
         check_codes(codes, norms, mean, "query_basis", given["query_basis"], steps, given["fields"], k_cache)
         words = codes.shape[-1]
         return Side(codes, norms, None, fields, *strides, words, GROUPS_PER_WORD * words, steps.shape[-1])
-    by_head("norms", norms, torch.uint8, (slots, heads, 1))
-    check_tensor("mean", mean, torch.float32, (heads, head_dim))
-    check_tensor("valid", given["valid"], torch.uint8, (slots,))
-    check_tensor("steps", steps, torch.float32, (heads, steps.shape[-1]))
+    by_head("norms", norms, (slots, heads, 1))
+    check_tensor("mean", mean, SIDE_DTYPES["mean"], (heads, head_dim))
+    check_tensor("valid", given["valid"], SIDE_DTYPES["valid"], (slots,))
+    check_tensor("steps", steps, SIDE_DTYPES["steps"], (heads, steps.shape[-1]))
     if selector == "quest":
         check_pages(codes, k_cache)
         return Side(codes, norms, valid, None, *strides, 1, 1, 1)

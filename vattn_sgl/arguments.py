@@ -1,4 +1,4 @@
-"""Types of the benchmarks' arguments, for argparse: what is wrong is told before anything starts."""
+"""Types of arguments, for argparse: what is wrong is told before anything starts."""
 
 from __future__ import annotations
 

@@ -1,16 +1,12 @@
-"""What the benchmarks refuse before they start anything."""
+"""Types of arguments: what is taken, and what is named as wrong."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from argparse import ArgumentTypeError
-from pathlib import Path
 
-import arguments
 import pytest
 
-FOLDER = Path(arguments.__file__).parent
+from vattn_sgl import arguments
 
 
 def test_what_is_given_is_taken(tmp_path):
@@ -30,17 +26,3 @@ def test_what_is_given_is_taken(tmp_path):
 def test_what_is_wrong_is_named_with_what_was_expected(kind, text):
     with pytest.raises(ArgumentTypeError, match=f"^'{text}', expected"):
         kind(text)
-
-
-@pytest.mark.parametrize(
-    ("command", "message"),
-    [
-        (("serve.py", "--context", "999999"), "--context 999999, expected at most"),
-        (("serve.py", "--tokens", "3"), "--tokens 3, expected more than"),
-        (("report.py", "--json", "no-such.json"), "no-such.json: "),
-    ],
-)
-def test_a_script_says_why_it_does_not_start(command, message):
-    run = subprocess.run([sys.executable, FOLDER / command[0], *command[1:]], capture_output=True, text=True)
-    assert run.returncode == 2
-    assert message in run.stderr.splitlines()[-1] and "Traceback" not in run.stderr

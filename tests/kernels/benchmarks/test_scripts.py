@@ -1,0 +1,26 @@
+"""What the benchmarks refuse before they start anything."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import decode_gpu
+import pytest
+
+FOLDER = Path(decode_gpu.__file__).parent
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (("serve.py", "--context", "999999"), "--context 999999, expected at most"),
+        (("serve.py", "--tokens", "3"), "--tokens 3, expected more than"),
+        (("report.py", "--json", "no-such.json"), "no-such.json: "),
+    ],
+)
+def test_a_script_says_why_it_does_not_start(command, message):
+    run = subprocess.run([sys.executable, FOLDER / command[0], *command[1:]], capture_output=True, text=True)
+    assert run.returncode == 2
+    assert message in run.stderr.splitlines()[-1] and "Traceback" not in run.stderr
