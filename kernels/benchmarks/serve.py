@@ -26,6 +26,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from decode_gpu import UNREACHABLE
 from rich.console import Console
 
 from vattn_sgl.arguments import positive, share, writable
@@ -73,7 +74,6 @@ BACKENDS: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 OURS = "vattention"
 NO_GPU = "no GPU"
-UNREACHABLE_EPSILON = "1e-6"
 SPARE_TOKENS = 256
 # Tokens of a request that are not counted: the first come while others still wait.
 WARM_UP_TOKENS = 16
@@ -196,7 +196,7 @@ def measure(
     context = len(work[0])
     env = {}
     if name == OURS:
-        env = {"VATTN_EPSILON": UNREACHABLE_EPSILON, "VATTN_CAP": str(density), "VATTN_CACHE": cache}
+        env = {"VATTN_EPSILON": str(UNREACHABLE), "VATTN_CAP": str(density), "VATTN_CACHE": cache}
     length = context + options.tokens + SPARE_TOKENS
     arguments = (
         *ARGUMENTS,
