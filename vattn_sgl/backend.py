@@ -70,8 +70,6 @@ class VAttentionBackend(AttentionBackend):
         If the model or the server's arguments cannot be served; lists every reason.
     """
 
-    needs_cpu_seq_lens = False
-
     def __init__(self, model_runner: ModelRunner, settings: Settings) -> None:
         super().__init__()
         support.check(model_runner, settings)
@@ -192,13 +190,13 @@ class VAttentionBackend(AttentionBackend):
         if in_capture or self.capturing:
             self.selector.begin_forward(0, 0, self.token_to_kv_pool)
             return 0
-        lengths = compat.host_seq_lens(forward_batch)
+        longest = compat.longest_context(forward_batch)
         # Decode steps are not observed: it would slow each of them, and a graph's cannot be.
         num_tokens = sum(forward_batch.extend_seq_lens_cpu) if mode.is_extend() else 0
-        self.selector.begin_forward(max(lengths), num_tokens, self.token_to_kv_pool)
+        self.selector.begin_forward(longest, num_tokens, self.token_to_kv_pool)
         self.control.set_dimensions(self.selector.dimensions)
         self.telemetry.begin_forward()
-        return max(lengths)
+        return longest
 
     def forward_extend(
         self,

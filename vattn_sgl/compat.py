@@ -142,8 +142,8 @@ def _telling(original: Any, position: int, keyword: str, told: Callable[[torch.T
     return wrapped
 
 
-def host_seq_lens(forward_batch: ForwardBatch) -> list[int]:
-    """Contexts of a batch, the new tokens included, without waiting for a device.
+def longest_context(forward_batch: ForwardBatch) -> int:
+    """Longest context of a batch, the new tokens included, without waiting for a device; 0 if only that knows.
 
     Parameters
     ----------
@@ -152,13 +152,11 @@ def host_seq_lens(forward_batch: ForwardBatch) -> list[int]:
     """
     if forward_batch.forward_mode.is_extend():
         pairs = zip(forward_batch.extend_prefix_lens_cpu, forward_batch.extend_seq_lens_cpu, strict=True)
-        return [int(prefix) + int(new) for prefix, new in pairs]
+        return max(int(prefix) + int(new) for prefix, new in pairs)
     lengths = forward_batch.seq_lens_cpu
     if lengths is None:
         lengths = forward_batch.seq_lens
-        if lengths.device.type != "cpu":
-            return [0]
-    return [int(n) for n in lengths.tolist()]
+    return int(lengths.max()) if lengths.device.type == "cpu" else 0
 
 
 def decode_seq_lens(forward_batch: ForwardBatch) -> torch.Tensor:

@@ -54,6 +54,7 @@ def check(model_runner: Any, settings: Settings) -> None:
         *argument_reasons(model_runner.server_args),
         *model_reasons(model_runner.model_config),
         *pool_reasons(model_runner.token_to_kv_pool),
+        *dtype_reasons(model_runner.model_config, model_runner.token_to_kv_pool),
     ]
     if _device(model_runner.server_args) == "cuda":
         reasons += gpu_reasons(model_runner.server_args, settings)
@@ -113,6 +114,7 @@ def argument_reasons(args: Any) -> Iterator[str]:
         "enable_deterministic_inference": "deterministic inference asks for batch-invariant kernels",
         "enable_dp_attention": "DP attention is untested with this backend",
         "enable_two_batch_overlap": "two-batch overlap splits a step between backends",
+        "enable_mixed_chunk": "mixed chunks decode some requests whole, beside a prefill",
         "enable_pdmux": "PD multiplexing runs several backends at once",
         "enable_unified_memory": "a unified memory pool translates slots",
         "enable_lmcache": "LMCache writes slots behind the backend's back",
@@ -285,6 +287,21 @@ def pool_reasons(pool: Any) -> Iterator[str]:
         yield f"KV pool {kind}: only SGLang's plain MHATokenToKVPool is read; {DENSE_ADVICE}"
     elif getattr(pool, "kv_cache_layout", "nhd") != "nhd" or getattr(pool, "use_hnd", False):
         yield "KV cache layout is not [slot, head, dim]; unset SGLANG_USE_HND_KVCACHE"
+
+
+def dtype_reasons(config: Any, pool: Any) -> Iterator[str]:
+    """Reasons in a model's dtype beside its KV pool's.
+
+    Parameters
+    ----------
+    config : ModelConfig
+        SGLang's configuration of the model; a missing dtype counts as right.
+    pool : KVCache
+        SGLang's pool; likewise.
+    """
+    model, cache = getattr(config, "dtype", None), getattr(pool, "dtype", None)
+    if None not in (model, cache) and cache not in (model, *FP8_DTYPES):
+        yield f"a model in {model} with a KV cache of {cache}: the kernels read one dtype; use --kv-cache-dtype auto"
 
 
 def layer_reasons(model: Any) -> list[str]:

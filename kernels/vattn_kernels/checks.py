@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from vattn_kernels import params as layout
+from vattn_kernels.line import LINE_WIDTH
 from vattn_kernels.pages import PAGE
 from vattn_kernels.quantiles import TARGETS
 from vattn_kernels.signature import MAX_BITS, MAX_LAYERS, MAX_WIDTH, WORD_BITS
+from vattn_kernels.sketch import max_fields
 
 SAMPLERS = ("proportional", "uniform")
 GROUP_SCORES = ("max", "mean")
@@ -23,7 +25,11 @@ COUNTER_BLOCKS = 7
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 # Side-data arguments of ``decode``, and those that each selector cannot do without.
 SIDE = ("codes", "norms", "valid", "mean", "query_basis", "steps", "fields")
-SIDE_DTYPES = dict(zip(SIDE, (torch.int32, torch.uint8, torch.uint8, *[torch.float32] * 3, torch.int32), strict=True))
+SIDE_DTYPES = {
+    **dict.fromkeys(("codes", "fields"), torch.int32),
+    **dict.fromkeys(("norms", "valid"), torch.uint8),
+    **dict.fromkeys(("mean", "query_basis", "key_basis", "steps"), torch.float32),
+}
 NEEDED = dict.fromkeys(("sketch", "sign", "hash"), SIDE) | {
     "oracle": (),
     "quest": ("codes", "norms", "valid", "mean", "steps"),
@@ -71,16 +77,20 @@ def check_tensor(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int
     ValueError
         If it is another.
     """
+    if not tensor.is_contiguous():
+        raise ValueError(f"vattn: {name} has shape {tuple(tensor.shape)} and strides {tensor.stride()}, not contiguous")
+    check_shape(name, tensor, dtype, shape)
+
+
+def check_shape(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int | None, ...]) -> None:
+    """Refuse a tensor that is not of ``dtype`` and of ``shape``, as `check_tensor` does, whatever its strides."""
     sizes = tensor.shape
     fits = sizes == shape or (
         len(sizes) == len(shape)
         and all(wanted is None or size == wanted for size, wanted in zip(sizes, shape, strict=True))
     )
-    if not (fits and tensor.dtype == dtype and tensor.is_contiguous()):
-        raise ValueError(
-            f"vattn: {name} is {tensor.dtype} of shape {tuple(sizes)} and strides {tensor.stride()}, expected "
-            f"contiguous {dtype} of shape {shape}"
-        )
+    if not (fits and tensor.dtype == dtype):
+        raise ValueError(f"vattn: {name} is {tensor.dtype} of shape {tuple(sizes)}, expected {dtype} of shape {shape}")
 
 
 def check_slots(slots: Tensor) -> None:
@@ -141,29 +151,52 @@ def check_decode(
     require(target in TARGETS, "target {!r} is unknown, expected one of {}", target, TARGETS)
 
 
-def needed_side(selector: str, given: tuple[Tensor | None, ...]) -> dict[str, Tensor]:
-    """The side-data arguments that a selector reads, by name; refuses a call that lacks one."""
+def needed_side(selector: str, k_cache: Tensor, given: tuple[Tensor | None, ...]) -> dict[str, Tensor]:
+    """The side-data arguments that a selector reads, by name; refuses a call that lacks one, see `check_side`."""
     named = dict(zip(SIDE, given, strict=True))
     side = {name: tensor for name in NEEDED[selector] if (tensor := named[name]) is not None}
     missing = [name for name in NEEDED[selector] if name not in side]
     require(not missing, "selector {!r} needs side data, got no {}", selector, ", ".join(missing))
-    for name, tensor in side.items():
-        # Page bounds are of the cache's dtype.
-        if (name, selector) != ("codes", "quest"):
-            expected = SIDE_DTYPES[name]
-            require(tensor.dtype == expected, "{} is {}, expected {}", name, tensor.dtype, expected)
+    check_side(selector, k_cache, side)
     return side
+
+
+def check_side(selector: str, k_cache: Tensor, side: dict[str, Tensor]) -> None:
+    """Refuse side data or tables of another dtype or shape than a selector's, by argument of ``decode`` or ``encode``.
+
+    The size of nets is left to `check_nets`, and strides to each device, which reads what lies in its own order.
+    """
+    slots, heads, head_dim = k_cache.shape
+    norms, entries = 1, LINE_WIDTH
+    tables: dict[str, tuple[int | None, ...]] = {"query_basis": (None, None), "fields": (None,)}
+    if selector == "sketch":
+        norms, entries = 2, max_fields(WORD_BITS * side["codes"].shape[-1], head_dim)
+        basis = (heads, head_dim, head_dim)
+        tables = {"query_basis": basis, "key_basis": basis, "fields": (heads, entries, 3)}
+    shapes = tables | {
+        "codes": (slots, heads, None),
+        "norms": (slots, heads, norms),
+        "valid": (slots,),
+        "mean": (heads, head_dim),
+        "steps": (heads, entries),
+    }
+    for name, tensor in side.items():
+        if (name, selector) == ("codes", "quest"):
+            check_bounds(tensor, k_cache)
+        else:
+            check_shape(name, tensor, SIDE_DTYPES[name], shapes[name])
 
 
 def check_bounds(bounds: Tensor, k_cache: Tensor) -> None:
     """Refuse page bounds of another dtype than a cache's, or of too few pages."""
-    require(bounds.dtype == k_cache.dtype, "page bounds are {}, the KV cache {}", bounds.dtype, k_cache.dtype)
-    pages, slots = bounds.shape[0], k_cache.shape[0]
-    require(pages * PAGE >= slots, "{} pages do not cover {} slots", pages, slots)
+    slots, heads, head_dim = k_cache.shape
+    check_shape("page bounds", bounds, k_cache.dtype, (None, heads, 2, head_dim))
+    require(bounds.shape[0] * PAGE >= slots, "{} pages do not cover {} slots", bounds.shape[0], slots)
 
 
 def check_nets(nets: Tensor, widths: Tensor, head_dim: int) -> list[int]:
     """Widths of nets from head_dim to the bits of a signature; refuses nets that do not fit them."""
+    check_tensor("widths", widths, torch.int32, (None,))
     sizes: list[int] = widths.tolist()
     parameters = sum((inner + 1) * outer for inner, outer in itertools.pairwise(sizes))
     require(2 <= len(sizes) <= MAX_LAYERS + 1, "{} layers of a net: 1 to {} are supported", len(sizes) - 1, MAX_LAYERS)

@@ -1,6 +1,6 @@
 """Custom ops of vAttention: contract, fake and dispatch by device.
 
-Importing this module registers ``torch.ops.vattn.decode`` and ``torch.ops.vattn.encode``. Implementations stand in
+Importing this module registers ``torch.ops.vattn.decode`` and the encoders beside it. Implementations stand in
 `vattn_kernels.cpu` and `vattn_kernels.triton`; the truth, in float64, in `vattn_kernels.reference`.
 """
 

@@ -15,6 +15,7 @@ from vattn_kernels.reference import rng
 from vattn_kernels.triton import carveout, layout
 from vattn_kernels.triton.attend_gluon import attend_lists_fwd_kernel
 from vattn_kernels.triton.combine import combine_fwd_kernel
+from vattn_kernels.triton.finish import finish_fwd_kernel
 from vattn_kernels.triton.prepare import prepare_fwd_kernel
 from vattn_kernels.triton.select_gluon import select_lists_fwd_kernel
 
@@ -52,6 +53,7 @@ def test_a_padded_row_is_its_one_token(dtype):
     used = c.workspace().used.fill_(-1)
     out, stats, _ = c.run()
     assert used == -1
+    assert not c.state[1].any() and torch.isfinite(c.state).all()
     assert torch.equal(out[1], c.v_cache[c.kv_indices[1, 0].long()].repeat_interleave(4, 0))
     assert (stats[1, :, 0] == 1).all() and (stats[1, :, 3] == ops.OUTCOMES.index("dense")).all()
     assert (stats[[0, 2], :, 0] < 1).all() and torch.isfinite(out).all()
@@ -289,7 +291,13 @@ def test_kernels_share_one_carveout():
     case(2, 3000, 8, 2, 128, epsilon=0.1).run()
     device = torch.cuda.current_device()
     wanted = carveout.percent_of(torch.device("cuda", device)) or -1
-    for kernel in (prepare_fwd_kernel, select_lists_fwd_kernel, attend_lists_fwd_kernel, combine_fwd_kernel):
+    for kernel in (
+        prepare_fwd_kernel,
+        select_lists_fwd_kernel,
+        attend_lists_fwd_kernel,
+        combine_fwd_kernel,
+        finish_fwd_kernel,
+    ):
         loaded = kernel.device_caches[device][0].values()
         assert loaded
         for one in loaded:
@@ -461,6 +469,27 @@ def test_opcheck_of_encoders(selector):
     moves = {"codes": by_head, "norms": by_head, "widths": lambda widths: widths, "centred": bool}
     given = zip(op._schema.arguments, c.encode_arguments, strict=False)
     torch.library.opcheck(op, tuple(moves.get(a.name, torch.Tensor.cuda)(value) for a, value in given))
+
+
+def test_a_reserved_workspace_serves_a_capture(monkeypatch):
+    """A server names its device without a number, and the step's tensors with one."""
+    c = case(2, 3000, 8, 2, 64)
+    c.run()
+    arguments = c.arguments()
+    monkeypatch.setattr(layout, "_workspaces", {})
+    ops.reserve(torch.device("cuda"), 2, 3000, 8, 2, 64)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ops.decode(*arguments, **c.step, state=c.state, state_rows=c.state_rows)
+    graph.replay()
+    assert torch.isfinite(arguments[-4]).all()
+
+
+def test_another_gpu_than_the_current_one_is_named(monkeypatch):
+    c = case(1, 500, 4, 2, 64)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 7)
+    with pytest.raises(ValueError, match="lies on cuda:0, kernels are launched on cuda:7"):
+        c.run()
 
 
 def test_a_captured_step_outlives_a_larger_one(monkeypatch):

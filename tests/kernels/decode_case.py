@@ -31,11 +31,17 @@ MISFITS = [
     ("kv_indices", lambda slots: slots.long()),
     ("seq_lens", lambda lengths: lengths[:1]),
     ("codes", lambda codes: codes.long()),
+    ("codes", lambda codes: codes[:3]),
     ("norms", lambda norms: norms.int()),
+    ("norms", lambda norms: norms[..., :1]),
+    ("valid", lambda valid: valid[:3]),
     ("mean", lambda mean: mean.half()),
+    ("mean", lambda mean: mean[:1]),
     ("query_basis", lambda basis: basis.double()),
     ("steps", lambda steps: steps.double()),
+    ("steps", lambda steps: steps[:, :8].contiguous()),
     ("fields", lambda fields: fields.long()),
+    ("fields", lambda fields: torch.cat([fields, fields], 1)),
     ("params", lambda params: params[:-1]),
     ("params", lambda params: params.double()),
     ("covered", lambda covered: covered.long()),
@@ -47,6 +53,43 @@ MISFITS = [
     ("counters", lambda counters: counters.float()),
     ("counter_offsets", lambda offsets: offsets[:5]),
 ]
+# The same of other selectors, and what the message names.
+SELECTOR_MISFITS = [
+    ("sign", "codes", lambda codes: codes[:3], "codes"),
+    ("hash", "codes", lambda codes: codes[:, :1], "codes"),
+    ("sign", "norms", lambda norms: norms[:3], "norms"),
+    ("sign", "valid", lambda valid: valid.repeat_interleave(2)[::2], "valid"),
+    ("hash", "steps", lambda line: line[:, :2].contiguous(), "steps"),
+    ("hash", "query_basis", lambda nets: nets.double(), "query_basis"),
+    ("hash", "fields", lambda widths: widths.long(), "fields"),
+    ("quest", "codes", lambda bounds: bounds[:, :1], "page bounds"),
+    ("quest", "codes", lambda bounds: bounds[..., :32].contiguous(), "page bounds"),
+    ("quest", "valid", lambda valid: valid[:3], "valid"),
+]
+# The same of the encoders.
+ENCODER_MISFITS = [
+    ("sketch", "mean", lambda mean: mean[:1], "mean"),
+    ("sketch", "key_basis", lambda basis: basis[..., :32].contiguous(), "key_basis"),
+    ("sketch", "steps", lambda steps: steps[:, :8].contiguous(), "steps"),
+    ("sketch", "fields", lambda fields: fields.long(), "fields"),
+    ("sketch", "codes", lambda codes: codes[:3], "codes"),
+    ("sketch", "norms", lambda norms: norms[..., :1], "norms"),
+    ("sketch", "valid", lambda valid: valid.repeat_interleave(2)[::2], "valid"),
+    ("sign", "mean", lambda mean: mean[:1], "mean"),
+    ("sign", "codes", lambda codes: codes[:3], "codes"),
+    ("sign", "widths", lambda widths: widths.long(), "widths"),
+    ("hash", "norms", lambda norms: norms.int(), "norms"),
+    ("hash", "valid", lambda valid: valid[:3], "valid"),
+    ("quest", "bounds", lambda bounds: bounds[:, :1], "page bounds"),
+    ("quest", "norms", lambda norms: norms.repeat(1, 1, 2), "norms"),
+    ("quest", "valid", lambda valid: valid.bool(), "valid"),
+]
+
+
+def changed(op: str, arguments: tuple[Any, ...], changes: dict[str, Callable[[Any], Any]]) -> list[Any]:
+    """Positional arguments of an op of which the named ones are changed."""
+    names = [argument.name for argument in getattr(torch.ops.vattn, op).default._schema.arguments]
+    return [changes.get(name, lambda value: value)(value) for name, value in zip(names, arguments, strict=False)]
 
 
 @dataclass
@@ -230,10 +273,11 @@ class DecodeCase:
 
     def misfit(self, name: str, change: Callable[[Any], Any]) -> list[Any]:
         """Positional arguments of which the named one is changed."""
-        arguments = list(self.arguments())
-        names = [argument.name for argument in torch.ops.vattn.decode.default._schema.arguments]
-        arguments[names.index(name)] = change(arguments[names.index(name)])
-        return arguments
+        return changed("decode", self.arguments(), {name: change})
+
+    def encoder_misfit(self, name: str, change: Callable[[Any], Any]) -> list[Any]:
+        """Positional arguments of the selector's encoder of which the named one is changed."""
+        return changed(ENCODERS[self.step["selector"]], self.encode_arguments, {name: change})
 
     def run(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Output, stats and counters of one call."""

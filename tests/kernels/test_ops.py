@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from decode_case import ENCODERS, MISFITS, OFFSETS, DecodeCase
+from decode_case import ENCODER_MISFITS, ENCODERS, MISFITS, OFFSETS, SELECTOR_MISFITS, DecodeCase
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -325,6 +325,20 @@ def test_arguments_that_do_not_fit_are_named(name, change):
     case = DecodeCase(settings={"selector": "sketch"})
     with pytest.raises(ValueError, match=f"vattn: {name} "):
         ops.decode(*case.misfit(name, change), **case.step)
+
+
+@pytest.mark.parametrize(("selector", "name", "change", "named"), SELECTOR_MISFITS)
+def test_side_data_that_do_not_fit_are_named(selector, name, change, named):
+    case = DecodeCase(context=100, settings={"selector": selector})
+    with pytest.raises(ValueError, match=f"vattn: {named} "):
+        ops.decode(*case.misfit(name, change), **case.step)
+
+
+@pytest.mark.parametrize(("selector", "name", "change", "named"), ENCODER_MISFITS)
+def test_what_an_encoder_cannot_write_is_named(selector, name, change, named):
+    case = DecodeCase(context=100, settings={"selector": selector})
+    with pytest.raises(ValueError, match=f"vattn: {named} "):
+        getattr(ops, ENCODERS[selector])(*case.encoder_misfit(name, change))
 
 
 def test_a_context_longer_than_the_page_table_is_refused():

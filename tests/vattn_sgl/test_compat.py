@@ -29,13 +29,15 @@ def test_version_tuple(version, numbers):
     assert compat.version_tuple(version) == numbers
 
 
-def test_host_seq_lens():
+def test_longest_context():
     extend = SimpleNamespace(forward_mode=Mode(True), extend_prefix_lens_cpu=[5, 0], extend_seq_lens_cpu=[3, 7])
-    assert compat.host_seq_lens(extend) == [8, 7]
+    assert compat.longest_context(extend) == 8
     decode = SimpleNamespace(forward_mode=Mode(False), seq_lens_cpu=torch.tensor([4, 9]))
-    assert compat.host_seq_lens(decode) == [4, 9]
+    assert compat.longest_context(decode) == 9
     without = SimpleNamespace(forward_mode=Mode(False), seq_lens_cpu=None, seq_lens=torch.tensor([4, 9]))
-    assert compat.host_seq_lens(without) == [4, 9]
+    assert compat.longest_context(without) == 9
+    without.seq_lens = without.seq_lens.to("meta")
+    assert compat.longest_context(without) == 0
 
 
 def test_metric_labels_are_sglangs():

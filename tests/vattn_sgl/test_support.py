@@ -36,6 +36,7 @@ ARGUMENTS = [
     ({"device": "cuda", "tp_size": 2}, "overwrite each other"),
     ({"device": "cuda:0", "pp_size": 2}, "overwrite each other"),
     ({"enable_pdmux": True}, "--enable-pdmux"),
+    ({"enable_mixed_chunk": True}, "decode some requests whole, beside a prefill; remove --enable-mixed-chunk"),
 ]
 GPU_SETTINGS = [
     ({"bound": "bernstein"}, "leave bound at null"),
@@ -165,6 +166,22 @@ def test_gpus_older_than_the_kernels_are_named():
     assert list(support.gpu_device_reasons((8, 0))) == list(support.gpu_device_reasons((9, 0))) == []
     (reason,) = support.gpu_device_reasons((7, 5))
     assert "7.5" in reason and "8.0" in reason
+
+
+def test_a_cache_is_of_its_models_dtype_or_fp8():
+    pool, config = MHATokenToKVPool(), SimpleNamespace(dtype=torch.float16)
+    pool.dtype = torch.bfloat16
+    (reason,) = support.dtype_reasons(config, pool)
+    assert "float16 with a KV cache of torch.bfloat16" in reason and "--kv-cache-dtype auto" in reason
+    for dtype in (torch.float16, *ops.GPU_CACHE_CAPABILITY):
+        pool.dtype = dtype
+        assert list(support.dtype_reasons(config, pool)) == []
+    server = SimpleNamespace(device="cpu")
+    runner = SimpleNamespace(server_args=server, model_config=SimpleNamespace(dtype=torch.float32))
+    runner.token_to_kv_pool = pool
+    pool.dtype = torch.bfloat16
+    with pytest.raises(support.Unsupported, match="use --kv-cache-dtype auto"):
+        support.check(runner, Settings())
 
 
 def test_dtypes_on_a_cpu():

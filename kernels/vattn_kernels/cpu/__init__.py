@@ -12,10 +12,10 @@ from vattn_kernels.checks import (
     GROUP_SCORES,
     SAMPLERS,
     SIDE,
-    check_bounds,
     check_cache,
     check_decode,
     check_nets,
+    check_side,
     check_signatures,
     check_slots,
     needed_side,
@@ -146,11 +146,8 @@ def _side_data(
     selector: str, given: tuple[Tensor | None, ...], k_cache: Tensor, num_qo_heads: int
 ) -> dict[str, Tensor]:
     """The side-data arguments that a selector reads, checked."""
-    side = needed_side(selector, given)
-    for name, tensor in side.items():
-        require(tensor.is_contiguous(), "{} must be contiguous", name)
-    if selector == "quest":
-        check_bounds(side["codes"], k_cache)
+    side = needed_side(selector, k_cache, given)
+    _check_contiguous(side)
     if selector in ("sign", "hash"):
         check_nets(side["query_basis"], side["fields"], k_cache.shape[2])
         require(
@@ -161,6 +158,16 @@ def _side_data(
     return side
 
 
+def _check_contiguous(side: dict[str, Tensor]) -> None:
+    for name, tensor in side.items():
+        require(tensor.is_contiguous(), "{} must be contiguous, got strides {}", name, tensor.stride())
+
+
+def _check_encoded(selector: str, k_cache: Tensor, **side: Tensor) -> None:
+    check_side(selector, k_cache, side)
+    _check_contiguous(side)
+
+
 def encode(
     k_cache: Tensor, v_cache: Tensor, slots: Tensor, mean: Tensor, key_basis: Tensor, steps: Tensor, fields: Tensor,
     codes: Tensor, norms: Tensor, valid: Tensor, *, k_scale: float = 1.0, v_scale: float = 1.0,
@@ -168,6 +175,8 @@ def encode(
     """CPU implementation of `vattn_kernels.ops.encode`."""
     _check_cache(k_cache, v_cache, k_scale, v_scale)
     check_slots(slots)
+    tables = {"mean": mean, "key_basis": key_basis, "steps": steps, "fields": fields}
+    _check_encoded("sketch", k_cache, codes=codes, norms=norms, valid=valid, **tables)
     args = _EncodeArgs(
         k_cache.data_ptr(), v_cache.data_ptr(), slots.data_ptr(), mean.data_ptr(), key_basis.data_ptr(),
         steps.data_ptr(), fields.data_ptr(), codes.data_ptr(), norms.data_ptr(), valid.data_ptr(), slots.numel(),
@@ -197,6 +206,7 @@ def encode_signature(
     """CPU implementation of `vattn_kernels.ops.encode_signature`."""
     _check_cache(k_cache, k_cache)
     check_slots(slots)
+    _check_encoded("sign", k_cache, codes=codes, norms=norms, valid=valid, mean=mean)
     bits = check_nets(nets, widths, k_cache.shape[2])[-1]
     check_signatures(nets, bits, codes, k_cache.shape[1])
     args = _SignatureArgs(
@@ -211,7 +221,7 @@ def encode_pages(k_cache: Tensor, v_cache: Tensor, slots: Tensor, bounds: Tensor
     """CPU implementation of `vattn_kernels.ops.encode_pages`."""
     _check_cache(k_cache, v_cache)
     check_slots(slots)
-    check_bounds(bounds, k_cache)
+    _check_encoded("quest", k_cache, codes=bounds, norms=norms, valid=valid)
     args = _PageArgs(
         k_cache.data_ptr(), v_cache.data_ptr(), slots.data_ptr(), bounds.data_ptr(), norms.data_ptr(),
         valid.data_ptr(), slots.numel(), valid.shape[0], k_cache.shape[1], k_cache.shape[2],

@@ -45,7 +45,7 @@ from vattn_kernels.triton.pages import bound_pages_fwd_kernel, mark_slots_fwd_ke
 from vattn_kernels.triton.prepare import prepare_fwd_kernel
 from vattn_kernels.triton.select import select_fwd_kernel
 from vattn_kernels.triton.select_gluon import select_lists_fwd_kernel
-from vattn_kernels.triton.side import check_codes, check_pages, side_of, sizes_of
+from vattn_kernels.triton.side import check_encoded, side_of, sizes_of
 from vattn_kernels.triton.signature import ROWS, sign_keys_fwd_kernel, sign_queries_fwd_kernel
 from vattn_kernels.triton.top_k import rank_fwd_kernel, top_k_fwd_kernel
 from vattn_kernels.triton.uniform import budget_fwd_kernel, list_fwd_kernel
@@ -72,6 +72,13 @@ def _power_of_two(x: int) -> int:
 def _check_cache(k_cache: Tensor, v_cache: Tensor) -> None:
     check_cache(k_cache, v_cache, GPU_CACHE_DTYPES if k_cache.is_cuda else (*GPU_CACHE_DTYPES, torch.float32))
     require(k_cache.shape[-1] in GPU_HEAD_DIMS, "head_dim {}, expected one of {}", k_cache.shape[-1], GPU_HEAD_DIMS)
+    if k_cache.is_cuda:
+        current = torch.cuda.current_device()
+        require(
+            k_cache.device.index == current,
+            "the KV cache lies on {}, kernels are launched on cuda:{}; call it within torch.cuda.device",
+            *(k_cache.device, current),
+        )
 
 
 def _check_scaled(selector: str, k_cache: Tensor, k_scale: float = 1.0, v_scale: float = 1.0) -> None:
@@ -106,6 +113,9 @@ def reserve(
     sampler : {"proportional", "uniform"}
         Of the settings; ``uniform`` takes more.
     """
+    if device.type == "cuda" and device.index is None:
+        # A step's tensors tell the number of theirs.
+        device = torch.device("cuda", torch.cuda.current_device())
     work = layout.workspace(device, max_batch, max_len, num_qo_heads, num_kv_heads, _power_of_two(head_dim))
     if sampler == "uniform":
         layout.ranking(device, work)
@@ -279,8 +289,7 @@ def decode(
     finish(is_audit=False)
     if audit_rate > 0:
         choose_fwd_kernel[(rows,)](
-            seq_lens, stats, work.mode, *key, audit_rate, HKV=num_kv_heads, G=group, STATS=stats.shape[-1], **follow,
-            num_warps=1,
+            seq_lens, stats, work.mode, *key, audit_rate, HKV=num_kv_heads, G=group, **follow, num_warps=1,
         )  # fmt: skip
         finish(is_audit=True)
         audit_fwd_kernel[(rows,)](
@@ -316,9 +325,21 @@ def encode_layers(
     k_cache, v_cache = k_caches[0], v_caches[0]
     for k, v in zip(k_caches, v_caches, strict=True):
         _check_cache(k, v)
-        require(k.stride() == k_cache.stride(), "K caches of strides {} and {}", k.stride(), k_cache.stride())
+        require(
+            k.dtype == k_cache.dtype and k.shape == k_cache.shape, "KV caches of {} and {}, shapes {} and {}",
+            k.dtype, k_cache.dtype, tuple(k.shape), tuple(k_cache.shape),
+        )  # fmt: skip
     check_slots(slots)
-    check_codes(codes[0], norms[0], mean[0], "key_basis", key_basis[0], steps[0], fields[0], k_cache)
+    side = {
+        "codes": codes, "norms": norms, "valid": valid, "mean": mean, "key_basis": key_basis, "steps": steps,
+        "fields": fields,
+    }  # fmt: skip
+    for name, tensor in side.items():
+        count = tensor.shape[0]
+        require(count == len(k_caches), "{} of {} layers, KV caches of {}", name, count, len(k_caches))
+    check_encoded("sketch", k_cache, **{name: tensor[0] for name, tensor in side.items()})
+    for name in ("mean", "key_basis", "steps", "fields"):
+        require(side[name].is_contiguous(), "{} must be contiguous, got strides {}", name, side[name].stride())
     if not slots.numel():
         return
     words, (_, heads, head_dim) = codes.shape[-1], k_cache.shape
@@ -343,8 +364,8 @@ def encode_signature(
     check_slots(slots)
     _, heads, head_dim = k_cache.shape
     first, second, bits = sizes_of(widths, nets, head_dim)
+    check_encoded("sign", k_cache, codes=codes, norms=norms, valid=valid, mean=mean)
     check_signatures(nets, bits, codes, heads)
-    require(codes.stride(2) == 1, "the words of a signature must lie together, strides {}", codes.stride())
     if not slots.numel():
         return
     each = nets.shape[0] // heads
@@ -360,7 +381,7 @@ def encode_pages(k_cache: Tensor, v_cache: Tensor, slots: Tensor, bounds: Tensor
     _check_cache(k_cache, v_cache)
     _check_scaled("quest", k_cache)
     check_slots(slots)
-    check_pages(bounds, k_cache)
+    check_encoded("quest", k_cache, codes=bounds, norms=norms, valid=valid)
     count, (num_slots, heads, head_dim) = slots.numel(), k_cache.shape
     if not count:
         return

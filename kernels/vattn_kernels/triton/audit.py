@@ -9,18 +9,17 @@ import triton
 import triton.language as tl
 
 from vattn_kernels.triton.combine import SERVED_DENSELY, bucket_of, hits, load_edges, merge_splits
-from vattn_kernels.triton.layout import DENSE, DONE, await_last, begin_next
+from vattn_kernels.triton.layout import DENSE, DONE, NUM_STATS, OUTCOME, await_last, begin_next
 from vattn_kernels.triton.select import key_of, uniform
 
 # Added to the seed, so that what is audited does not follow from what was drawn.
 AUDIT_SEED = tl.constexpr(0x5BD1E995)
-OUTCOME = tl.constexpr(3)
 
 
 @triton.jit(do_not_specialize=["seed", "layer"])
 def choose_fwd_kernel(
     p_seq_lens, p_stats, p_mode, seed, layer, rate,
-    HKV: tl.constexpr, G: tl.constexpr, STATS: tl.constexpr, DEPENDENT: tl.constexpr,
+    HKV: tl.constexpr, G: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Mark each row that was sampled with probability ``rate``."""
     begin_next(DEPENDENT)
@@ -30,7 +29,7 @@ def choose_fwd_kernel(
     n = tl.load(p_seq_lens + b).to(tl.int32)
     u = uniform(b, key_of(seed.to(tl.uint32) + AUDIT_SEED, layer, h, n))
     # All heads of a row have one outcome where it was read whole.
-    outcome = tl.load(p_stats + i_row * G * STATS + OUTCOME)
+    outcome = tl.load(p_stats + i_row * G * NUM_STATS + OUTCOME)
     tl.store(p_mode + i_row, tl.where((u < rate) & (outcome != SERVED_DENSELY), DENSE, DONE))
 
 

@@ -11,17 +11,23 @@ import triton.language as tl
 
 from vattn_kernels.reference.budget import GUARD_SHARE
 from vattn_kernels.triton.layout import (
+    BUDGET,
     DENOMINATOR,
     DENSE,
+    DENSITY,
     DONE,
     EXHAUSTED,
+    HALF_WIDTH,
     LISTS,
     MASS,
     MAXIMUM,
     NUM_PLANS,
     NUM_SCALARS,
+    NUM_STATS,
     NUMERATOR,
+    OUTCOME,
     OUTPUT,
+    RESIDUAL_MASS,
     SAMPLED,
     SPREAD,
     SQUARE,
@@ -436,9 +442,11 @@ def close_group(
     head = i_row * G + o_g
     tl.store(p_mode + i_row, DONE)
     state = p_state + (request * HKV * G + i_row % HKV * G + o_g) * STATE
-    tl.store(state + STATE_SCALE, following, mask=m_g)
-    tl.store(state + STATE_CONTEXT, n.to(tl.float32) + following * 0.0, mask=m_g)
-    tl.store(state + STATE_READS, expected + following * 0.0, mask=m_g)
+    # A graph runner gives all padded rows one row of state, which may be a request's.
+    m_s = m_g & (not is_padding(n))
+    tl.store(state + STATE_SCALE, following, mask=m_s)
+    tl.store(state + STATE_CONTEXT, n.to(tl.float32) + following * 0.0, mask=m_s)
+    tl.store(state + STATE_READS, expected + following * 0.0, mask=m_s)
 
     # A padded row went through the first round, and is told as what it is, read whole.
     is_dense = (mode == DENSE) | is_padding(n)
@@ -447,11 +455,11 @@ def close_group(
     residuals = tl.where(is_dense, 0.0, residuals)
     o_c = tl.arange(0, 8)
     density = read.to(tl.float32) / tl.maximum(n, 1).to(tl.float32)
-    shared = tl.where(o_c == 0, density, tl.where(o_c == 1, budget.to(tl.float32), read.to(tl.float32)))
-    row = tl.where((o_c == 2)[None, :], widths[:, None], shared[None, :])
-    row = tl.where((o_c == 3)[None, :], outcome.to(tl.float32)[:, None], row)
-    row = tl.where((o_c == 5)[None, :], residuals[:, None], row)
-    tl.store(p_stats + head[:, None] * 6 + o_c[None, :], row, mask=m_g[:, None] & (o_c < 6)[None, :])
+    shared = tl.where(o_c == DENSITY, density, tl.where(o_c == BUDGET, budget.to(tl.float32), read.to(tl.float32)))
+    row = tl.where((o_c == HALF_WIDTH)[None, :], widths[:, None], shared[None, :])
+    row = tl.where((o_c == OUTCOME)[None, :], outcome.to(tl.float32)[:, None], row)
+    row = tl.where((o_c == RESIDUAL_MASS)[None, :], residuals[:, None], row)
+    tl.store(p_stats + head[:, None] * NUM_STATS + o_c[None, :], row, mask=m_g[:, None] & (o_c < NUM_STATS)[None, :])
     count_group(
         n, low, total, top_k, budget, is_dense, outcome, widths, m_g, budget_edges, error_edges, p_counters,
         at_context, at_read, at_outcome, at_budget, at_error, G, COUNTERS_P,

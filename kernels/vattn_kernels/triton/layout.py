@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from vattn_kernels.checks import STATS
 from vattn_kernels.sketch import GROUPS_PER_WORD
 
 LOG2E: Final = tl.constexpr(1.4426950408889634)
@@ -32,6 +33,14 @@ EXHAUSTED: Final = tl.constexpr(3)
 STATE_SCALE: Final = tl.constexpr(0)
 STATE_CONTEXT: Final = tl.constexpr(1)
 STATE_READS: Final = tl.constexpr(2)
+
+# Columns of ``stats``.
+NUM_STATS: Final = tl.constexpr(len(STATS))
+DENSITY: Final = tl.constexpr(STATS.index("density"))
+BUDGET: Final = tl.constexpr(STATS.index("budget"))
+HALF_WIDTH: Final = tl.constexpr(STATS.index("half_width"))
+OUTCOME: Final = tl.constexpr(STATS.index("outcome"))
+RESIDUAL_MASS: Final = tl.constexpr(STATS.index("residual_mass"))
 
 # Rows of a split's scalars.
 MAXIMUM: Final = tl.constexpr(0)

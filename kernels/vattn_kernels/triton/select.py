@@ -29,6 +29,8 @@ LEAST_OCTAVES = tl.constexpr(-NORM_ZERO / NORM_STEPS_PER_OCTAVE)
 GOLDEN = tl.constexpr(0x9E3779B1)
 INCREMENT = tl.constexpr(0x7F4A7C15)
 LANES = tl.constexpr(0x01010101)
+# Of the upper 24 bits of a random word, which a float32 holds.
+RANDOM_UNIT = tl.constexpr(2.0**-24)
 
 
 @triton.jit
@@ -56,7 +58,7 @@ def key_of(seed, layer, h, n):
 @triton.jit
 def uniform(index, key):
     """Number in [0, 1) of an index, `vattn_kernels.reference.rng.uniform`."""
-    return (mix(index.to(tl.uint32) * GOLDEN + key) >> 8).to(tl.float32) * 5.9604644775390625e-8
+    return (mix(index.to(tl.uint32) * GOLDEN + key) >> 8).to(tl.float32) * RANDOM_UNIT
 
 
 @triton.jit

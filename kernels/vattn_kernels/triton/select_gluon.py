@@ -24,7 +24,7 @@ from vattn_kernels.triton.layout import (
     begin_next,
     signal,
 )
-from vattn_kernels.triton.select import GOLDEN, LANES, LEAST_OCTAVES, OCTAVES, key_of, load_fields, mix
+from vattn_kernels.triton.select import GOLDEN, LANES, LEAST_OCTAVES, OCTAVES, RANDOM_UNIT, key_of, load_fields, mix
 
 # Heads that one tile's 16 rows hold, once for each of the four tokens that share a column.
 TILE_HEADS = gl.constexpr(4)
@@ -247,7 +247,7 @@ def select_lists_fwd_kernel(
         best = best_score(words, shifts, masks, queries, levels, is_upper, twin, source, TILES, WORDS, GROUPS)
         pi = inclusion(best, norm, unit2, coding, least, TARGET != DENOMINATOR)
         counter = position.to(gl.uint32) * GOLDEN + key + o_repeat.to(gl.uint32) * (step * GOLDEN % (1 << 32))
-        u = (mix(counter) >> 8).to(gl.float32) * 5.9604644775390625e-8
+        u = (mix(counter) >> 8).to(gl.float32) * RANDOM_UNIT
         ok = position < high - o_repeat * step
         chosen = ok & (u < pi)
         reads += gl.where(ok, pi, 0.0)

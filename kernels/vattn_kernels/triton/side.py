@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from vattn_kernels.checks import SIDE_DTYPES, check_bounds, check_nets, check_tensor, needed_side, require
+from vattn_kernels.checks import check_nets, check_side, needed_side, require
 from vattn_kernels.ops import SELECTORS
 from vattn_kernels.signature import WORD_BITS
 from vattn_kernels.sketch import GROUPS_PER_WORD
@@ -45,35 +45,27 @@ class Side(NamedTuple):
     sizes: tuple[int, int, int] = (0, 0, 0)
 
 
-def by_head(name: str, side: Tensor, shape: tuple[int, int, int]) -> None:
-    """Refuse side data of another dtype or shape, or of which one head's rows do not lie side by side."""
-    require(
-        side.dtype == SIDE_DTYPES[name] and side.shape == shape and side.stride(2) == 1 and side.stride(0) == shape[2],
-        "{} must lie by head, then slot: {} of strides {} and shape {}, expected {} of shape {}",
-        *(name, side.dtype, side.stride(), tuple(side.shape), SIDE_DTYPES[name], shape),
-    )
+def check_encoded(selector: str, k_cache: Tensor, **side: Tensor) -> None:
+    """Refuse side data and tables that an encoder does not write and read."""
+    check_side(selector, k_cache, side)
+    check_layout(selector, side)
 
 
-def check_codes(
-    codes: Tensor, norms: Tensor, mean: Tensor, basis: str, bases: Tensor, steps: Tensor, fields: Tensor,
-    k_cache: Tensor,
-) -> None:  # fmt: skip
-    """Refuse side data and tables of a sketch that the kernels do not read; ``basis`` names which bases."""
-    slots, heads, head_dim = k_cache.shape
-    require(codes.shape[-1] in WORDS, "codes of {} words, expected {}", codes.shape[-1], WORDS)
-    by_head("codes", codes, (slots, heads, codes.shape[-1]))
-    by_head("norms", norms, (slots, heads, 2))
-    coded = steps.shape[-1]
-    check_tensor("mean", mean, SIDE_DTYPES["mean"], (heads, head_dim))
-    check_tensor(basis, bases, SIDE_DTYPES["query_basis"], (heads, head_dim, head_dim))
-    check_tensor("steps", steps, SIDE_DTYPES["steps"], (heads, coded))
-    check_tensor("fields", fields, SIDE_DTYPES["fields"], (heads, coded, 3))
-
-
-def check_pages(bounds: Tensor, k_cache: Tensor) -> None:
-    """Refuse page bounds that the kernels do not read."""
-    check_bounds(bounds, k_cache)
-    require(bounds[0, 0].is_contiguous(), "both bounds of a page must lie together, got strides {}", bounds.stride())
+def check_layout(selector: str, side: dict[str, Tensor]) -> None:
+    """Refuse codes that the kernels do not read, by their words and strides, and tables that are not contiguous."""
+    if selector == "sketch":
+        words = side["codes"].shape[-1]
+        require(words in WORDS, "codes of {} words, expected {}", words, WORDS)
+    for name, tensor in side.items():
+        if name == "norms" or (name == "codes" and selector == "sketch"):
+            size = tensor.shape[2]
+            fits = tensor.stride(2) == 1 and tensor.stride(0) == size
+            require(fits, "{} must lie by head, then slot, got strides {}", name, tensor.stride())
+        elif name != "codes":
+            require(tensor.is_contiguous(), "{} must be contiguous, got strides {}", name, tensor.stride())
+        else:
+            together = tensor.stride(2) == 1 if selector != "quest" else tensor[0, 0].is_contiguous()
+            require(together, "{} of a slot or page must lie together, got strides {}", name, tensor.stride())
 
 
 def sizes_of(widths: Tensor, nets: Tensor, head_dim: int) -> tuple[int, int, int]:
@@ -97,28 +89,21 @@ def side_of(
         If some are missing or of another shape than the selector's.
     """
     require(selector in SELECTORS, "selector {!r} is unknown, expected one of {}", selector, SELECTORS)
-    given = needed_side(selector, (codes, norms, valid, mean, query_basis, steps, fields))
+    given = needed_side(selector, k_cache, (codes, norms, valid, mean, query_basis, steps, fields))
     if selector == "oracle":
         return Side(k_cache, None, None, None, k_cache.stride(0), k_cache.stride(1), 0, 1, 1, 1)
-    codes, norms, mean, steps = given["codes"], given["norms"], given["mean"], given["steps"]
-    slots, heads, head_dim = k_cache.shape
-    strides = codes.stride(0), codes.stride(1), norms.stride(1)
+    check_layout(selector, given)
+    codes, norms = given["codes"], given["norms"]
+    strides, words = (codes.stride(0), codes.stride(1), norms.stride(1)), codes.shape[-1]
     if selector == "sketch":
-        check_codes(codes, norms, mean, "query_basis", given["query_basis"], steps, given["fields"], k_cache)
-        words = codes.shape[-1]
-        return Side(codes, norms, None, fields, *strides, words, GROUPS_PER_WORD * words, steps.shape[-1])
-    by_head("norms", norms, (slots, heads, 1))
-    check_tensor("mean", mean, SIDE_DTYPES["mean"], (heads, head_dim))
-    check_tensor("valid", given["valid"], SIDE_DTYPES["valid"], (slots,))
-    check_tensor("steps", steps, SIDE_DTYPES["steps"], (heads, steps.shape[-1]))
+        return Side(codes, norms, None, fields, *strides, words, GROUPS_PER_WORD * words, given["steps"].shape[-1])
     if selector == "quest":
-        check_pages(codes, k_cache)
         return Side(codes, norms, valid, None, *strides, 1, 1, 1)
     nets = given["query_basis"]
-    sizes = sizes_of(given["fields"], nets, head_dim)
-    words, own, group = codes.shape[-1], sizes[-1] // WORD_BITS, q.shape[1] // heads
+    sizes = sizes_of(given["fields"], nets, k_cache.shape[2])
+    own, group = sizes[-1] // WORD_BITS, q.shape[1] // k_cache.shape[1]
     require(
-        words in (own, group * own) and codes.stride(2) == 1,
+        words in (own, group * own),
         "signatures of {} words, queries of {}: expected one signature a KV head, or one a query head", words, own,
     )  # fmt: skip
     require(nets.shape[0] == q.shape[1], "{} query nets for {} query heads", nets.shape[0], q.shape[1])

@@ -5,11 +5,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from vattn_kernels.sketch import NORM_STEPS_PER_OCTAVE, NORM_ZERO
+
+# Levels of a byte an octave of a squared norm, and the level of 1, rounded down behind a half.
+STEPS = tl.constexpr(NORM_STEPS_PER_OCTAVE / 2)
+ZERO = tl.constexpr(NORM_ZERO + 0.5)
+
 
 @triton.jit
 def level_of(square):
-    """Byte of a norm, eight steps an octave, from its square."""
-    level = tl.floor(4.0 * tl.log2(tl.maximum(square, 1e-38)) + 128.5)
+    """Byte of a norm from its square, see `vattn_kernels.sketch`."""
+    level = tl.floor(STEPS * tl.log2(tl.maximum(square, 1e-38)) + ZERO)
     return tl.minimum(tl.maximum(level, 0.0), 255.0).to(tl.uint8)
 
 

@@ -18,8 +18,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from vattn_kernels.ops import GPU_CACHE_CAPABILITY, SELECTORS
-from vattn_kernels.triton import layout
+from vattn_kernels import params
+from vattn_kernels.ops import GPU_CACHE_CAPABILITY, SELECTORS, STATE_WIDTH
+from vattn_kernels.triton import MOST_AGE, layout
 from vattn_kernels.triton.attend import attend_fwd_kernel
 from vattn_kernels.triton.attend_gluon import attend_lists_fwd_kernel
 from vattn_kernels.triton.audit import audit_fwd_kernel, choose_fwd_kernel
@@ -60,14 +61,15 @@ def shapes(arch: int, dtype: str, cache: str, head_dim: int, group: int, words: 
     launch = layout.LAUNCH
     sketch = {"R": head_dim, "GROUPS": groups, "WORDS": words, "DP4A": True, "SELECTOR": 0, "p_valid": None}
     merge = common | {
-        "GP": padded, "WIDTH": width, "SPLITS": FEW_SPLITS, "MOST": layout.MOST_LISTS, "STATE": 4,
-        "TARGET": 0, "TABLE": 4, "POINTS": 33, "PER_UNIT": 64, "BUDGET_EDGES": 12, "BUDGET_EDGES_P": 16,
+        "GP": padded, "WIDTH": width, "SPLITS": FEW_SPLITS, "MOST": layout.MOST_LISTS, "STATE": STATE_WIDTH,
+        "TARGET": 0, "TABLE": params.TABLE, "POINTS": params.TABLE_POINTS, "PER_UNIT": params.TABLE_STEPS_PER_UNIT,
+        "BUDGET_EDGES": 12, "BUDGET_EDGES_P": 16,
         "ERROR_EDGES": 10, "ERROR_EDGES_P": 16, "COUNTERS_P": 64,
     }  # fmt: skip
     attend = {"BN": launch.attend_block, "WIDE": dtype == "fp16"}
     yield prepare_fwd_kernel, launch.prepare_warps, common | {
-        "GP": max(16, padded), "R": head_dim, "C": coded, "CODES": 4 * groups, "F": launch.prepare_block, "WIDTH": 4,
-        "MOST_AGE": 64, "SELECTOR": 0, "UNIFORM": False,
+        "GP": max(16, padded), "R": head_dim, "C": coded, "CODES": 4 * groups, "F": launch.prepare_block,
+        "WIDTH": STATE_WIDTH, "MOST_AGE": MOST_AGE, "SELECTOR": 0, "UNIFORM": False,
     }  # fmt: skip
     warps = layout.LISTS.value
     few = {"LEAST": layout.LEAST_SPLITS, "ROWS_P": layout.LEAST_ROWS}
@@ -88,7 +90,7 @@ def shapes(arch: int, dtype: str, cache: str, head_dim: int, group: int, words: 
     yield top_k_fwd_kernel, launch.uniform_warps, merge
     yield list_fwd_kernel, launch.uniform_warps, merge
     yield budget_fwd_kernel, 1, merge | {"IS_PILOT": True}
-    yield choose_fwd_kernel, 1, common | {"STATS": 6}
+    yield choose_fwd_kernel, 1, common
     yield audit_fwd_kernel, 4, merge | few | {"AUDIT_EDGES": 10, "AUDIT_EDGES_P": 16}
     yield update_fwd_kernel, 4, {
         "HKV": 8, "D": head_dim, "DP": power, "R": head_dim, "C": coded, "WORDS": words, "BT": 16

@@ -13,7 +13,17 @@ from triton.backends.nvidia.compiler import CUDAOptions
 from triton.runtime.interpreter import InterpretedFunction
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from decode_case import EDGES, FP8, MISFITS, OFFSETS, DecodeCase
+from decode_case import (
+    EDGES,
+    ENCODER_MISFITS,
+    ENCODERS,
+    FP8,
+    MISFITS,
+    OFFSETS,
+    SELECTOR_MISFITS,
+    DecodeCase,
+    changed,
+)
 
 from vattn_kernels import ops, params, sketch
 from vattn_kernels import triton as gpu
@@ -332,6 +342,8 @@ def test_a_padded_row_leaves_nothing_to_finish(heads):
     used = case.workspace().used.fill_(-1)
     out, stats, counters = case.run()
     assert used == -1
+    # Its row of state may be another's.
+    assert not case.state[case.state_rows[1]].any() and torch.isfinite(case.state).all()
     first = case.v_cache[case.kv_indices[1, 0].long()].repeat_interleave(heads[0] // heads[1], 0)
     torch.testing.assert_close(out[1], first, rtol=1e-5, atol=1e-6)
     assert (stats[1, :, 0] == 1).all() and (stats[1, :, 3] == ops.OUTCOMES.index("dense")).all()
@@ -429,11 +441,8 @@ def test_what_cannot_run_is_named():
 
 GPU_MISFITS = [
     ("codes", lambda codes: codes.contiguous()),
-    ("norms", lambda norms: norms[..., :1]),
-    ("mean", lambda mean: mean[:1]),
+    ("codes", lambda codes: torch.cat([codes, codes[..., :1]], 2)),
     ("query_basis", lambda basis: basis.transpose(1, 2)),
-    ("steps", lambda steps: steps[:1]),
-    ("fields", lambda fields: fields[..., :2].contiguous()),
 ]
 
 
@@ -442,6 +451,35 @@ def test_arguments_that_do_not_fit_are_named(name, change):
     case = Step(context=100)
     with pytest.raises(ValueError, match=f"vattn: {name} "):
         gpu.decode(*case.misfit(name, change), **case.step, state=case.state, state_rows=case.state_rows)
+
+
+@pytest.mark.parametrize(("selector", "name", "change", "named"), SELECTOR_MISFITS)
+def test_side_data_that_do_not_fit_are_named(selector, name, change, named):
+    case = Step(context=100, settings={"selector": selector})
+    with pytest.raises(ValueError, match=f"vattn: {named} "):
+        gpu.decode(*case.misfit(name, change), **case.step, state=case.state, state_rows=case.state_rows)
+
+
+@pytest.mark.parametrize(("selector", "name", "change", "named"), ENCODER_MISFITS)
+def test_what_an_encoder_cannot_write_is_named(selector, name, change, named):
+    case = Step(context=100, settings={"selector": selector})
+    case.encode_arguments = changed(ENCODERS[selector], case.encode_arguments, {"codes": by_head, "norms": by_head})
+    with pytest.raises(ValueError, match=f"vattn: {named} "):
+        getattr(gpu, ENCODERS[selector])(*case.encoder_misfit(name, change))
+
+
+def test_layers_that_do_not_fit_each_other_are_named():
+    case = Step(context=100)
+    moved = changed(ENCODERS["sketch"], case.encode_arguments, {"codes": by_head, "norms": by_head})
+    k, _, slots, *one = moved
+    two = [torch.stack([t, t]) for t in one]
+    for caches, side, named in (
+        ([k, k], [t[None] for t in one], "mean|codes"),
+        ([k, k[:-1]], two, "KV caches"),
+        ([k, k.bfloat16()], two, "KV caches"),
+    ):
+        with pytest.raises(ValueError, match=f"vattn: ({named}) "):
+            gpu.encode_layers(caches, caches, slots, *side)
 
 
 @pytest.mark.parametrize(
