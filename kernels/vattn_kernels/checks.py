@@ -12,7 +12,6 @@ from vattn_kernels.line import LINE_WIDTH
 from vattn_kernels.pages import PAGE
 from vattn_kernels.quantiles import TARGETS
 from vattn_kernels.signature import MAX_BITS, MAX_LAYERS, MAX_WIDTH, WORD_BITS
-from vattn_kernels.sketch import max_fields
 
 SAMPLERS = ("proportional", "uniform")
 GROUP_SCORES = ("max", "mean")
@@ -167,19 +166,19 @@ def check_side(selector: str, k_cache: Tensor, side: dict[str, Tensor]) -> None:
     The size of nets is left to `check_nets`, and strides to each device, which reads what lies in its own order.
     """
     slots, heads, head_dim = k_cache.shape
-    norms, entries = 1, LINE_WIDTH
-    tables: dict[str, tuple[int | None, ...]] = {"query_basis": (None, None), "fields": (None,)}
-    if selector == "sketch":
-        norms, entries = 2, max_fields(WORD_BITS * side["codes"].shape[-1], head_dim)
-        basis = (heads, head_dim, head_dim)
-        tables = {"query_basis": basis, "key_basis": basis, "fields": (heads, entries, 3)}
-    shapes = tables | {
+    shapes: dict[str, tuple[int | None, ...]] = {
         "codes": (slots, heads, None),
-        "norms": (slots, heads, norms),
+        "norms": (slots, heads, 1),
         "valid": (slots,),
         "mean": (heads, head_dim),
-        "steps": (heads, entries),
+        "steps": (heads, LINE_WIDTH),
+        "query_basis": (None, None),
+        "fields": (None,),
     }
+    if selector == "sketch":
+        basis, coded = (heads, head_dim, head_dim), side["steps"].shape[-1]
+        shapes |= {"norms": (slots, heads, 2), "query_basis": basis, "key_basis": basis}
+        shapes |= {"steps": (heads, coded), "fields": (heads, coded, 3)}
     for name, tensor in side.items():
         if (name, selector) == ("codes", "quest"):
             check_bounds(tensor, k_cache)

@@ -9,7 +9,7 @@ from torch import Tensor
 from vattn_kernels.checks import check_nets, check_side, needed_side, require
 from vattn_kernels.ops import SELECTORS
 from vattn_kernels.signature import WORD_BITS
-from vattn_kernels.sketch import GROUPS_PER_WORD
+from vattn_kernels.sketch import GROUPS_PER_WORD, LANES
 
 WORDS = (1, 2, 4)
 
@@ -54,8 +54,10 @@ def check_encoded(selector: str, k_cache: Tensor, **side: Tensor) -> None:
 def check_layout(selector: str, side: dict[str, Tensor]) -> None:
     """Refuse codes that the kernels do not read, by their words and strides, and tables that are not contiguous."""
     if selector == "sketch":
-        words = side["codes"].shape[-1]
+        words, coded = side["codes"].shape[-1], side["steps"].shape[-1]
         require(words in WORDS, "codes of {} words, expected {}", words, WORDS)
+        least = LANES * GROUPS_PER_WORD * words
+        require(coded >= least, "steps and fields of {} dimensions, {} words take {}", coded, words, least)
     for name, tensor in side.items():
         if name == "norms" or (name == "codes" and selector == "sketch"):
             size = tensor.shape[2]

@@ -468,6 +468,14 @@ def test_what_an_encoder_cannot_write_is_named(selector, name, change, named):
         getattr(gpu, ENCODERS[selector])(*case.encoder_misfit(name, change))
 
 
+def test_fewer_fields_than_the_words_hold_are_named():
+    case = Step(context=100)
+    *side, steps, fields = case.side
+    case.side = (*side, steps[:, :20].contiguous(), fields[:, :20].contiguous())
+    with pytest.raises(ValueError, match="steps and fields of 20 dimensions, 2 words take 24"):
+        case.run()
+
+
 def test_layers_that_do_not_fit_each_other_are_named():
     case = Step(context=100)
     moved = changed(ENCODERS["sketch"], case.encode_arguments, {"codes": by_head, "norms": by_head})
