@@ -15,7 +15,7 @@ ZERO = tl.constexpr(NORM_ZERO + 0.5)
 @triton.jit
 def level_of(square):
     """Byte of a norm from its square, see `vattn_kernels.sketch`."""
-    level = tl.floor(STEPS * tl.log2(tl.maximum(square, 1e-38)) + ZERO)
+    level = tl.floor(tl.log2(tl.maximum(square, 1e-38)) * STEPS + ZERO)
     return tl.minimum(tl.maximum(level, 0.0), 255.0).to(tl.uint8)
 
 
