@@ -41,6 +41,7 @@ test-sglang-%: requirements/sglang-%.txt
 	@echo "== SGLang $*" && .venv-sglang-$*/bin/python -m pytest -m e2e tests/e2e $(PYTEST_ARGS)
 
 has-gpu:
+	@command -v $(GPU_PYTHON) >/dev/null || { echo "$(GPU_PYTHON) is missing: set GPU_PYTHON=python3, or run make env" >&2; exit 1; }
 	@$(GPU_PYTHON) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "no CUDA device here: run this on a GPU")'
 
 test-gpu: has-gpu ## kernels and servers on a GPU (GPU_PYTHON=python3, TEST_GPU_MODEL=folder of a converted model)
@@ -62,6 +63,7 @@ bench: env ## decode speed against SGLang's torch_native, both in one run
 
 bench-gpu: has-gpu ## on a GPU: attention against the best dense kernels, what its counters cost, and servers (GPU_PYTHON=python3)
 	@$(GPU_PYTHON) kernels/benchmarks/decode_gpu.py
+	@$(GPU_PYTHON) kernels/benchmarks/report.py
 	@$(GPU_PYTHON) kernels/benchmarks/telemetry_gpu.py
 	@$(GPU_PYTHON) kernels/benchmarks/serve.py
 

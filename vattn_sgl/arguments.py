@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from argparse import ArgumentTypeError
 from pathlib import Path
 
@@ -34,8 +35,8 @@ def share(text: str) -> float:
 
 
 def writable(text: str) -> Path:
-    """A file in a folder that there is."""
+    """A file that can be written, in a folder that there is."""
     path = Path(text)
-    if not path.parent.is_dir():
-        raise ArgumentTypeError(f"{text!r}, expected a file in a folder that exists")
+    if path.is_dir() or not path.parent.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ArgumentTypeError(f"{text!r}, expected a file that can be written, in a folder that exists")
     return path

@@ -14,6 +14,8 @@ from typing import Any
 import matplotlib
 from decode_gpu import HEAD_DIM, KV_HEADS, SIDE_BYTES
 
+from vattn_sgl.arguments import writable
+
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.ticker import NullFormatter
@@ -25,20 +27,29 @@ KV_BYTES = 2 * KV_HEADS * HEAD_DIM * 2
 
 
 def table(rows: list[dict[str, Any]]) -> None:
-    """A Markdown row for each shape and order of slots: times in microseconds, speed-ups over the best dense kernel."""
-    print("| requests x context | best dense | cap .5 | cap .1 | cap .05 | epsilon .05 | reading all, ours |")
-    print("|---|---|---|---|---|---|---|")
+    """A Markdown row for each shape and order of slots.
+
+    Times in microseconds, speed-ups over the best dense kernel, the density that was read, and how many times as long
+    as copying the K and V of that density.
+    """
+    wanted = ("cap 0.5", "cap 0.2", "cap 0.1", "cap 0.05", "cap 0.025", "epsilon 0.05")
+    names = " | ".join(name.replace("0.", ".") for name in wanted)
+    print(f"| requests x context | best dense | {names} | reading all, ours |")
+    print("|---" * (len(wanted) + 3) + "|")
     for key in sorted({(r["context"], r["batch"], r["order"]) for r in rows}):
         own = [r for r in rows if (r["context"], r["batch"], r["order"]) == key]
         totals = {r["wanted"]: r for r in own if r["stage"] == "total"}
         context, batch, order = key
 
-        def cell(wanted: str, totals: dict[str, dict[str, Any]] = totals) -> str:
-            found = totals.get(wanted)
-            return f"{found['us']:.1f}, {found['ratio']:.2f}x at {found['density']:.3f}" if found else ""
+        def cell(name: str, totals: dict[str, dict[str, Any]] = totals) -> str:
+            found = totals.get(name)
+            if found is None:
+                return ""
+            figures = f"{found['us']:.1f}, {found['ratio']:.2f}x at {found['density']:.3f}"
+            return f"{figures}, {found['us'] / found['gather_us']:.1f}"
 
         everything = next(r["ratio"] for r in own if r["stage"] == "dense:ours")
-        cells = " | ".join(cell(wanted) for wanted in ("cap 0.5", "cap 0.1", "cap 0.05", "epsilon 0.05"))
+        cells = " | ".join(map(cell, wanted))
         print(f"| {batch} x {context:,}, {order} | {own[0]['dense_us']:,.0f} | {cells} | {everything:.2f}x |")
 
 
@@ -46,14 +57,16 @@ def main() -> int:
     """Print the table and draw the shapes of `SHAPES`, ordered slots."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path, default=HERE / "results.json", help="what decode_gpu.py wrote")
-    parser.add_argument("--png", type=Path, default=HERE / "roofline.png")
+    parser.add_argument("--png", type=writable, default=HERE / "roofline.png")
     options = parser.parse_args()
+    if options.png.suffix != ".png":
+        parser.error(f"--png {options.png}, expected a file whose name ends in .png")
     try:
         rows = json.loads(options.json.read_text())
-    except (OSError, ValueError) as error:
-        print(f"{options.json}: {error}; expected what decode_gpu.py wrote", file=sys.stderr)
+        missing = set(SHAPES) - {(r["batch"], r["context"]) for r in rows if r["stage"] == "dense:ours"}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        print(f"{options.json}: {error!r}; expected what decode_gpu.py wrote", file=sys.stderr)
         return 2
-    missing = set(SHAPES) - {(r["batch"], r["context"]) for r in rows}
     if missing:
         print(f"{options.json} has no rows of {sorted(missing)}: run decode_gpu.py with them", file=sys.stderr)
         return 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import torch
 from torch import Tensor
@@ -16,10 +17,14 @@ from vattn_kernels.signature import MAX_BITS, MAX_LAYERS, MAX_WIDTH, WORD_BITS
 SAMPLERS = ("proportional", "uniform")
 GROUP_SCORES = ("max", "mean")
 MAX_GROUP = 16
+INT32_END = 1 << 31
 # Columns of ``stats``: realized density, budget b in tokens, relative half-width, index into `ops.OUTCOMES`, tokens
 # read, share of the softmax mass that was estimated rather than read for certain.
 STATS = ("density", "budget", "half_width", "outcome", "read", "residual_mass")
-COUNTER_BLOCKS = 7
+OUTCOMES = ("certified", "uncertified", "capped", "dense")
+READ_KINDS = ("sink", "window", "top_k", "sample", "dense")
+# Counters of audits and their violations, and of a histogram beside its borders: its sum, and its overflow.
+AUDITS, HISTOGRAM = 2, 2
 # Of a cache that GPU kernels read beside queries of two bytes.
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 # Side-data arguments of ``decode``, and those that each selector cannot do without.
@@ -121,19 +126,25 @@ def check_decode(
         k_cache.dtype in (q.dtype, *FP8_DTYPES), "q is {}, the KV cache {}; expected one dtype", q.dtype, k_cache.dtype
     )
     require(
-        heads % kv_heads == 0 and heads // kv_heads <= MAX_GROUP,
+        kv_heads > 0 and heads % kv_heads == 0 and heads // kv_heads <= MAX_GROUP,
         "{} query heads over {} KV heads: the group must be whole and at most {}",
         *(heads, kv_heads, MAX_GROUP),
     )
     require(
-        kv_indices.dtype == torch.int32 and kv_indices.stride(-1) == 1 and kv_indices.shape[:-1] == (batch,),
+        kv_indices.dtype == torch.int32
+        and kv_indices.dim() == 2
+        and kv_indices.shape[0] == batch
+        and kv_indices.shape[1] > 0
+        and kv_indices.stride(1) == 1,
         "kv_indices is {} of shape {} and strides {}, expected int32 of {} rows, with unit stride along positions",
         *(kv_indices.dtype, tuple(kv_indices.shape), kv_indices.stride(), batch),
     )
     require(seq_lens.dtype in (torch.int32, torch.int64), "seq_lens must be int32 or int64, got {}", seq_lens.dtype)
-    require(
-        len(counter_offsets) == COUNTER_BLOCKS, "counter_offsets are {}, not {}", len(counter_offsets), COUNTER_BLOCKS
-    )
+    histograms = [edges.numel() + HISTOGRAM for edges in (budget_edges, error_edges, audit_edges)]
+    blocks = (1, len(READ_KINDS), len(OUTCOMES), *histograms[:2], AUDITS, histograms[2])
+    require(len(counter_offsets) == len(blocks), "counter_offsets are {}, not {}", len(counter_offsets), len(blocks))
+    fits = all(0 <= at <= counters.numel() - size for at, size in zip(counter_offsets, blocks, strict=True))
+    require(fits, "counter_offsets {} of blocks {} leave {} counters", counter_offsets, blocks, counters.numel())
     for name, tensor, dtype, shape in (
         ("q", q, q.dtype, (batch, heads, head_dim)),
         ("seq_lens", seq_lens, seq_lens.dtype, (batch,)),
@@ -148,6 +159,19 @@ def check_decode(
     ):
         check_tensor(name, tensor, dtype, shape)
     require(target in TARGETS, "target {!r} is unknown, expected one of {}", target, TARGETS)
+
+
+def check_settings(
+    sm_scale: float, sink: int, window: int, pilot: float, pilot_min: int, cap: float, floor: float, audit_rate: float,
+    k_scale: float, v_scale: float,
+) -> None:  # fmt: skip
+    """Refuse numbers that no step can be taken with; `vattn_sgl.config.Settings` refuses more of them."""
+    require(0 <= sink < INT32_END and 0 <= window < INT32_END, "sink {}, window {}: 0 to 2^31 - 1", sink, window)
+    require(pilot_min >= 4 and 0 < pilot <= 1, "pilot_min {} must be at least 4 and pilot {} above 0", pilot_min, pilot)
+    require(0 < cap <= 1 and 0 <= floor <= 1, "cap {} must be above 0 and floor {} 0 or more, at most 1", cap, floor)
+    require(0 <= audit_rate <= 1, "audit_rate {} must be 0 to 1", audit_rate)
+    for name, scale in (("sm_scale", sm_scale), ("k_scale", k_scale), ("v_scale", v_scale)):
+        require(0 < scale < math.inf, "{} {} must be above 0 and finite", name, scale)
 
 
 def needed_side(selector: str, k_cache: Tensor, given: tuple[Tensor | None, ...]) -> dict[str, Tensor]:

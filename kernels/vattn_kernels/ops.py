@@ -15,13 +15,13 @@ import torch
 from vattn_kernels import cpu
 from vattn_kernels.checks import FP8_DTYPES as FP8_DTYPES
 from vattn_kernels.checks import GROUP_SCORES as GROUP_SCORES
+from vattn_kernels.checks import OUTCOMES as OUTCOMES
+from vattn_kernels.checks import READ_KINDS as READ_KINDS
 from vattn_kernels.checks import SAMPLERS as SAMPLERS
 from vattn_kernels.checks import STATS as STATS
 from vattn_kernels.quantiles import TARGETS as TARGETS
 
 SELECTORS = ("sketch", "oracle", "quest", "sign", "hash")
-OUTCOMES = ("certified", "uncertified", "capped", "dense")
-READ_KINDS = ("sink", "window", "top_k", "sample", "dense")
 # Columns of ``state``.
 STATE_WIDTH = 4
 # What the GPU kernels serve; a server asks before it imports Triton.

@@ -29,6 +29,7 @@ MISFITS = [
     ("k_cache", lambda k: k[:, 0]),
     ("kv_indices", lambda slots: slots[:1]),
     ("kv_indices", lambda slots: slots.long()),
+    ("kv_indices", lambda slots: slots[:, :0]),
     ("seq_lens", lambda lengths: lengths[:1]),
     ("codes", lambda codes: codes.long()),
     ("codes", lambda codes: codes[:3]),
@@ -52,7 +53,14 @@ MISFITS = [
     ("stats", lambda stats: stats.double()),
     ("counters", lambda counters: counters.float()),
     ("counter_offsets", lambda offsets: offsets[:5]),
+    ("counter_offsets", lambda offsets: [*offsets[:-1], WIDTH - 4]),
+    ("counter_offsets", lambda offsets: [-1, *offsets[1:]]),
 ]
+# Settings that no device may take.
+WRONG_SETTINGS = [
+    ("sink", -1), ("window", -5), ("window", 1 << 31), ("pilot", 0.0), ("pilot_min", 3), ("cap", 0.0),
+    ("cap", float("nan")), ("floor", -0.1), ("audit_rate", 2.0), ("sm_scale", float("nan")), ("k_scale", 0.0),
+]  # fmt: skip
 # The same of other selectors, and what the message names.
 SELECTOR_MISFITS = [
     ("sign", "codes", lambda codes: codes[:3], "codes"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from decode_case import ENCODER_MISFITS, ENCODERS, MISFITS, OFFSETS, SELECTOR_MISFITS, DecodeCase
+from decode_case import ENCODER_MISFITS, ENCODERS, MISFITS, OFFSETS, SELECTOR_MISFITS, WRONG_SETTINGS, DecodeCase
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -325,6 +325,13 @@ def test_arguments_that_do_not_fit_are_named(name, change):
     case = DecodeCase(settings={"selector": "sketch"})
     with pytest.raises(ValueError, match=f"vattn: {name} "):
         ops.decode(*case.misfit(name, change), **case.step)
+
+
+@pytest.mark.parametrize(("name", "value"), WRONG_SETTINGS)
+def test_wrong_settings_are_named(name, value):
+    case = DecodeCase(context=100, settings={name: value})
+    with pytest.raises(ValueError, match=f"vattn: .*{name} {value}"):
+        ops.decode(*case.arguments(), **case.step)
 
 
 @pytest.mark.parametrize(("selector", "name", "change", "named"), SELECTOR_MISFITS)

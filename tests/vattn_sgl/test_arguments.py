@@ -21,7 +21,7 @@ def test_what_is_given_is_taken(tmp_path):
     [(arguments.positive, text) for text in ("0", "-1", "x", "1.5", "")]
     + [(arguments.shape, text) for text in ("16", "0x5", "axb", "1x2x3", "x")]
     + [(arguments.share, text) for text in ("0", "7", "-0.1", "nan", "a")]
-    + [(arguments.writable, "no/such/folder/rows.json")],
+    + [(arguments.writable, text) for text in ("no/such/folder/rows.json", ".", "")],
 )
 def test_what_is_wrong_is_named_with_what_was_expected(kind, text):
     with pytest.raises(ArgumentTypeError, match=f"^'{text}', expected"):

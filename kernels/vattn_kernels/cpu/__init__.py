@@ -15,6 +15,7 @@ from vattn_kernels.checks import (
     check_cache,
     check_decode,
     check_nets,
+    check_settings,
     check_side,
     check_signatures,
     check_slots,
@@ -110,7 +111,7 @@ def decode(
         selector in SELECTOR_NUMBERS, "selector {!r} is unknown, expected one of {}", selector, (*SELECTOR_NUMBERS,)
     )
     require(group_score in GROUP_SCORES, "group_score {!r} is unknown, expected one of {}", group_score, GROUP_SCORES)
-    require(pilot_min >= 4 and pilot > 0, "pilot_min {} must be at least 4 and pilot {} above 0", pilot_min, pilot)
+    check_settings(sm_scale, sink, window, pilot, pilot_min, cap, floor, audit_rate, k_scale, v_scale)
     require(
         selector in PROVABLE_SELECTORS or float(params[layout.LOG]) == 0,
         "bound 'bernstein' needs an upper bound of every logit, which selector {!r} does not have: expected one of {}",

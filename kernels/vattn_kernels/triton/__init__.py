@@ -27,6 +27,7 @@ from vattn_kernels.checks import (
     SAMPLERS,
     check_cache,
     check_decode,
+    check_settings,
     check_signatures,
     check_slots,
     check_tensor,
@@ -34,7 +35,7 @@ from vattn_kernels.checks import (
 )
 from vattn_kernels.ops import GPU_CACHE_DTYPES, GPU_DTYPES, GPU_HEAD_DIMS, SELECTORS, STATE_WIDTH
 from vattn_kernels.quantiles import TARGETS
-from vattn_kernels.sketch import GROUPS_PER_WORD
+from vattn_kernels.sketch import GROUPS_PER_WORD, LANES
 from vattn_kernels.triton import carveout, layout
 from vattn_kernels.triton.attend import attend_fwd_kernel
 from vattn_kernels.triton.attend_gluon import attend_lists_fwd_kernel
@@ -143,6 +144,7 @@ def decode(
     group = num_qo_heads // num_kv_heads
     require(sampler in SAMPLERS, "sampler {!r} is unknown, expected one of {}", sampler, SAMPLERS)
     require(group_score == "max", "group_score {!r} runs on the CPU only; expected 'max'", group_score)
+    check_settings(sm_scale, sink, window, pilot, pilot_min, cap, floor, audit_rate, k_scale, v_scale)
     _check_scaled(selector, k_cache, k_scale, v_scale)
     side = side_of(selector, q, k_cache, codes, norms, valid, mean, query_basis, steps, fields)
     if state is None or state_rows is None:
@@ -322,6 +324,8 @@ def encode_layers(
     v_scales: list[float] | None = None,
 ) -> None:  # fmt: skip
     """GPU implementation of `vattn_kernels.ops.encode_layers`: one launch."""
+    layers = len(k_caches)
+    require(layers == len(v_caches) > 0, "{} K caches and {} V caches; expected one a layer", layers, len(v_caches))
     k_cache, v_cache = k_caches[0], v_caches[0]
     for k, v in zip(k_caches, v_caches, strict=True):
         _check_cache(k, v)
@@ -335,22 +339,24 @@ def encode_layers(
         "fields": fields,
     }  # fmt: skip
     for name, tensor in side.items():
-        count = tensor.shape[0]
-        require(count == len(k_caches), "{} of {} layers, KV caches of {}", name, count, len(k_caches))
+        require(tensor.shape[0] == layers, "{} of {} layers, KV caches of {}", name, tensor.shape[0], layers)
+    ones = [1.0] * layers
+    for name, scales in {"k_scales": k_scales or ones, "v_scales": v_scales or ones}.items():
+        require(len(scales) == layers, "{} of {} layers, KV caches of {}", name, len(scales), layers)
     check_encoded("sketch", k_cache, **{name: tensor[0] for name, tensor in side.items()})
     for name in ("mean", "key_basis", "steps", "fields"):
         require(side[name].is_contiguous(), "{} must be contiguous, got strides {}", name, side[name].stride())
     if not slots.numel():
         return
     words, (_, heads, head_dim) = codes.shape[-1], k_cache.shape
-    ones = [1.0] * len(k_caches)
+    coded = _power_of_two(LANES * GROUPS_PER_WORD * words)
     pools = _constants(k_cache.device, torch.int64, *(t.data_ptr() for t in (*k_caches, *v_caches)))
     scales = _constants(k_cache.device, torch.float32, *(k_scales or ones), *(v_scales or ones))
     update_fwd_kernel[(-(-slots.numel() // 16), heads, len(k_caches))](
         k_cache, v_cache, pools, scales, slots, mean, key_basis, steps, fields, codes, norms, valid,
         slots.numel(), k_cache.stride(0), codes.stride(0), codes.stride(2), norms.stride(0), norms.stride(2),
         valid.stride(0), HKV=heads, D=head_dim, DP=_power_of_two(head_dim), R=steps.shape[-1],
-        C=_power_of_two(4 * GROUPS_PER_WORD * words), WORDS=words, BT=16, num_warps=4,
+        C=coded, F=min(coded, layout.LAUNCH.update_block), WORDS=words, BT=16, num_warps=4,
     )  # fmt: skip
 
 

@@ -99,6 +99,7 @@ class Launch:
     tail_items: int = 1024
     prepare_warps: int = 4
     prepare_block: int = 32
+    update_block: int = 32
     select_registers: int | None = 80
     attend_block: int = 32
     attend_registers: int | None = 168

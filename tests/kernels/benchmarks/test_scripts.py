@@ -18,6 +18,9 @@ FOLDER = Path(decode_gpu.__file__).parent
         (("serve.py", "--context", "999999"), "--context 999999, expected at most"),
         (("serve.py", "--tokens", "3"), "--tokens 3, expected more than"),
         (("report.py", "--json", "no-such.json"), "no-such.json: "),
+        (("report.py", "--png", "roofline.txt"), "roofline.txt, expected a file whose name ends in .png"),
+        (("report.py", "--png", "no-such/roofline.png"), "expected a file that can be written"),
+        (("decode_gpu.py", "--json", "/"), "'/', expected a file that can be written"),
     ],
 )
 def test_a_script_says_why_it_does_not_start(command, message):

@@ -93,7 +93,8 @@ def shapes(arch: int, dtype: str, cache: str, head_dim: int, group: int, words: 
     yield choose_fwd_kernel, 1, common
     yield audit_fwd_kernel, 4, merge | few | {"AUDIT_EDGES": 10, "AUDIT_EDGES_P": 16}
     yield update_fwd_kernel, 4, {
-        "HKV": 8, "D": head_dim, "DP": power, "R": head_dim, "C": coded, "WORDS": words, "BT": 16
+        "HKV": 8, "D": head_dim, "DP": power, "R": head_dim, "C": coded, "F": min(coded, launch.update_block),
+        "WORDS": words, "BT": 16,
     }  # fmt: skip
 
 
@@ -170,6 +171,7 @@ def main() -> None:
         ("bf16", "bf16", 128, 4, 2), ("bf16", "bf16", 64, 3, 2), ("fp16", "fp16", 96, 1, 4),
         ("bf16", "bf16", 256, 16, 2), ("bf16", "bf16", 128, 8, 4), ("bf16", "bf16", 128, 16, 2),
         ("bf16", "fp8e5", 128, 4, 2), ("bf16", "fp8e4nv", 128, 4, 2), ("fp16", "fp8e4nv", 96, 1, 4),
+        ("fp16", "fp16", 256, 16, 4), ("bf16", "fp8e4nv", 256, 16, 4),
     )  # fmt: skip
     for arch in (80, 90):
         for model in models[: int(sys.argv[1])] if sys.argv[1:] else models:
@@ -177,7 +179,7 @@ def main() -> None:
             if divmod(arch, 10) < GPU_CACHE_CAPABILITY.get(DTYPES[cache], (0, 0)):
                 continue
             kernels = [("sketch", *kernel) for kernel in shapes(arch, *model)]
-            if model == models[0]:
+            if model in (models[0], models[-2]):
                 kernels += shapes_of_selectors(arch, *model)
                 # As few rows as there can be, with the most splits each.
                 most = {"SPLITS": layout.MOST_SPLITS}

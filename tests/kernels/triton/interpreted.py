@@ -21,6 +21,7 @@ from decode_case import (
     MISFITS,
     OFFSETS,
     SELECTOR_MISFITS,
+    WRONG_SETTINGS,
     DecodeCase,
     changed,
 )
@@ -455,6 +456,14 @@ def test_arguments_that_do_not_fit_are_named(name, change):
         gpu.decode(*case.misfit(name, change), **case.step, state=case.state, state_rows=case.state_rows)
 
 
+@pytest.mark.parametrize(("name", "value"), WRONG_SETTINGS)
+def test_wrong_settings_are_named(name, value):
+    case = Step(context=100)
+    case.step[name] = value
+    with pytest.raises(ValueError, match=f"vattn: .*{name} {value}"):
+        gpu.decode(*case.arguments(), **case.step, state=case.state, state_rows=case.state_rows)
+
+
 @pytest.mark.parametrize(("selector", "name", "change", "named"), SELECTOR_MISFITS)
 def test_side_data_that_do_not_fit_are_named(selector, name, change, named):
     case = Step(context=100, settings={"selector": selector})
@@ -481,7 +490,7 @@ def test_fewer_fields_than_the_words_hold_are_named():
 def test_layers_that_do_not_fit_each_other_are_named():
     case = Step(context=100)
     moved = changed(ENCODERS["sketch"], case.encode_arguments, {"codes": by_head, "norms": by_head})
-    k, _, slots, *one = moved
+    k, v, slots, *one = moved
     two = [torch.stack([t, t]) for t in one]
     for caches, side, named in (
         ([k, k], [t[None] for t in one], "mean|codes"),
@@ -490,6 +499,10 @@ def test_layers_that_do_not_fit_each_other_are_named():
     ):
         with pytest.raises(ValueError, match=f"vattn: ({named}) "):
             gpu.encode_layers(caches, caches, slots, *side)
+    with pytest.raises(ValueError, match="vattn: 2 K caches and 1 V caches"):
+        gpu.encode_layers([k, k], [v], slots, *two)
+    with pytest.raises(ValueError, match="vattn: v_scales of 1 layers"):
+        gpu.encode_layers([k, k], [v, v], slots, *two, v_scales=[1.0])
 
 
 @pytest.mark.parametrize(

@@ -30,20 +30,23 @@ MOST_REGISTERS = {
 }  # fmt: skip
 # Those that take more elsewhere, by kernel, head_dim and group.
 MOST_REGISTERS_ELSEWHERE = {
-    ("select_lists_fwd_kernel", 96, 1): 128, ("prepare_fwd_kernel", 256, 16): 255, ("attend_fwd_kernel", 256, 16): 255,
-    ("attend_fwd_kernel", 128, 16): 216, ("combine_fwd_kernel", 256, 16): 208,
+    ("select_lists_fwd_kernel", 96, 1): 128, ("attend_fwd_kernel", 128, 16): 216,
 }  # fmt: skip
 # Bytes a thread that wide tiles may spill, by kernel, selector, head_dim and group; elsewhere a few.
 FEW_BYTES = 8
 MOST_SPILLED = {
-    ("update_fwd_kernel", "sketch", 256, 16): 896, ("finish_fwd_kernel", "sketch", 256, 16): 512,
-    ("attend_fwd_kernel", "sketch", 256, 16): 320, ("update_fwd_kernel", "sketch", 96, 1): 128,
+    ("update_fwd_kernel", "sketch", 96, 1): 128,
     ("update_fwd_kernel", "sketch", 128, 8): 96, ("finish_fwd_kernel", "sketch", 96, 1): 72,
     ("finish_fwd_kernel", "sketch", 128, 8): 32,
     ("finish_fwd_kernel", "sketch", 128, 16): 48, ("finish_fwd_kernel", "sketch", 128, 4): 48,
     ("finish_fwd_kernel", "oracle", 128, 4): 160,
 }  # fmt: skip
-MOST_SHARED = 164 * 1024
+# Of the widest shape there is a kernel may take all registers, and spill so many bytes a thread.
+WIDEST, ALL_REGISTERS = (256, 16), 255
+MOST_SPILLED_BY_THE_WIDEST = {
+    "prepare_fwd_kernel": 208, "select_fwd_kernel": 256, "attend_fwd_kernel": 512, "combine_fwd_kernel": 320,
+    "finish_fwd_kernel": 640, "update_fwd_kernel": 960, "budget_fwd_kernel": 384, "sign_keys_fwd_kernel": 48,
+}  # fmt: skip
 # Of a multiprocessor: registers, and shared memory of the one that has least, sm_86; CUDA keeps some for each program.
 REGISTERS, SMALLEST, KEPT = 65536, 100 << 10, 1 << 10
 
@@ -55,7 +58,7 @@ def rows():
     return [json.loads(line) for line in run.stdout.splitlines()]
 
 
-@pytest.mark.parametrize(("arch", "count", "caches"), [(80, 7, {"fp8e5"}), (90, 9, {"fp8e5", "fp8e4nv"})])
+@pytest.mark.parametrize(("arch", "count", "caches"), [(80, 8, {"fp8e5"}), (90, 11, {"fp8e5", "fp8e4nv"})])
 def test_every_kernel_compiles(rows, arch, count, caches):
     built = [r for r in rows if r["arch"] == arch and r["selector"] == "sketch" and r["splits"] != layout.MOST_SPLITS]
     models = {(r["dtype"], r["cache"], r["head_dim"], r["group"], r["words"]) for r in built}
@@ -63,14 +66,14 @@ def test_every_kernel_compiles(rows, arch, count, caches):
     assert {r["cache"] for r in built} == caches | {"bf16", "fp16"}
     others = [r for r in rows if r["arch"] == arch and r["selector"] != "sketch"]
     assert {r["kernel"] for r in built + others} == set(MOST_REGISTERS)
-    assert all(r["shared"] <= MOST_SHARED for r in built + others)
+    for row in built + others:
+        assert row["shared"] + KEPT <= SMALLEST, row
 
 
 def test_programs_that_wait_for_each_other_run_at_once(rows):
     """Two a multiprocessor where `layout.finish_programs` says so, else one; CUDA would refuse to launch more."""
     for row in (r for r in rows if r["kernel"] == "finish_fwd_kernel"):
         assert 2 * (row["shared"] + KEPT) <= layout.finish_shared(row["head_dim"]), row
-        assert row["shared"] + KEPT <= SMALLEST, row
         registers = -(-row["registers"] // 8) * 8
         assert 2 * registers * row["threads"] <= REGISTERS, row
 
@@ -92,9 +95,15 @@ def test_kernels_of_the_main_shape_fit(rows):
 def test_no_kernel_takes_more_registers_or_spills_more_than_it_may(rows):
     for row in rows:
         kernel, where = row["kernel"], (row["head_dim"], row["group"])
-        most = MOST_REGISTERS_ELSEWHERE.get((kernel, *where), MOST_REGISTERS[kernel])
-        assert row["registers"] <= (SPLIT[kernel] if row["splits"] == layout.MOST_SPLITS else most), row
-        assert row["spills"] <= MOST_SPILLED.get((kernel, row["selector"], *where), FEW_BYTES), row
+        if where == WIDEST:
+            registers, spilled = ALL_REGISTERS, MOST_SPILLED_BY_THE_WIDEST.get(kernel, FEW_BYTES)
+        else:
+            registers = MOST_REGISTERS_ELSEWHERE.get((kernel, *where), MOST_REGISTERS[kernel])
+            if row["splits"] == layout.MOST_SPLITS:
+                registers = SPLIT[kernel]
+            spilled = MOST_SPILLED.get((kernel, row["selector"], *where), FEW_BYTES)
+        assert row["registers"] <= registers, row
+        assert row["spills"] <= spilled, row
 
 
 def test_kernels_of_an_fp8_cache_do_not_spill_but_for_exact_attention(rows):
