@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
@@ -54,16 +53,9 @@ def _ending(*mistakes: type[Exception]) -> Iterator[None]:
 
 @app.callback()
 def _end_by_signal() -> None:
-    # Servers run in sessions of their own and are stopped on the way out, which a signal would cut short.
-    ending = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is not signal.SIG_IGN]
+    from vattn_sgl.server import end_by_signal
 
-    def end(number: int, frame: object) -> NoReturn:
-        for other in ending:
-            signal.signal(other, signal.SIG_IGN)
-        raise SystemExit(128 + number)
-
-    for number in ending:
-        signal.signal(number, end)
+    end_by_signal()
 
 
 @config_app.command("show")

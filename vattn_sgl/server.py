@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 import psutil
 import requests
@@ -67,6 +67,22 @@ def free_port() -> int:
 def _is_free(port: int) -> bool:
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) != 0
+
+
+def end_by_signal() -> None:
+    """Leave by an exception on SIGTERM and SIGHUP, unless they are ignored.
+
+    Servers run in sessions of their own and are stopped on the way out, which a signal would cut short.
+    """
+    ending = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is not signal.SIG_IGN]
+
+    def end(number: int, frame: object) -> NoReturn:
+        for other in ending:
+            signal.signal(other, signal.SIG_IGN)
+        raise SystemExit(128 + number)
+
+    for number in ending:
+        signal.signal(number, end)
 
 
 class Server:

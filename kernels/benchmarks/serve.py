@@ -31,7 +31,7 @@ from rich.console import Console
 
 from vattn_sgl.arguments import positive, share, writable
 from vattn_sgl.eval.served import totals
-from vattn_sgl.server import Server, ServerError
+from vattn_sgl.server import Server, ServerError, end_by_signal
 
 GEOMETRY: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -262,6 +262,7 @@ def main() -> int:
     if device_name() == NO_GPU:
         print("no GPU here: run this on a GPU; `make bench` measures a CPU", file=sys.stderr)
         return 2
+    end_by_signal()
     failed = False
     work = prompts(options.requests, options.context)
     rows: list[Row] = []

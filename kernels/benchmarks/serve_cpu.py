@@ -23,7 +23,7 @@ from rich.console import Console
 from vattn_sgl import model, texts
 from vattn_sgl.arguments import positive, writable
 from vattn_sgl.demo import totals
-from vattn_sgl.server import Server
+from vattn_sgl.server import Server, end_by_signal
 
 ARGUMENTS = (
     "--dtype",
@@ -167,6 +167,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=positive, default=48)
     parser.add_argument("--json", type=writable)
     options = parser.parse_args()
+    end_by_signal()
     path = model.fetch()
     speed = bandwidth()
     rows = measure(path, options.contexts, options.batches, options.tokens)

@@ -9,9 +9,11 @@ import subprocess
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 
 import psutil
 import pytest
+import serve
 from sglang.srt.server_args import ServerArgs
 
 from vattn_sgl.server import Server, ServerError
@@ -103,28 +105,40 @@ import signal, sys, time
 from vattn_sgl import cli, demo
 from vattn_sgl.server import Server
 
+def begun(server):
+    print(server.process.pid, flush=True)
+    time.sleep(60)
+
 def wait(server, waiting):
     if {starting}:
-        print(server.process.pid, flush=True)
-        time.sleep(60)
+        begun(server)
+
+def made(server, *arguments, **named):
+    make(server, *arguments, **named)
+    server.command = [sys.executable, "-c", "import time; time.sleep(60)"]
 
 def run(*arguments):
-    server = Server("model", "torch_native")
-    server.command = [sys.executable, "-c", "import time; time.sleep(60)"]
-    with server:
-        print(server.process.pid, flush=True)
-        time.sleep(60)
+    with Server("model", "torch_native") as server:
+        begun(server)
 
-Server._wait, demo.run = wait, run
+make = Server.__init__
+Server.__init__, Server._wait, demo.run = made, wait, run
+Server.generate = lambda server, *arguments: begun(server)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # Under nohup it is inherited as ignored.
-cli.app(["demo"])
+{command}
 """
+COMMANDS = {
+    "vattn demo": 'cli.app(["demo"])',
+    "serve.py": "import serve; sys.argv[1:] = []; serve.device_name = lambda: 'a GPU'; serve.main()",
+}
 
 
 @pytest.mark.parametrize("starting", [True, False])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_to_the_command_ends_its_server(number, starting):
-    command = [sys.executable, "-c", STAND_IN.format(starting=starting)]
+@pytest.mark.parametrize("command", COMMANDS.values(), ids=COMMANDS.keys())
+def test_a_signal_to_a_command_ends_its_server(command, number, starting, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(Path(serve.__file__).parent))
+    command = [sys.executable, "-c", STAND_IN.format(starting=starting, command=command)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         server = psutil.Process(int(process.stdout.readline()))
