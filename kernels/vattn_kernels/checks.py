@@ -81,9 +81,16 @@ def check_tensor(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int
     ValueError
         If it is another.
     """
-    if not tensor.is_contiguous():
-        raise ValueError(f"vattn: {name} has shape {tuple(tensor.shape)} and strides {tensor.stride()}, not contiguous")
+    check_contiguous(name, tensor)
     check_shape(name, tensor, dtype, shape)
+
+
+def check_contiguous(name: str, tensor: Tensor) -> None:
+    """Refuse a tensor whose elements do not lie side by side."""
+    if not tensor.is_contiguous():
+        raise ValueError(
+            f"vattn: {name} must be contiguous, got shape {tuple(tensor.shape)} and strides {tensor.stride()}"
+        )
 
 
 def check_shape(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int | None, ...]) -> None:
@@ -167,7 +174,12 @@ def check_settings(
 ) -> None:  # fmt: skip
     """Refuse numbers that no step can be taken with; `vattn_sgl.config.Settings` refuses more of them."""
     require(0 <= sink < INT32_END and 0 <= window < INT32_END, "sink {}, window {}: 0 to 2^31 - 1", sink, window)
-    require(pilot_min >= 4 and 0 < pilot <= 1, "pilot_min {} must be at least 4 and pilot {} above 0", pilot_min, pilot)
+    require(
+        pilot_min >= 4 and 0 < pilot <= 1,
+        "pilot_min {} must be at least 4, pilot {} above 0, at most 1",
+        pilot_min,
+        pilot,
+    )
     require(0 < cap <= 1 and 0 <= floor <= 1, "cap {} must be above 0 and floor {} 0 or more, at most 1", cap, floor)
     require(0 <= audit_rate <= 1, "audit_rate {} must be 0 to 1", audit_rate)
     for name, scale in (("sm_scale", sm_scale), ("k_scale", k_scale), ("v_scale", v_scale)):

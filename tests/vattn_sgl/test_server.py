@@ -129,6 +129,7 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)  # Under nohup it is inherited as i
 """
 COMMANDS = {
     "vattn demo": 'cli.app(["demo"])',
+    "serve_cpu.py": "import serve_cpu as s; sys.argv[1:] = []; s.model.fetch = s.bandwidth = run; s.main()",
     "serve.py": "import serve; sys.argv[1:] = []; serve.device_name = lambda: 'a GPU'; serve.main()",
 }
 

@@ -13,6 +13,7 @@ from vattn_kernels.checks import (
     SAMPLERS,
     SIDE,
     check_cache,
+    check_contiguous,
     check_decode,
     check_nets,
     check_settings,
@@ -148,7 +149,8 @@ def _side_data(
 ) -> dict[str, Tensor]:
     """The side-data arguments that a selector reads, checked."""
     side = needed_side(selector, k_cache, given)
-    _check_contiguous(side)
+    for name, tensor in side.items():
+        check_contiguous(name, tensor)
     if selector in ("sign", "hash"):
         check_nets(side["query_basis"], side["fields"], k_cache.shape[2])
         require(
@@ -159,14 +161,10 @@ def _side_data(
     return side
 
 
-def _check_contiguous(side: dict[str, Tensor]) -> None:
-    for name, tensor in side.items():
-        require(tensor.is_contiguous(), "{} must be contiguous, got strides {}", name, tensor.stride())
-
-
 def _check_encoded(selector: str, k_cache: Tensor, **side: Tensor) -> None:
     check_side(selector, k_cache, side)
-    _check_contiguous(side)
+    for name, tensor in side.items():
+        check_contiguous(name, tensor)
 
 
 def encode(

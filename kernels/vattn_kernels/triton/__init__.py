@@ -26,6 +26,7 @@ from vattn_kernels.checks import (
     FP8_DTYPES,
     SAMPLERS,
     check_cache,
+    check_contiguous,
     check_decode,
     check_settings,
     check_signatures,
@@ -345,14 +346,14 @@ def encode_layers(
         require(len(scales) == layers, "{} of {} layers, KV caches of {}", name, len(scales), layers)
     check_encoded("sketch", k_cache, **{name: tensor[0] for name, tensor in side.items()})
     for name in ("mean", "key_basis", "steps", "fields"):
-        require(side[name].is_contiguous(), "{} must be contiguous, got strides {}", name, side[name].stride())
+        check_contiguous(name, side[name])
     if not slots.numel():
         return
     words, (_, heads, head_dim) = codes.shape[-1], k_cache.shape
     coded = _power_of_two(LANES * GROUPS_PER_WORD * words)
     pools = _constants(k_cache.device, torch.int64, *(t.data_ptr() for t in (*k_caches, *v_caches)))
     scales = _constants(k_cache.device, torch.float32, *(k_scales or ones), *(v_scales or ones))
-    update_fwd_kernel[(-(-slots.numel() // 16), heads, len(k_caches))](
+    update_fwd_kernel[(-(-slots.numel() // 16), heads, layers)](
         k_cache, v_cache, pools, scales, slots, mean, key_basis, steps, fields, codes, norms, valid,
         slots.numel(), k_cache.stride(0), codes.stride(0), codes.stride(2), norms.stride(0), norms.stride(2),
         valid.stride(0), HKV=heads, D=head_dim, DP=_power_of_two(head_dim), R=steps.shape[-1],

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from vattn_kernels.checks import check_nets, check_side, needed_side, require
+from vattn_kernels.checks import check_contiguous, check_nets, check_side, needed_side, require
 from vattn_kernels.ops import SELECTORS
 from vattn_kernels.signature import WORD_BITS
 from vattn_kernels.sketch import GROUPS_PER_WORD, LANES
@@ -64,7 +64,7 @@ def check_layout(selector: str, side: dict[str, Tensor]) -> None:
             fits = tensor.stride(2) == 1 and tensor.stride(0) == size
             require(fits, "{} must lie by head, then slot, got strides {}", name, tensor.stride())
         elif name != "codes":
-            require(tensor.is_contiguous(), "{} must be contiguous, got strides {}", name, tensor.stride())
+            check_contiguous(name, tensor)
         else:
             together = tensor.stride(2) == 1 if selector != "quest" else tensor[0, 0].is_contiguous()
             require(together, "{} of a slot or page must lie together, got strides {}", name, tensor.stride())

@@ -493,11 +493,11 @@ def test_layers_that_do_not_fit_each_other_are_named():
     k, v, slots, *one = moved
     two = [torch.stack([t, t]) for t in one]
     for caches, side, named in (
-        ([k, k], [t[None] for t in one], "mean|codes"),
+        ([k, k], [t[None] for t in one], "codes"),
         ([k, k[:-1]], two, "KV caches"),
         ([k, k.bfloat16()], two, "KV caches"),
     ):
-        with pytest.raises(ValueError, match=f"vattn: ({named}) "):
+        with pytest.raises(ValueError, match=f"vattn: {named} "):
             gpu.encode_layers(caches, caches, slots, *side)
     with pytest.raises(ValueError, match="vattn: 2 K caches and 1 V caches"):
         gpu.encode_layers([k, k], [v], slots, *two)

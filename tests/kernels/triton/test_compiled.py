@@ -41,7 +41,7 @@ MOST_SPILLED = {
     ("finish_fwd_kernel", "sketch", 128, 16): 48, ("finish_fwd_kernel", "sketch", 128, 4): 48,
     ("finish_fwd_kernel", "oracle", 128, 4): 160,
 }  # fmt: skip
-# Of the widest shape there is a kernel may take all registers, and spill so many bytes a thread.
+# At the widest shape that is compiled a kernel may take all registers, and spill so many bytes a thread.
 WIDEST, ALL_REGISTERS = (256, 16), 255
 MOST_SPILLED_BY_THE_WIDEST = {
     "prepare_fwd_kernel": 208, "select_fwd_kernel": 256, "attend_fwd_kernel": 512, "combine_fwd_kernel": 320,
