@@ -131,13 +131,15 @@ inline float fast_exp(float x) {
   return p * scale;
 }
 
-inline uint32_t mix(uint32_t x) {
+inline uint32_t scramble(uint32_t x) {
   x ^= x >> 16;
   x *= 0x7feb352du;
   x ^= x >> 15;
-  x *= 0x846ca68bu;
-  x ^= x >> 16;
-  return x;
+  return x * 0x846ca68bu;
+}
+inline uint32_t mix(uint32_t x) {
+  x = scramble(x);
+  return x ^ (x >> 16);
 }
 constexpr uint32_t kGolden = 0x9E3779B1u;
 
@@ -146,7 +148,7 @@ inline uint32_t stream_key(uint32_t seed, uint32_t layer, uint32_t head, uint32_
   for (const uint32_t t : {layer, head, n}) x = mix((x ^ (t * kGolden)) + 0x7F4A7C15u);
   return x;
 }
-inline float uniform01(uint32_t i, uint32_t key) { return float(mix(i * kGolden + key) >> 8) * 5.9604644775390625e-8f; }
+inline float uniform01(uint32_t i, uint32_t key) { return float(scramble(i * kGolden + key) >> 9) * 0x1p-23f; }
 
 // First images of a keyed permutation of [0, n): a balanced Feistel network with cycle walking.
 struct Permutation {

@@ -10,14 +10,19 @@ INCREMENT = 0x7F4A7C15
 ROUNDS = 4
 
 
-def mix(x: torch.Tensor) -> torch.Tensor:
-    """Two-multiply 32-bit hash of an int64 tensor that holds unsigned 32-bit values."""
+def scramble(x: torch.Tensor) -> torch.Tensor:
+    """`mix` up to its last step, which leaves the upper half as it is."""
     x = x & WORD
     x = x ^ (x >> 16)
     x = (x * 0x7FEB352D) & WORD
     x = x ^ (x >> 15)
     # The product exceeds 63 bits; int64 arithmetic wraps, and the low 32 bits stay right.
-    x = (x * 0x846CA68B) & WORD
+    return (x * 0x846CA68B) & WORD
+
+
+def mix(x: torch.Tensor) -> torch.Tensor:
+    """Two-multiply 32-bit hash of an int64 tensor that holds unsigned 32-bit values."""
+    x = scramble(x)
     return x ^ (x >> 16)
 
 
@@ -30,8 +35,8 @@ def stream_key(seed: int, layer: int, head: int, n: int) -> int:
 
 
 def uniform(positions: torch.Tensor, key: int) -> torch.Tensor:
-    """``u_i`` in [0, 1) with 24 bits, float64, for int64 positions."""
-    return (mix(positions * GOLDEN + key) >> 8).double() * 2.0**-24
+    """``u_i`` in [0, 1) with 23 bits, as many as a float32's fraction holds, float64, for int64 positions."""
+    return (scramble(positions * GOLDEN + key) >> 9).double() * 2.0**-23
 
 
 def permutation(n: int, key: int) -> torch.Tensor:

@@ -186,7 +186,7 @@ def decode(
     )  # fmt: skip
 
     target_id = TARGETS.index(target)
-    lists = (work.mode, work.slots, work.pi, work.counts, work.outs, work.scalars)
+    lists = (work.mode, work.entries, work.counts, work.outs, work.scalars)
     sketch = {"R": side.width, "GROUPS": groups, "WORDS": words, "MOST": layout.MOST_LISTS}
     merge = model | {
         "GP": padded_group, "WIDTH": width, "STATE": STATE_WIDTH, "TARGET": target_id,
@@ -251,7 +251,7 @@ def decode(
         )  # fmt: skip
         for is_pilot in (True, False):
             list_fwd_kernel[(2 * rows,)](
-                kv_indices, seq_lens, work.mode, ranking.ranks, ranking.plan, work.slots, work.pi, work.counts, sink,
+                kv_indices, seq_lens, work.mode, ranking.ranks, ranking.plan, work.entries, work.counts, sink,
                 window, *key, kv_stride, capacity, HKV=num_kv_heads, SPLITS=splits, MOST=layout.MOST_LISTS,
                 num_warps=launch.uniform_warps,
             )  # fmt: skip
@@ -265,7 +265,7 @@ def decode(
     def draw_by_score() -> None:
         score = (
             side.rows, side.norms, kv_indices, seq_lens, side.fields, work.mode, query, work.bias, work.log_scale,
-            work.scale, work.slots, work.pi, work.counts, work.reads, work.listed, sink, window, *key, kv_stride,
+            work.scale, work.entries, work.counts, work.reads, work.listed, sink, window, *key, kv_stride,
             side.head_stride, side.norm_stride, capacity,
         )  # fmt: skip
         if layout.gluon_serves(q.device) and is_sketch and layout.tensor_cores_score(group, words):

@@ -7,6 +7,7 @@ import triton.language as tl
 
 from vattn_kernels.triton.layout import (
     DENOMINATOR,
+    ENTRY,
     LISTS,
     LOG2E,
     MASS,
@@ -17,6 +18,7 @@ from vattn_kernels.triton.layout import (
     SQUARE,
     await_signals,
     begin_next,
+    probabilities_of,
     sampled_range,
     signal,
 )
@@ -32,7 +34,7 @@ def accumulate(p, v, acc, WIDE: tl.constexpr):
 
 @triton.jit
 def attend_fwd_kernel(
-    p_q, p_k, p_v, p_kv_indices, p_seq_lens, p_mode, p_slots, p_pi, p_counts, p_outs, p_scalars, p_listed, p_attended,
+    p_q, p_k, p_v, p_kv_indices, p_seq_lens, p_mode, p_entries, p_counts, p_outs, p_scalars, p_listed, p_attended,
     sm_scale, sink, window, kv_stride, k_stride, capacity,
     HKV: tl.constexpr, G: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr,
     SPLITS: tl.constexpr, MOST: tl.constexpr, TARGET: tl.constexpr, WIDE: tl.constexpr,
@@ -44,7 +46,7 @@ def attend_fwd_kernel(
     await_signals(p_listed + i_row * SIGNALS + tl.minimum(i_split, SPLITS - 1), 1, DEPENDENT)
     if tl.load(p_mode + i_row) == SAMPLED:
         attend_list(
-            i_row, i_split, SPLITS, p_q, p_k, p_v, p_kv_indices, p_seq_lens, p_slots, p_pi, p_counts, p_outs, p_scalars,
+            i_row, i_split, SPLITS, p_q, p_k, p_v, p_kv_indices, p_seq_lens, p_entries, p_counts, p_outs, p_scalars,
             sm_scale, sink, window, kv_stride, k_stride, capacity,
             HKV, G, WIDTH, D, DP, BN, SPLITS, MOST, TARGET, WIDE,
         )  # fmt: skip
@@ -62,7 +64,7 @@ def place_of(index, first, borders, jumps):
 
 @triton.jit
 def attend_list(
-    i_row, i_split, splits, p_q, p_k, p_v, p_kv_indices, p_seq_lens, p_slots, p_pi, p_counts, p_outs, p_scalars,
+    i_row, i_split, splits, p_q, p_k, p_v, p_kv_indices, p_seq_lens, p_entries, p_counts, p_outs, p_scalars,
     sm_scale, sink, window, kv_stride, k_stride, capacity,
     HKV: tl.constexpr, G: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr,
     SPLITS: tl.constexpr, MOST: tl.constexpr, TARGET: tl.constexpr, WIDE: tl.constexpr,
@@ -75,7 +77,10 @@ def attend_list(
     span = capacity // (splits * LISTS)
     base = i_row.to(tl.int64) * capacity + tl.where(listed, i_split, 0) * (LISTS * span)
     # From entry borders[j] on the source is jumps[j] further: the next list, or the window behind the sink.
-    p_list = p_slots + base
+    p_list = p_entries + ENTRY * base
+    p_pi = probabilities_of(p_list)
+    # Slots of the context stand alone.
+    each = tl.where(listed, ENTRY, 1)
     borders = ()
     jumps = ()
     count = 0
@@ -109,10 +114,10 @@ def attend_list(
     p_kh, p_vh = p_k + h * D, p_v + h * D
     # K and V of the next block are under way while this one is computed, and the slots of the one after it.
     ok = o_n < count
-    slot = tl.load(p_list + place_of(o_n, 0, borders, jumps), mask=ok, other=0)
+    slot = tl.load(p_list + each * place_of(o_n, 0, borders, jumps), mask=ok, other=0)
     ahead = o_n + BN
-    upcoming = tl.load(p_list + place_of(ahead, 0, borders, jumps), mask=ahead < count, other=0)
-    weight = 1.0 / tl.load(p_pi + base + place_of(o_n, 0, borders, jumps), mask=ok & listed, other=1.0)
+    upcoming = tl.load(p_list + each * place_of(ahead, 0, borders, jumps), mask=ahead < count, other=0)
+    weight = 1.0 / tl.load(p_pi + ENTRY * place_of(o_n, 0, borders, jumps), mask=ok & listed, other=1.0)
     at = slot.to(tl.int64)[:, None] * k_stride + o_d[None, :]
     k = tl.load(p_kh + at, mask=ok[:, None] & m_d[None, :], other=0.0)  # [BN, DP]
     v = tl.load(p_vh + at, mask=ok[:, None] & m_d[None, :], other=0.0)
@@ -122,9 +127,10 @@ def attend_list(
         at = upcoming.to(tl.int64)[:, None] * k_stride + o_d[None, :]
         next_k = tl.load(p_kh + at, mask=next_ok[:, None] & m_d[None, :], other=0.0)
         next_v = tl.load(p_vh + at, mask=next_ok[:, None] & m_d[None, :], other=0.0)
-        next_weight = 1.0 / tl.load(p_pi + base + place_of(index, 0, borders, jumps), mask=next_ok & listed, other=1.0)
+        p_next_pi = p_pi + ENTRY * place_of(index, 0, borders, jumps)
+        next_weight = 1.0 / tl.load(p_next_pi, mask=next_ok & listed, other=1.0)
         ahead = index + BN
-        upcoming = tl.load(p_list + place_of(ahead, 0, borders, jumps), mask=ahead < count, other=0)
+        upcoming = tl.load(p_list + each * place_of(ahead, 0, borders, jumps), mask=ahead < count, other=0)
         logits = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee") * (sm_scale * LOG2E)
         logits = tl.where(ok[None, :], logits, float("-inf"))
         larger = tl.maximum(maximum, tl.max(logits, 1))

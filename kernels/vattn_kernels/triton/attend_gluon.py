@@ -14,6 +14,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
 from vattn_kernels.triton.attend import place_of
 from vattn_kernels.triton.layout import (
+    ENTRY,
     LISTS,
     LOG2E,
     MASS,
@@ -24,6 +25,7 @@ from vattn_kernels.triton.layout import (
     SQUARE,
     await_signals,
     begin_next,
+    probabilities_of,
     sampled_range,
     signal,
 )
@@ -56,7 +58,7 @@ def rows_in_use(tile):
 
 @gluon.jit
 def attend_lists_fwd_kernel(
-    p_q, p_k, p_v, p_kv_indices, p_seq_lens, p_mode, p_slots, p_pi, p_counts, p_outs, p_scalars, p_listed, p_attended,
+    p_q, p_k, p_v, p_kv_indices, p_seq_lens, p_mode, p_entries, p_counts, p_outs, p_scalars, p_listed, p_attended,
     sm_scale, sink, window, kv_stride, capacity,
     HKV: gl.constexpr, G: gl.constexpr, WIDTH: gl.constexpr, D: gl.constexpr, SPLITS: gl.constexpr,
     MOST: gl.constexpr, SIGNALS: gl.constexpr, DEPENDENT: gl.constexpr,
@@ -82,8 +84,10 @@ def attend_lists_fwd_kernel(
     span = capacity // (SPLITS * LISTS)
     base = i_row.to(gl.int64) * capacity + gl.where(listed, i_split, 0) * (LISTS * span)
     p_indices = p_kv_indices + b.to(gl.int64) * kv_stride
-    p_list = p_slots + base
-    p_own_pi = p_pi + base
+    p_list = p_entries + ENTRY * base
+    p_pi = probabilities_of(p_list)
+    # Slots of the context stand alone.
+    each = gl.where(listed, ENTRY, 1)
     if not listed:
         p_list = p_indices
     o_q = gl.arange(0, 16, layout=gl.SliceLayout(1, left))
@@ -95,7 +99,7 @@ def attend_lists_fwd_kernel(
     # Splits begin at different lists, whose tokens lie in different parts of the cache.
     i_first = gl.where(listed, i_split % LISTS, 0)
     # Where the first tile mostly lies, on its way with the counts that tell.
-    slot = gl.load(p_list + i_first * span + o_t, mask=o_t < gl.where(listed, TILE, n), other=0)
+    slot = gl.load(p_list + each * (i_first * span + o_t), mask=o_t < gl.where(listed, TILE, n), other=0)
     mode = gl.load(p_mode + i_row)
     # Sink and window are two lists.
     low, high = sampled_range(n, sink, window)
@@ -143,12 +147,12 @@ def attend_lists_fwd_kernel(
     # A tile goes on in the next list where one has ended.
     place = place_of(o_t, first, borders, jumps)
     if borders[0] < TILE:
-        slot = gl.load(p_list + place, mask=o_t < total, other=-1)
+        slot = gl.load(p_list + each * place, mask=o_t < total, other=-1)
     fetch(keys.index(0), values.index(0), p_kh, p_vh, gl.where(o_t < total, slot, -1), o_d, HKV * D, copied)
-    pi = gl.load(p_own_pi + place, mask=(o_t < total) & listed, other=1.0)
+    pi = gl.load(p_pi + ENTRY * place, mask=(o_t < total) & listed, other=1.0)
     index = o_t + TILE
     place = place_of(index, first, borders, jumps)
-    slot = gl.load(p_list + place, mask=index < total, other=-1)
+    slot = gl.load(p_list + each * place, mask=index < total, other=-1)
     for start in range(0, total, TILE):
         i_buffer = start // TILE % BUFFERS
         i_next = (i_buffer + 1) % BUFFERS
@@ -156,10 +160,10 @@ def attend_lists_fwd_kernel(
         fetch(keys.index(i_next), values.index(i_next), p_kh, p_vh, slot, o_d, HKV * D, copied)
         weight_ = gl.convert_layout(1.0 / pi, gl.SliceLayout(0, rows))
         share_ = gl.convert_layout(1.0 - pi, gl.SliceLayout(0, rows))
-        pi = gl.load(p_own_pi + place, mask=(index < total) & listed, other=1.0)
+        pi = gl.load(p_pi + ENTRY * place, mask=(index < total) & listed, other=1.0)
         index += TILE
         place = place_of(index, first, borders, jumps)
-        slot = gl.load(p_list + place, mask=index < total, other=-1)
+        slot = gl.load(p_list + each * place, mask=index < total, other=-1)
         ok = start + o_n < total
 
         k = keys.index(i_buffer).permute((1, 0)).load(right)

@@ -55,7 +55,7 @@ def await_all(p_barrier):
 
 @triton.jit(do_not_specialize=["seed", "layer", "sink"])
 def finish_fwd_kernel(
-    p_q, p_k, p_v, p_kv_indices, p_seq_lens, p_mode, p_slots, p_pi, p_counts, p_outs, p_scalars,
+    p_q, p_k, p_v, p_kv_indices, p_seq_lens, p_mode, p_entries, p_counts, p_outs, p_scalars,
     p_codes, p_norms, p_fields, p_query, p_bias, p_scale, p_used, p_barrier,
     p_heads, p_log_scale, p_fixed, p_reads, p_arrivals, p_params, p_state, p_state_rows, p_budget_edges, p_error_edges,
     p_out, p_stats, p_counters,
@@ -89,14 +89,14 @@ def finish_fwd_kernel(
                     if i_split < splits:
                         select_split(
                             i_row, i_split, splits, p_codes, p_norms, p_kv_indices, p_seq_lens, p_fields,
-                            p_query, p_bias, p_log_scale, p_scale, p_slots, p_pi, p_counts, p_reads,
+                            p_query, p_bias, p_log_scale, p_scale, p_entries, p_counts, p_reads,
                             sink, window, seed, layer, kv_stride, code_head, norm_head, capacity,
                             p_valid, p_v, sm_scale, row_stride,
                             HKV, G, D, R, GROUPS, WORDS, TARGET != DENOMINATOR, MOST, DP4A, SELECTOR,
                         )  # fmt: skip
                     tl.debug_barrier()
                     attend_list(
-                        i_row, i_split, splits, p_q, p_k, p_v, p_kv_indices, p_seq_lens, p_slots, p_pi, p_counts,
+                        i_row, i_split, splits, p_q, p_k, p_v, p_kv_indices, p_seq_lens, p_entries, p_counts,
                         p_outs, p_scalars, sm_scale, sink, window, kv_stride, k_stride, capacity,
                         HKV, G, WIDTH, D, DP, BN, SPLITS, MOST, TARGET, WIDE,
                     )  # fmt: skip

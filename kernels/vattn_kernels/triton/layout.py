@@ -81,6 +81,8 @@ LEAST_SPLITS: Final = 4
 # Splits of all rows, at most, of the rounds that few rows take part in.
 MOST_TAIL: Final = 8192
 MOST_LISTS: Final = LISTS.value * MOST_SPLITS
+# Numbers of a list's entry: a slot and its inclusion probability, side by side so that one store writes both.
+ENTRY: Final = tl.constexpr(2)
 # So many serve every usual batch with one compiled kernel, see `padded_rows`.
 LEAST_ROWS: Final = 1024
 
@@ -100,7 +102,7 @@ class Launch:
     prepare_warps: int = 4
     prepare_block: int = 32
     update_block: int = 32
-    select_registers: int | None = 80
+    select_registers: int | None = 64
     attend_block: int = 32
     attend_registers: int | None = 168
     combine_splits: int = 16
@@ -131,7 +133,7 @@ def tensor_cores_score(group: int, words: int) -> bool:
 
 
 def select_registers(group: int, words: int) -> int | None:
-    """Registers a thread of ``select``: six programs a multiprocessor, while the queries' tiles fit them."""
+    """Registers a thread of ``select``: eight programs a multiprocessor, while the queries' tiles fit them."""
     return LAUNCH.select_registers if group <= 4 and words <= 2 else None
 
 
@@ -242,8 +244,8 @@ class Workspace:
         log-sum-exp over sink and window.
     scale : torch.Tensor
         float32 ``[rows, NUM_SCALES]``.
-    slots, pi : torch.Tensor
-        int32 and float32 ``[rows, capacity]``, tokens selected and their inclusion probabilities.
+    entries : torch.Tensor
+        int32 ``[rows, capacity, 2]``, slots of the tokens selected and the bits of their inclusion probabilities.
     heads : torch.Tensor
         float32 ``[rows * group, 4]``, half-width, guard, first scale and residual mass of a head.
     arrivals : torch.Tensor
@@ -269,8 +271,7 @@ class Workspace:
     log_scale: torch.Tensor
     fixed: torch.Tensor
     scale: torch.Tensor
-    slots: torch.Tensor
-    pi: torch.Tensor
+    entries: torch.Tensor
     heads: torch.Tensor
     arrivals: torch.Tensor
     used: torch.Tensor
@@ -281,6 +282,16 @@ class Workspace:
     reads: torch.Tensor
     outs: torch.Tensor
     scalars: torch.Tensor
+
+    @property
+    def slots(self) -> torch.Tensor:
+        """int32 ``[rows * capacity]``, slots of all entries."""
+        return self.entries[:, 0]
+
+    @property
+    def pi(self) -> torch.Tensor:
+        """float32 ``[rows * capacity]``, inclusion probabilities of all entries."""
+        return self.entries.view(torch.float32)[:, 1]
 
 
 @dataclass
@@ -350,7 +361,7 @@ def ranking(device: torch.device, work: Workspace) -> Ranking:
     RuntimeError
         As `workspace` does.
     """
-    size = work.slots.numel(), work.mode.numel() * NUM_PLANS.value
+    size = work.entries.shape[0], work.mode.numel() * NUM_PLANS.value
     found = _rankings.get(device)
     have = (0, 0) if found is None else (found.ranks.numel(), found.plan.numel())
     if found is None or have[0] < size[0] or have[1] < size[1]:
@@ -401,8 +412,7 @@ def workspace(
         empty(heads),
         empty(heads),
         empty(rows, NUM_SCALES.value),
-        empty(entries, dtype=torch.int32),
-        empty(entries),
+        empty(entries, ENTRY.value, dtype=torch.int32),
         empty(heads, 4),
         torch.zeros(rows, dtype=torch.int32, device=device),
         empty(1, dtype=torch.int32),
@@ -429,6 +439,19 @@ def sampled_range(n, sink, window):
 def is_padding(n):
     """Whether a row has one token or none: a graph runner fills a batch with such, a request that decodes has two."""
     return n <= 1
+
+
+@triton.jit
+def probabilities_of(p_entries):
+    """Pointer to the first entry's probability."""
+    return (p_entries + 1).to(tl.pointer_type(tl.float32))
+
+
+@triton.jit
+def store_entries(p_entries, place, slot, pi, mask):
+    """Store entries of lists."""
+    tl.store(p_entries + ENTRY * place, slot, mask=mask)
+    tl.store(probabilities_of(p_entries) + ENTRY * place, pi, mask=mask)
 
 
 @triton.jit

@@ -21,6 +21,7 @@ from vattn_kernels.triton.layout import (
     await_last,
     begin_next,
     signal,
+    store_entries,
 )
 
 # Octaves of a norm: so many a level of its byte, and those of level 0.
@@ -29,17 +30,23 @@ LEAST_OCTAVES = tl.constexpr(-NORM_ZERO / NORM_STEPS_PER_OCTAVE)
 GOLDEN = tl.constexpr(0x9E3779B1)
 INCREMENT = tl.constexpr(0x7F4A7C15)
 LANES = tl.constexpr(0x01010101)
-# Of the upper 24 bits of a random word, which a float32 holds.
-RANDOM_UNIT = tl.constexpr(2.0**-24)
+# Of the upper 23 bits of a random word, which fill a float32's fraction.
+RANDOM_UNIT = tl.constexpr(2.0**-23)
+
+
+@triton.jit
+def scramble(x):
+    """`mix` up to its last step, `vattn_kernels.reference.rng.scramble`."""
+    x = x ^ (x >> 16)
+    x = x * 0x7FEB352D
+    x = x ^ (x >> 15)
+    return x * 0x846CA68B
 
 
 @triton.jit
 def mix(x):
     """Two-multiply 32-bit hash, `vattn_kernels.reference.rng.mix`."""
-    x = x ^ (x >> 16)
-    x = x * 0x7FEB352D
-    x = x ^ (x >> 15)
-    x = x * 0x846CA68B
+    x = scramble(x)
     return x ^ (x >> 16)
 
 
@@ -58,7 +65,7 @@ def key_of(seed, layer, h, n):
 @triton.jit
 def uniform(index, key):
     """Number in [0, 1) of an index, `vattn_kernels.reference.rng.uniform`."""
-    return (mix(index.to(tl.uint32) * GOLDEN + key) >> 8).to(tl.float32) * RANDOM_UNIT
+    return (scramble(index.to(tl.uint32) * GOLDEN + key) >> 9).to(tl.float32) * RANDOM_UNIT
 
 
 @triton.jit
@@ -90,7 +97,7 @@ def dot_bytes(codes, query, acc, DP4A: tl.constexpr):
 @triton.jit(do_not_specialize=["seed", "layer", "sink"])
 def select_fwd_kernel(
     p_codes, p_norms, p_kv_indices, p_seq_lens, p_fields,
-    p_mode, p_query, p_bias, p_log_scale, p_scale, p_slots, p_pi, p_counts, p_reads, p_listed,
+    p_mode, p_query, p_bias, p_log_scale, p_scale, p_entries, p_counts, p_reads, p_listed,
     sink, window, seed, layer, kv_stride, code_head, norm_head, capacity, p_valid, p_v, sm_scale, row_stride,
     HKV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, R: tl.constexpr, GROUPS: tl.constexpr, WORDS: tl.constexpr,
     TARGET: tl.constexpr, SPLITS: tl.constexpr, MOST: tl.constexpr, DP4A: tl.constexpr, SELECTOR: tl.constexpr,
@@ -103,7 +110,7 @@ def select_fwd_kernel(
     if tl.load(p_mode + i_row) == SAMPLED:
         select_split(
             i_row, i_split, SPLITS, p_codes, p_norms, p_kv_indices, p_seq_lens, p_fields,
-            p_query, p_bias, p_log_scale, p_scale, p_slots, p_pi, p_counts, p_reads,
+            p_query, p_bias, p_log_scale, p_scale, p_entries, p_counts, p_reads,
             sink, window, seed, layer, kv_stride, code_head, norm_head, capacity, p_valid, p_v, sm_scale, row_stride,
             HKV, G, D, R, GROUPS, WORDS, TARGET != DENOMINATOR, MOST, DP4A, SELECTOR,
         )  # fmt: skip
@@ -211,12 +218,11 @@ def offsets_of_block():
 
 
 @triton.jit
-def append(chosen, at, slot, pi, p_slots, p_pi):
+def append(chosen, at, slot, pi, p_entries):
     """Store the chosen tokens behind the ends ``at`` of their lists; how many each list gains."""
     ranks, hits = places(chosen)
     place = at[None, :, None] + ranks
-    tl.store(p_slots + place, slot, mask=chosen)
-    tl.store(p_pi + place, pi, mask=chosen)
+    store_entries(p_entries, place, slot, pi, chosen)
     return hits
 
 
@@ -230,7 +236,7 @@ def store_lengths(o_own, counts, reads, p_counts, p_reads):
 @triton.jit
 def select_split(
     i_row, i_split, splits, p_codes, p_norms, p_kv_indices, p_seq_lens, p_fields,
-    p_query, p_bias, p_log_scale, p_scale, p_slots, p_pi, p_counts, p_reads,
+    p_query, p_bias, p_log_scale, p_scale, p_entries, p_counts, p_reads,
     sink, window, seed, layer, kv_stride, code_head, norm_head, capacity, p_valid, p_v, sm_scale, row_stride,
     HKV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, R: tl.constexpr, GROUPS: tl.constexpr, WORDS: tl.constexpr,
     WITH_VALUES: tl.constexpr, MOST: tl.constexpr, DP4A: tl.constexpr, SELECTOR: tl.constexpr,
@@ -239,14 +245,14 @@ def select_split(
     if SELECTOR == SKETCH:
         select_by_sketch(
             i_row, i_split, splits, p_codes, p_norms, p_kv_indices, p_seq_lens, p_fields,
-            p_query, p_bias, p_log_scale, p_scale, p_slots, p_pi, p_counts, p_reads,
+            p_query, p_bias, p_log_scale, p_scale, p_entries, p_counts, p_reads,
             sink, window, seed, layer, kv_stride, code_head, norm_head, capacity,
             HKV, G, R, GROUPS, WORDS, WITH_VALUES, MOST, DP4A,
         )  # fmt: skip
     else:
         select_by_estimate(
             i_row, i_split, splits, p_codes, p_norms, p_kv_indices, p_seq_lens,
-            p_query, p_bias, p_log_scale, p_scale, p_slots, p_pi, p_counts, p_reads,
+            p_query, p_bias, p_log_scale, p_scale, p_entries, p_counts, p_reads,
             sink, window, seed, layer, kv_stride, code_head, norm_head, capacity, p_valid, p_v, sm_scale, row_stride,
             HKV, G, D, GROUPS, WORDS, WITH_VALUES, MOST, DP4A, SELECTOR,
         )  # fmt: skip
@@ -255,7 +261,7 @@ def select_split(
 @triton.jit
 def select_by_estimate(
     i_row, i_split, splits, p_codes, p_norms, p_kv_indices, p_seq_lens,
-    p_query, p_bias, p_log_scale, p_scale, p_slots, p_pi, p_counts, p_reads,
+    p_query, p_bias, p_log_scale, p_scale, p_entries, p_counts, p_reads,
     sink, window, seed, layer, kv_stride, code_head, norm_head, capacity, p_valid, p_v, sm_scale, row_stride,
     HKV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, GROUPS: tl.constexpr, WORDS: tl.constexpr,
     WITH_VALUES: tl.constexpr, MOST: tl.constexpr, DP4A: tl.constexpr, SELECTOR: tl.constexpr,
@@ -293,14 +299,14 @@ def select_by_estimate(
         if SELECTOR != ORACLE:
             pi = tl.where(tl.load(p_valid + slot) == 0, 1.0, pi)
         reads += tl.where(m_b, pi, 0.0)
-        at += append(m_b & (uniform(position, key) < pi), at, slot, pi, p_slots, p_pi)
+        at += append(m_b & (uniform(position, key) < pi), at, slot, pi, p_entries)
     store_lengths(i_row * MOST + i_split * LISTS + o_list, at - first, reads, p_counts, p_reads)
 
 
 @triton.jit
 def select_by_sketch(
     i_row, i_split, splits, p_codes, p_norms, p_kv_indices, p_seq_lens, p_fields,
-    p_query, p_bias, p_log_scale, p_scale, p_slots, p_pi, p_counts, p_reads,
+    p_query, p_bias, p_log_scale, p_scale, p_entries, p_counts, p_reads,
     sink, window, seed, layer, kv_stride, code_head, norm_head, capacity,
     HKV: tl.constexpr, G: tl.constexpr, R: tl.constexpr, GROUPS: tl.constexpr, WORDS: tl.constexpr,
     WITH_VALUES: tl.constexpr, MOST: tl.constexpr, DP4A: tl.constexpr,
@@ -348,6 +354,6 @@ def select_by_sketch(
         pi = tl.minimum(power_of_two(tl.minimum(log_pi, 0.0), DP4A) + least, 1.0)
         m_b = position < high
         reads += tl.where(m_b, pi, 0.0)
-        at += append(m_b & (uniform(position, key) < pi), at, slot, pi, p_slots, p_pi)
+        at += append(m_b & (uniform(position, key) < pi), at, slot, pi, p_entries)
         slot, low_pair, high_pair, norm = next_slot, next_low, next_high, next_norm
     store_lengths(i_row * MOST + i_split * LISTS + o_list, at - first, reads, p_counts, p_reads)

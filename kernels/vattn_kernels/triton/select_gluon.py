@@ -12,6 +12,7 @@ from triton.experimental.gluon import language as gl
 from vattn_kernels.triton.layout import (
     CODING,
     DENOMINATOR,
+    ENTRY,
     FLOOR,
     LISTS,
     LOG2E,
@@ -24,14 +25,17 @@ from vattn_kernels.triton.layout import (
     begin_next,
     signal,
 )
-from vattn_kernels.triton.select import GOLDEN, LANES, LEAST_OCTAVES, OCTAVES, RANDOM_UNIT, key_of, load_fields, mix
+from vattn_kernels.triton.select import GOLDEN, LEAST_OCTAVES, OCTAVES, key_of, load_fields, scramble
 
 # Heads that one tile's 16 rows hold, once for each of the four tokens that share a column.
 TILE_HEADS = gl.constexpr(4)
 # Below every level, and far enough from the end of 32 bits for a score.
 NO_HEAD = gl.constexpr(-(1 << 30))
-# What `float_byte` adds.
+# What `float_byte` adds, and its bits.
 FLOAT_BASE = gl.constexpr(float(1 << 23))
+FLOAT_BITS = gl.constexpr(0x4B000000)
+# Tokens of a block between two of one lane.
+STEP = gl.constexpr(LISTS.value * RUN.value)
 
 
 @gluon.jit
@@ -75,9 +79,9 @@ def ones(x):
 @gluon.jit
 def float_byte(x, BYTE: gl.constexpr):
     """Byte 0 of ``x``, or byte 1 times 256, as a float32, larger by `FLOAT_BASE`."""
-    # Bytes 0 to 3 are those of x, 4 to 7 those of `FLOAT_BASE`.
-    pick: gl.constexpr = "prmt.b32 $0, $1, 0x4b000000, 0x7650;" if BYTE == 0 else "prmt.b32 $0, $1, 0x4b000000, 0x7614;"
-    bits = gl.inline_asm_elementwise(pick, "=r,r", [x], dtype=gl.int32, is_pure=True, pack=1)
+    # Bytes 0 to 3 are those of x, 4 to 7 those of `FLOAT_BASE`, in a register: an instruction takes one constant.
+    pick: gl.constexpr = "prmt.b32 $0, $1, $2, 0x7650;" if BYTE == 0 else "prmt.b32 $0, $1, $2, 0x7614;"
+    bits = gl.inline_asm_elementwise(pick, "=r,r,r", [x, 0 * x + FLOAT_BITS], dtype=gl.int32, is_pure=True, pack=1)
     return bits.to(gl.float32, bitcast=True)
 
 
@@ -88,24 +92,71 @@ def power_of_two(x):
 
 
 @gluon.jit
-def load_side(p_codes, p_norms, slot, WORDS: gl.constexpr):
-    """Words of the codes in pairs, and the two norms as one number; slots of one head lie side by side."""
-    # Unsigned offsets of 32 bits, enough for 2^28 slots, are added by the load itself.
-    index = slot.to(gl.uint32)
-    p_norm = p_norms.to(gl.pointer_type(gl.uint8)) + (index * 2).to(gl.uint64)
-    # A 16-bit register would have to be widened where it is used.
-    norm = gl.inline_asm_elementwise(
-        "ld.global.nc.u16 $0, [$1];", "=r,l", [p_norm.to(gl.int64)], dtype=gl.int32, is_pure=True, pack=1
+def add_saturating(x, y):
+    """``x + y`` within [0, 1]."""
+    return gl.inline_asm_elementwise(
+        "add.sat.f32 $0, $1, $2;", "=f,f,f", [x, y], dtype=gl.float32, is_pure=True, pack=1
     )
-    p_code = p_codes.to(gl.pointer_type(gl.uint8)) + (index * (4 * WORDS)).to(gl.uint64)
-    if WORDS == 1:
-        words = (gl.load(p_code.to(gl.pointer_type(gl.int32))),)
-    else:
-        p_pair = p_code.to(gl.pointer_type(gl.int64))
-        words = (gl.load(p_pair),)
-        if WORDS == 4:
-            words = words + (gl.load(p_pair + 1),)
-    return words, norm
+
+
+@gluon.jit
+def is_drawn(counter, pi):
+    """Whether `vattn_kernels.triton.select.uniform` of a counter lies below ``pi``; both are taken as 2^23 (1 + x)."""
+    bits = scramble(counter).to(gl.int32, bitcast=True)
+    # The upper 23 bits become the fraction, behind the exponent of `FLOAT_BASE`.
+    u = gl.inline_asm_elementwise(
+        "shf.r.wrap.b32 $0, $1, $2, 9;", "=r,r,r", [bits, 0 * bits + (FLOAT_BITS >> 23)], dtype=gl.int32, is_pure=True,
+        pack=1,
+    )  # fmt: skip
+    # Rounded up, so that what is less than pi lies below, and nothing else does.
+    border = gl.inline_asm_elementwise(
+        "fma.rp.f32 $0, $1, 0f4B000000, 0f4B000000;", "=f,f", [pi], dtype=gl.float32, is_pure=True, pack=1
+    )
+    return u.to(gl.float32, bitcast=True) < border
+
+
+@gluon.jit
+def load_slots(p_slots, position, high, MASKED: gl.constexpr):
+    """Slots of a lane's tokens in a block, at distances known to the compiler; 0 behind the end."""
+    slots = ()
+    for r in gl.static_range(REPEATS):
+        if MASKED:
+            slots = slots + (gl.load(p_slots + r * STEP, mask=position < high - r * STEP, other=0),)
+        else:
+            slots = slots + (gl.load(p_slots + r * STEP),)
+    return slots
+
+
+@gluon.jit
+def load_codes(p_codes, slots, WORDS: gl.constexpr):
+    """Words of the codes of each of a lane's tokens, in pairs; slots of one head lie side by side."""
+    words = ()
+    for r in gl.static_range(REPEATS):
+        # Unsigned offsets of 32 bits are enough for 2^28 slots.
+        p_code = p_codes.to(gl.pointer_type(gl.uint8)) + (slots[r].to(gl.uint32) * (4 * WORDS)).to(gl.uint64)
+        if WORDS == 1:
+            own = (gl.load(p_code.to(gl.pointer_type(gl.int32))),)
+        else:
+            p_pair = p_code.to(gl.pointer_type(gl.int64))
+            own = (gl.load(p_pair),)
+            if WORDS == 4:
+                own = own + (gl.load(p_pair + 1),)
+        words = words + (own,)
+    return words
+
+
+@gluon.jit
+def load_norms(p_norms, slots):
+    """The two norms of each of a lane's tokens as one number."""
+    norms = ()
+    for r in gl.static_range(REPEATS):
+        p_norm = p_norms.to(gl.pointer_type(gl.uint8)) + (slots[r].to(gl.uint32) * 2).to(gl.uint64)
+        # A 16-bit register would have to be widened where it is used.
+        norm = gl.inline_asm_elementwise(
+            "ld.global.nc.u16 $0, [$1];", "=r,l", [p_norm.to(gl.int64)], dtype=gl.int32, is_pure=True, pack=1
+        )
+        norms = norms + (norm,)
+    return norms
 
 
 @gluon.jit
@@ -126,10 +177,7 @@ def best_score(words, shifts, masks, queries, levels, is_upper, twin, source, TI
         codes = codes + (codes[0] * 0,)
     for t in gl.static_range(TILES):
         # Registers of the accumulator: two columns of one row, then of the row eight further.
-        acc0 = levels[2 * t] + 0 * codes[0]
-        acc2 = levels[2 * t + 1] + 0 * codes[0]
-        acc1 = acc0
-        acc3 = acc2
+        acc0, acc1, acc2, acc3 = levels[4 * t], levels[4 * t + 1], levels[4 * t + 2], levels[4 * t + 3]
         for j in gl.static_range(0, GROUPS, 2):
             q0, q1 = queries[2 * t * GROUPS + j], queries[(2 * t + 1) * GROUPS + j]
             q2 = q0 * 0
@@ -152,25 +200,68 @@ def inclusion(best, norm, unit2, coding, least, WITH_VALUES: gl.constexpr):
     """Inclusion probability of a token."""
     # An error byte of 255 marks a slot without usable side data; this makes it certain.
     error2 = power_of_two(float_byte(norm, 0) * (2 * OCTAVES) + (2 * LEAST_OCTAVES - 2 * OCTAVES * FLOAT_BASE))
-    log_pi = unit2 * best.to(gl.float32) + coding * error2
+    log_pi = coding * error2
     if WITH_VALUES:
         log_pi += float_byte(norm, 1) * (OCTAVES / 256) + (LEAST_OCTAVES - OCTAVES / 256 * FLOAT_BASE)
-    return gl.minimum(power_of_two(log_pi) + least, 1.0)
+    return add_saturating(power_of_two(unit2 * best.to(gl.float32) + log_pi), least)
+
+
+@gluon.jit
+def draw_blocks(
+    blocks, slots, upcoming, words, norms, p_codes, p_norms, p_next, position, counter, high, at, reads, p_entries,
+    below, shifts, masks, queries, levels, unit2, coding, least, is_upper, twin, source,
+    STRIDE: gl.constexpr, TILES: gl.constexpr, WORDS: gl.constexpr, GROUPS: gl.constexpr, WITH_VALUES: gl.constexpr,
+    MASKED: gl.constexpr,
+):  # fmt: skip
+    """Store the chosen tokens of all blocks behind the ends ``at`` of the lists; the new ends and expected lengths.
+
+    Codes and norms of the next block are asked for where the registers that hold this one's are free: with 64 a thread
+    eight programs run on a multiprocessor, all of a usual batch at once.
+    """
+    for i in range(blocks):
+        best = ()
+        for r in gl.static_range(REPEATS):
+            score = best_score(words[r], shifts, masks, queries, levels, is_upper, twin, source, TILES, WORDS, GROUPS)
+            best = best + (score,)
+        words = load_codes(p_codes, upcoming, WORDS)
+        probabilities = ()
+        for r in gl.static_range(REPEATS):
+            pi = inclusion(best[r], norms[r], unit2, coding, least, WITH_VALUES)
+            if MASKED:
+                pi = gl.where(position < high - r * STEP, pi, 0.0)
+            probabilities = probabilities + (pi,)
+        norms = load_norms(p_norms, upcoming)
+        for r in gl.static_range(REPEATS):
+            pi = probabilities[r]
+            chosen = is_drawn(counter + (r * STEP * GOLDEN) % (1 << 32), pi)
+            reads += pi
+            taken = ballot(chosen.to(gl.int32))
+            entry = slots[r].to(gl.uint32).to(gl.int64) | (pi.to(gl.int32, bitcast=True).to(gl.int64) << 32)
+            gl.store(p_entries + (at + ones(taken & below)), entry, mask=chosen)
+            at += ones(taken)
+        slots = upcoming
+        # Behind the last block it is read again, and nothing is drawn from that.
+        p_next += gl.where(i + 2 < blocks, STRIDE, 0)
+        upcoming = load_slots(p_next, position + gl.minimum(2, blocks - 1 - i) * STRIDE, high, MASKED)
+        counter += STRIDE * GOLDEN % (1 << 32)
+        position += STRIDE
+    return at, reads
 
 
 @gluon.jit(do_not_specialize=["seed", "layer"])
 def select_lists_fwd_kernel(
     p_codes, p_norms, p_kv_indices, p_seq_lens, p_fields,
-    p_mode, p_query, p_bias, p_log_scale, p_scale, p_slots, p_pi, p_counts, p_reads, p_listed,
+    p_mode, p_query, p_bias, p_log_scale, p_scale, p_entries, p_counts, p_reads, p_listed,
     sink, window, seed, layer, kv_stride, code_head, norm_head, capacity,
     HKV: gl.constexpr, G: gl.constexpr, R: gl.constexpr, GROUPS: gl.constexpr, WORDS: gl.constexpr,
     TARGET: gl.constexpr, SPLITS: gl.constexpr, MOST: gl.constexpr,
     SIGNALS: gl.constexpr, DEPENDENT: gl.constexpr,
 ):  # fmt: skip
     """One split a program: every ``SPLITS``-th block of a row's tokens, a list for each warp."""
-    BLOCK: gl.constexpr = REPEATS * LISTS * RUN
+    BLOCK: gl.constexpr = REPEATS * STEP
     TILES: gl.constexpr = (G + TILE_HEADS - 1) // TILE_HEADS
-    lists: gl.constexpr = gl.BlockedLayout([1, 1, REPEATS], [1, RUN, 1], [LISTS, 1, 1], [2, 1, 0])
+    WITH_VALUES: gl.constexpr = TARGET != DENOMINATOR
+    lists: gl.constexpr = gl.BlockedLayout([1, 1], [1, RUN], [LISTS, 1], [1, 0])
     i_row, i_split = gl.program_id(0) // SPLITS, gl.program_id(0) % SPLITS
     b, h = i_row // HKV, i_row % HKV
     n = gl.load(p_seq_lens + b).to(gl.int32)
@@ -178,23 +269,25 @@ def select_lists_fwd_kernel(
     key = key_of(seed, layer, h, n)
     shifts, masks = load_fields(p_fields, h, R, GROUPS)
 
-    o_list = gl.arange(0, LISTS, layout=gl.SliceLayout(1, gl.SliceLayout(2, lists)))
-    o_lane = gl.arange(0, RUN, layout=gl.SliceLayout(0, gl.SliceLayout(2, lists)))
-    o_repeat = gl.arange(0, REPEATS, layout=gl.SliceLayout(0, gl.SliceLayout(1, lists)))[None, None, :]
-    i_list = (o_list[:, None] + 0 * o_lane[None, :])[:, :, None]  # [LISTS, RUN, 1]
-    lane = (o_lane[None, :] + 0 * o_list[:, None])[:, :, None]
+    o_list = gl.arange(0, LISTS, layout=gl.SliceLayout(1, lists))
+    o_lane = gl.arange(0, RUN, layout=gl.SliceLayout(0, lists))
+    i_list = o_list[:, None] + 0 * o_lane[None, :]  # [LISTS, RUN]
+    lane = o_lane[None, :] + 0 * o_list[:, None]
     p_code_head, p_norm_head = p_codes + h.to(gl.int64) * code_head, p_norms + h.to(gl.int64) * norm_head
     p_indices = p_kv_indices + b.to(gl.int64) * kv_stride
-    step: gl.constexpr = LISTS * RUN
-    stride = SPLITS * BLOCK
-    # First token of a lane in a block; the others follow at a distance known to the compiler.
-    position = sink + i_split * BLOCK + i_list * RUN + lane
+    stride: gl.constexpr = SPLITS * BLOCK
+    begin = sink + i_split * BLOCK
+    blocks = (high - begin + stride - 1) // stride
+    # First token of a lane in a block.
+    position = begin + i_list * RUN + lane
     p_next = p_indices + position
-    # The next block's codes are under way while this one is scored, and the slots of the one after it.
-    slot = gl.load(p_next + o_repeat * step, mask=position < high - o_repeat * step, other=0)
-    p_next += stride
-    upcoming = gl.load(p_next + o_repeat * step, mask=position < high - stride - o_repeat * step, other=0)
-    words, norm = load_side(p_code_head, p_norm_head, slot, WORDS)
+    # The next block's codes are under way while this one is drawn from, and the slots of the one after it.
+    slots = load_slots(p_next, position, high, True)
+    ahead = gl.where(blocks > 1, stride, 0)
+    p_next += ahead
+    upcoming = load_slots(p_next, position + ahead, high, True)
+    words = load_codes(p_code_head, slots, WORDS)
+    norms = load_norms(p_norm_head, slots)
 
     # All above is loaded while `prepare` still runs, which does not write it.
     await_last(DEPENDENT)
@@ -215,7 +308,9 @@ def select_lists_fwd_kernel(
             bias = gl.load(p_bias + own, mask=head < G, other=0.0)
             log_scale = gl.load(p_log_scale + own, mask=head < G, other=0.0)
             level = gl.minimum(gl.maximum((bias + log_scale) / unit, -1.0e9), 1.0e9)
-            levels = levels + (gl.where(head < G, gl.floor(level + 0.5).to(gl.int32), NO_HEAD),)
+            level = gl.where(head < G, gl.floor(level + 0.5).to(gl.int32), NO_HEAD)
+            # What the compiler knew to be the same it would copy into four registers for every tile.
+            levels = levels + (level, from_lane(level, lane))
             for j in gl.static_range(GROUPS):
                 query = gl.load(
                     p_query.to(gl.pointer_type(gl.int32)) + own * GROUPS + j,
@@ -234,33 +329,24 @@ def select_lists_fwd_kernel(
 
     span = capacity // (SPLITS * LISTS)
     own_list = i_row.to(gl.int64) * capacity + i_split * LISTS * span
-    p_own_slots, p_own_pi = p_slots + own_list, p_pi + own_list
+    p_own_entries = (p_entries + ENTRY * own_list).to(gl.pointer_type(gl.int64))
     at = i_list * span
-    shift = 8 * o_repeat
-    reads = gl.zeros([LISTS, RUN, REPEATS], gl.float32, lists)
-    for _start in range(sink + i_split * BLOCK, high, stride):
-        # Behind the end slot 0 is read and not chosen.
-        next_words, next_norm = load_side(p_code_head, p_norm_head, upcoming, WORDS)
-        next_slot = upcoming
-        p_next += stride
-        upcoming = gl.load(p_next + o_repeat * step, mask=position < high - 2 * stride - o_repeat * step, other=0)
-        best = best_score(words, shifts, masks, queries, levels, is_upper, twin, source, TILES, WORDS, GROUPS)
-        pi = inclusion(best, norm, unit2, coding, least, TARGET != DENOMINATOR)
-        counter = position.to(gl.uint32) * GOLDEN + key + o_repeat.to(gl.uint32) * (step * GOLDEN % (1 << 32))
-        u = (mix(counter) >> 8).to(gl.float32) * RANDOM_UNIT
-        ok = position < high - o_repeat * step
-        chosen = ok & (u < pi)
-        reads += gl.where(ok, pi, 0.0)
-        taken = ballot(chosen.to(gl.int32))
-        hits = gl.sum(ones(taken) << shift, 2)[:, :, None]
-        # Byte j of the product is the sum of the bytes below j.
-        place = at + ones(taken & below) + (((hits * 0x01010100) >> shift) & 0xFF)
-        gl.store(p_own_slots + place, slot, mask=chosen)
-        gl.store(p_own_pi + place, pi, mask=chosen)
-        at += ((hits * LANES) >> 24) & 0xFF
-        position += stride
-        slot, words, norm = next_slot, next_words, next_norm
+    counter = position.to(gl.uint32) * GOLDEN + key
+    reads = gl.zeros([LISTS, RUN], gl.float32, lists)
+    # Only where the range ends within one of the blocks, their last, is there a token to leave out.
+    if begin + blocks * stride - stride + BLOCK <= high:
+        at, reads = draw_blocks(
+            blocks, slots, upcoming, words, norms, p_code_head, p_norm_head, p_next, position, counter, high, at, reads,
+            p_own_entries, below, shifts, masks, queries, levels, unit2, coding, least, is_upper, twin, source,
+            stride, TILES, WORDS, GROUPS, WITH_VALUES, False,
+        )  # fmt: skip
+    else:
+        at, reads = draw_blocks(
+            blocks, slots, upcoming, words, norms, p_code_head, p_norm_head, p_next, position, counter, high, at, reads,
+            p_own_entries, below, shifts, masks, queries, levels, unit2, coding, least, is_upper, twin, source,
+            stride, TILES, WORDS, GROUPS, WITH_VALUES, True,
+        )  # fmt: skip
     p_own = p_counts + i_row * MOST + i_split * LISTS
-    gl.store(p_own + o_list, gl.max(gl.max(at - i_list * span, 2), 1))
-    gl.store(p_reads + i_row * MOST + i_split * LISTS + o_list, gl.sum(gl.sum(reads, 2), 1))
+    gl.store(p_own + o_list, gl.max(at - i_list * span, 1))
+    gl.store(p_reads + i_row * MOST + i_split * LISTS + o_list, gl.sum(reads, 1))
     signal(p_signal, DEPENDENT)

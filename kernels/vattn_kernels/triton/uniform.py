@@ -45,6 +45,7 @@ from vattn_kernels.triton.layout import (
     SQUARE,
     THRESHOLD,
     TOP_K,
+    store_entries,
 )
 from vattn_kernels.triton.select import GOLDEN, key_of, mix
 from vattn_kernels.triton.top_k import CHUNK, WHOLE, ranks_at, splits_of_members
@@ -82,18 +83,16 @@ def is_member(rank, index, threshold, last_tie):
 
 
 @triton.jit
-def append_evenly(chosen, found, slot, pi, first, lists, span, p_slots, p_pi):
+def append_evenly(chosen, found, slot, pi, first, lists, span, p_entries):
     """Deal the chosen tokens out to ``lists`` lists in turn, behind ``found`` earlier ones; how many there are then."""
     entry = found + tl.cumsum(chosen.to(tl.int32), 0) - 1
-    place = first + (entry % lists) * span + entry // lists
-    tl.store(p_slots + place, slot, mask=chosen)
-    tl.store(p_pi + place, pi, mask=chosen)
+    store_entries(p_entries, first + (entry % lists) * span + entry // lists, slot, pi, chosen)
     return found + tl.sum(chosen.to(tl.int32), 0)
 
 
 @triton.jit(do_not_specialize=["seed", "layer", "sink"])
 def list_fwd_kernel(
-    p_kv_indices, p_seq_lens, p_mode, p_ranks, p_plan, p_slots, p_pi, p_counts,
+    p_kv_indices, p_seq_lens, p_mode, p_ranks, p_plan, p_entries, p_counts,
     sink, window, seed, layer, kv_stride, capacity,
     HKV: tl.constexpr, SPLITS: tl.constexpr, MOST: tl.constexpr,
 ):  # fmt: skip
@@ -126,9 +125,7 @@ def list_fwd_kernel(
             rank = ranks_at(p_own_ranks, index, index < total)
             chosen = (index < total) & is_member(rank, index, threshold, last_tie)
             slot = tl.load(p_range + index, mask=chosen, other=0)
-            found = append_evenly(
-                chosen, found, slot, tl.full([CHUNK], 1.0, tl.float32), row, lists, span, p_slots, p_pi
-            )
+            found = append_evenly(chosen, found, slot, tl.full([CHUNK], 1.0, tl.float32), row, lists, span, p_entries)
     else:
         tl.store(p_lengths, (size - (o_l - of_members) + of_sample - 1) // of_sample, mask=o_l >= of_members)
         pi = size.to(tl.float32) / (total - top_k).to(tl.float32) + tl.zeros([CHUNK], tl.float32)
@@ -145,7 +142,7 @@ def list_fwd_kernel(
             open_ = (index < total) & (is_member(rank, image, threshold, last_tie) == 0)
             chosen = open_ & (found + tl.cumsum(open_.to(tl.int32), 0) <= size)
             slot = tl.load(p_range + image, mask=chosen, other=0)
-            found = append_evenly(chosen, found, slot, pi, row + of_members * span, of_sample, span, p_slots, p_pi)
+            found = append_evenly(chosen, found, slot, pi, row + of_members * span, of_sample, span, p_entries)
             start += CHUNK
 
 

@@ -45,7 +45,7 @@ FEW_SPLITS = 8
 ROWS_OF_NUMBERS = {"oracle", "quest"}
 TYPES = {
     "p_kv_indices": "i32", "p_seq_lens": "i64", "p_fields": "i32", "p_covered": "i32", "p_state_rows": "i64",
-    "p_mode": "i32", "p_valid": "u8", "p_norms": "u8", "p_slots": "i32", "p_counts": "i32", "p_counters": "fp64",
+    "p_mode": "i32", "p_valid": "u8", "p_norms": "u8", "p_entries": "i32", "p_counts": "i32", "p_counters": "fp64",
     "p_nets": "fp32", "p_new": "i64", "p_arrivals": "i32", "p_used": "i32", "p_barrier": "i32", "p_pools": "i64",
     "p_listed": "i32", "p_attended": "i32", "p_ranks": "i32", "p_plan": "i32",
 }  # fmt: skip

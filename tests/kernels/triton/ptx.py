@@ -297,7 +297,8 @@ class Kernel:
             return
         a, b = (self._value(o, op[-1]) for o in operands[1:3])
         with np.errstate(all="ignore"):
-            self._set(operands[0], TWO[op[0]](a, b))
+            found = TWO[op[0]](a, b)
+        self._set(operands[0], np.clip(np.nan_to_num(found), 0, 1) if op[1] == "sat" else found)
 
     _add = _sub = _min = _max = _and = _or = _xor = _div = _binary
 
@@ -326,7 +327,11 @@ class Kernel:
     def _fma(self, op: list[str], operands: list[str]) -> None:
         a, b, c = (self._value(o, "f32").astype(np.float64) for o in operands[1:])
         with np.errstate(all="ignore"):
-            self._set(operands[0], (a * b + c).astype(np.float32))
+            exact = a * b + c
+            found = exact.astype(np.float32)
+        # Rounded to the nearest, or up.
+        short = (found < exact) & (op[1] == "rp")
+        self._set(operands[0], np.where(short, np.nextafter(found, np.float32(np.inf)), found))
 
     def _not(self, op: list[str], operands: list[str]) -> None:
         value = self._predicate(operands[1]) if op[-1] == "pred" else self._value(operands[1], op[-1])
@@ -354,6 +359,11 @@ class Kernel:
         self._set(operands[0], np.where(gone, 0, shifted).astype(value.dtype))
 
     _shl = _shr = _shift
+
+    def _shf(self, op: list[str], operands: list[str]) -> None:
+        assert op[1:3] == ["r", "wrap"]
+        low, high = (self._value(o, "b32").astype(np.uint64) for o in operands[1:3])
+        self._set(operands[0], ((high << np.uint64(32) | low) >> np.uint64(int(operands[3]) % 32)).astype(np.uint32))
 
     def _bfe(self, op: list[str], operands: list[str]) -> None:
         value = self._value(operands[1], "b32").astype(np.int64)

@@ -21,7 +21,7 @@ SIGNED = {"sign_queries_fwd_kernel", "sign_keys_fwd_kernel"}
 # The shape that the speed claims are about: nothing spills there, and as many programs fit a multiprocessor as planned.
 MAIN = {"dtype": "bf16", "cache": "bf16", "head_dim": 128, "group": 4, "words": 2}
 MOST_REGISTERS = {
-    "prepare_fwd_kernel": 200, "select_fwd_kernel": 255, "select_lists_fwd_kernel": 80, "attend_fwd_kernel": 168,
+    "prepare_fwd_kernel": 200, "select_fwd_kernel": 255, "select_lists_fwd_kernel": 64, "attend_fwd_kernel": 168,
     "attend_lists_fwd_kernel": 168, "combine_fwd_kernel": 160,
     "finish_fwd_kernel": 255, "choose_fwd_kernel": 64, "audit_fwd_kernel": 168,
     "update_fwd_kernel": 255, "mark_slots_fwd_kernel": 64, "bound_pages_fwd_kernel": 64,
