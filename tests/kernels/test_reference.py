@@ -41,6 +41,14 @@ def test_uniforms_are_uniform_and_keys_independent():
     assert abs(float(torch.corrcoef(torch.stack([u, other]))[0, 1])) < 5 / 200_000**0.5
 
 
+def test_the_last_bits_of_uniforms_are_uniform():
+    """Chi-square over the last nine of 23 bits; one that 51 % of draws have set is found with power above .99."""
+    u = rng.uniform(torch.arange(1 << 20), rng.stream_key(1, 2, 0, 777))
+    bits = (u * 2**23).long()
+    assert torch.equal(bits.double() * 2.0**-23, u)
+    assert distributions.chisquare(torch.bincount(bits % 512, minlength=512).numpy()).pvalue > 0.001
+
+
 @pytest.mark.parametrize("population", ["gaussian", "duplicated maximum", "one heavy token", "all equal"])
 @pytest.mark.parametrize("kind", ["good scores", "bad scores"])
 def test_poisson_estimate_is_unbiased(population, kind):

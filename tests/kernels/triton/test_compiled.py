@@ -30,7 +30,7 @@ MOST_REGISTERS = {
 }  # fmt: skip
 # Those that take more elsewhere, by kernel, head_dim and group.
 MOST_REGISTERS_ELSEWHERE = {
-    ("select_lists_fwd_kernel", 96, 1): 128, ("attend_fwd_kernel", 128, 16): 216,
+    ("select_lists_fwd_kernel", 96, 1): 96, ("attend_fwd_kernel", 128, 16): 224,
 }  # fmt: skip
 # Bytes a thread that wide tiles may spill, by kernel, selector, head_dim and group; elsewhere a few.
 FEW_BYTES = 8
