@@ -35,7 +35,10 @@ def stream_key(seed: int, layer: int, head: int, n: int) -> int:
 
 
 def uniform(positions: torch.Tensor, key: int) -> torch.Tensor:
-    """``u_i`` in [0, 1) with 23 bits, as many as a float32's fraction holds, float64, for int64 positions."""
+    """``u_i`` in [0, 1) with 23 bits, as many as a float32's fraction holds, float64, for int64 positions.
+
+    So a token is read with its probability rounded up to a multiple of ``2^-23``, by 1 % or more below 1.2e-5.
+    """
     return (scramble(positions * GOLDEN + key) >> 9).double() * 2.0**-23
 
 

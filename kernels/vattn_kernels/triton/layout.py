@@ -245,7 +245,7 @@ class Workspace:
     scale : torch.Tensor
         float32 ``[rows, NUM_SCALES]``.
     entries : torch.Tensor
-        int32 ``[rows, capacity, 2]``, slots of the tokens selected and the bits of their inclusion probabilities.
+        int32 ``[rows * capacity, 2]``, slots of the tokens selected and the bits of their inclusion probabilities.
     heads : torch.Tensor
         float32 ``[rows * group, 4]``, half-width, guard, first scale and residual mass of a head.
     arrivals : torch.Tensor

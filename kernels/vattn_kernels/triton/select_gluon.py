@@ -1,7 +1,7 @@
 """Stage ``select`` in Gluon: the first round's scores by integer tensor cores, ranks by ballots.
 
 The same function as `vattn_kernels.triton.select.select_fwd_kernel`, which serves what `layout.tensor_cores_score`
-leaves and which the interpreter runs; the lists are the same, entry by entry.
+leaves and which the interpreter runs; the lists are the same, entry by entry, but for the rounding of probabilities.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def power_of_two(x):
 
 @gluon.jit
 def add_saturating(x, y):
-    """``x + y`` within [0, 1]."""
+    """``x + y`` within [0, 1]; what is no number, which only a query gives that is not finite, becomes 0."""
     return gl.inline_asm_elementwise(
         "add.sat.f32 $0, $1, $2;", "=f,f,f", [x, y], dtype=gl.float32, is_pure=True, pack=1
     )
@@ -216,7 +216,7 @@ def draw_blocks(
     """Store the chosen tokens of all blocks behind the ends ``at`` of the lists; the new ends and expected lengths.
 
     Codes and norms of the next block are asked for where the registers that hold this one's are free: with 64 a thread
-    eight programs run on a multiprocessor, all of a usual batch at once.
+    eight programs run on a multiprocessor, and so `Launch.programs` at once where there are 128 of them.
     """
     for i in range(blocks):
         best = ()
@@ -240,7 +240,7 @@ def draw_blocks(
             gl.store(p_entries + (at + ones(taken & below)), entry, mask=chosen)
             at += ones(taken)
         slots = upcoming
-        # Behind the last block it is read again, and nothing is drawn from that.
+        # Behind the last block its slots are loaded again, and nothing is drawn from them.
         p_next += gl.where(i + 2 < blocks, STRIDE, 0)
         upcoming = load_slots(p_next, position + gl.minimum(2, blocks - 1 - i) * STRIDE, high, MASKED)
         counter += STRIDE * GOLDEN % (1 << 32)
@@ -309,7 +309,7 @@ def select_lists_fwd_kernel(
             log_scale = gl.load(p_log_scale + own, mask=head < G, other=0.0)
             level = gl.minimum(gl.maximum((bias + log_scale) / unit, -1.0e9), 1.0e9)
             level = gl.where(head < G, gl.floor(level + 0.5).to(gl.int32), NO_HEAD)
-            # What the compiler knew to be the same it would copy into four registers for every tile.
+            # A copy that the compiler does not see through: else it copies the level before every tile.
             levels = levels + (level, from_lane(level, lane))
             for j in gl.static_range(GROUPS):
                 query = gl.load(

@@ -200,7 +200,7 @@ def test_a_padded_row_is_its_one_token(emulated):
         ("select_lists_fwd_kernel", r"setp\.gt\.f32", "setp.eq.f32", "no error"),
         ("attend_lists_fwd_kernel", r"(st\.global\.v4\.b32 .*) \+ 0 ]", r"\1 + 4000000000 ]", "an access of"),
     ],
-    ids=["a copy not waited for", "the wrong tokens", "an address of nothing"],
+    ids=["a copy not waited for", "no tokens", "an address of nothing"],
 )
 def test_a_broken_kernel_is_found(emulated, monkeypatch, kernel, right, wrong, named):
     """That the tests above can fail."""

@@ -327,10 +327,11 @@ class Kernel:
     def _fma(self, op: list[str], operands: list[str]) -> None:
         a, b, c = (self._value(o, "f32").astype(np.float64) for o in operands[1:])
         with np.errstate(all="ignore"):
-            exact = a * b + c
+            product = a * b
+            exact = product + c
             found = exact.astype(np.float32)
-        # Rounded to the nearest, or up.
-        short = (found < exact) & (op[1] == "rp")
+        # Rounded to the nearest, or up, also by a product that float64 loses beside the addend.
+        short = ((found < exact) | ((exact == c) & (product > 0))) & (op[1] == "rp")
         self._set(operands[0], np.where(short, np.nextafter(found, np.float32(np.inf)), found))
 
     def _not(self, op: list[str], operands: list[str]) -> None:
