@@ -79,7 +79,8 @@ class GpuCase(DecodeCase):
         for row, listed in enumerate(counts):
             for i, count in enumerate(listed):
                 at = row * of_row + i * span
-                pi[row, work.slots[at : at + count].long()] = work.pi[at : at + count]
+                entries = work.entries[at : at + count]
+                pi[row, entries[:, 0].long()] = entries[:, 1].view(torch.float32)
         return pi > 0, pi
 
 

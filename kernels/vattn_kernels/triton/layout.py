@@ -283,16 +283,6 @@ class Workspace:
     outs: torch.Tensor
     scalars: torch.Tensor
 
-    @property
-    def slots(self) -> torch.Tensor:
-        """int32 ``[rows * capacity]``, slots of all entries."""
-        return self.entries[:, 0]
-
-    @property
-    def pi(self) -> torch.Tensor:
-        """float32 ``[rows * capacity]``, inclusion probabilities of all entries."""
-        return self.entries.view(torch.float32)[:, 1]
-
 
 @dataclass
 class Ranking:

@@ -31,9 +31,9 @@ from vattn_kernels.triton.select import GOLDEN, LEAST_OCTAVES, OCTAVES, key_of, 
 TILE_HEADS = gl.constexpr(4)
 # Below every level, and far enough from the end of 32 bits for a score.
 NO_HEAD = gl.constexpr(-(1 << 30))
-# What `float_byte` adds, and its bits.
+# Of 2^23, from which on a float32's fraction counts ones: the exponent's field, and the number itself.
+FLOAT_EXPONENT = gl.constexpr(127 + 23)
 FLOAT_BASE = gl.constexpr(float(1 << 23))
-FLOAT_BITS = gl.constexpr(0x4B000000)
 # Tokens of a block between two of one lane.
 STEP = gl.constexpr(LISTS.value * RUN.value)
 
@@ -81,7 +81,9 @@ def float_byte(x, BYTE: gl.constexpr):
     """Byte 0 of ``x``, or byte 1 times 256, as a float32, larger by `FLOAT_BASE`."""
     # Bytes 0 to 3 are those of x, 4 to 7 those of `FLOAT_BASE`, in a register: an instruction takes one constant.
     pick: gl.constexpr = "prmt.b32 $0, $1, $2, 0x7650;" if BYTE == 0 else "prmt.b32 $0, $1, $2, 0x7614;"
-    bits = gl.inline_asm_elementwise(pick, "=r,r,r", [x, 0 * x + FLOAT_BITS], dtype=gl.int32, is_pure=True, pack=1)
+    bits = gl.inline_asm_elementwise(
+        pick, "=r,r,r", [x, 0 * x + (FLOAT_EXPONENT << 23)], dtype=gl.int32, is_pure=True, pack=1
+    )
     return bits.to(gl.float32, bitcast=True)
 
 
@@ -105,13 +107,14 @@ def is_drawn(counter, pi):
     bits = scramble(counter).to(gl.int32, bitcast=True)
     # The upper 23 bits become the fraction, behind the exponent of `FLOAT_BASE`.
     u = gl.inline_asm_elementwise(
-        "shf.r.wrap.b32 $0, $1, $2, 9;", "=r,r,r", [bits, 0 * bits + (FLOAT_BITS >> 23)], dtype=gl.int32, is_pure=True,
+        "shf.r.wrap.b32 $0, $1, $2, 9;", "=r,r,r", [bits, 0 * bits + FLOAT_EXPONENT], dtype=gl.int32, is_pure=True,
         pack=1,
     )  # fmt: skip
     # Rounded up, so that what is less than pi lies below, and nothing else does.
     border = gl.inline_asm_elementwise(
-        "fma.rp.f32 $0, $1, 0f4B000000, 0f4B000000;", "=f,f", [pi], dtype=gl.float32, is_pure=True, pack=1
-    )
+        "fma.rp.f32 $0, $1, $2, $2;", "=f,f,r", [pi, 0 * bits + (FLOAT_EXPONENT << 23)], dtype=gl.float32, is_pure=True,
+        pack=1,
+    )  # fmt: skip
     return u.to(gl.float32, bitcast=True) < border
 
 

@@ -172,11 +172,11 @@ def test_rows_that_are_not_sampled_end_at_once_and_signal(emulated):
     case.state[case.state_rows[1], :, layout.STATE_CONTEXT.value] = 0
     work = case.workspace()
     emulated()
-    work.slots.fill_(-1)
+    work.entries.fill_(-1)
     out, stats, _ = case.run()
     assert torch.isfinite(out).all() and case.errors(out)[1].max() < 1e-3
     assert stats[1, :, 0].eq(1).all() and stats[0, :, 0].lt(1).all()
-    assert (work.slots[2 * layout.capacity(4, 600) : 4 * layout.capacity(4, 600)] == -1).all()
+    assert (work.entries[2 * layout.capacity(4, 600) : 4 * layout.capacity(4, 600)] == -1).all()
     assert (work.attended[:4] == layout.splits_of(4) + 1).all()
 
 

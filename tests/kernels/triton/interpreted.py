@@ -85,8 +85,8 @@ class Step(DecodeCase):
         for s in range(lists):
             at = row * capacity + s * span
             count = int(work.counts[row, s])
-            slots.append(work.slots[at : at + count])
-            pi.append(work.pi[at : at + count])
+            slots.append(work.entries[at : at + count, 0])
+            pi.append(work.entries[at : at + count, 1].view(torch.float32))
         return torch.cat(slots).long(), torch.cat(pi).double()
 
 
