@@ -124,7 +124,7 @@ class SketchTables:
         int32 ``[num_layers, num_kv_heads, max_fields, 3]``: word, shift, width; width 0 is unused. By lanes,
         dimensions ``4j .. 4j + 3`` have one width and lie in the four bytes of word ``j % words`` at the same shift
         within the byte, so that one shift and mask yields four codes for a dot product of bytes;
-        ``j < GROUPS_PER_WORD * words``.
+        ``j < GROUPS_PER_WORD * words``, and that many groups of a word fill it.
     """
 
     mean: torch.Tensor
@@ -191,6 +191,10 @@ def check_fields(fields: torch.Tensor, bits: int, lanes: bool = False) -> None:
             raise ValueError("groups of unequal widths")
         if row != (_pack_lanes if lanes else _pack)(widths, words):
             raise ValueError("fields of another layout")
+        # A GPU takes the last group of a word to lie at the upper ends of its bytes.
+        groups = [widths[word * LANES :: words * LANES][:GROUPS_PER_WORD] for word in range(words)]
+        if lanes and any(len(g) == GROUPS_PER_WORD and g[-1] and sum(g) < WORD_BITS // LANES for g in groups):
+            raise ValueError(f"{GROUPS_PER_WORD} groups that do not fill their word")
 
 
 def solve(moments: Moments, key_sample: torch.Tensor, bits: int, lanes: bool = False) -> SketchTables:

@@ -53,6 +53,22 @@ def test_lanes_are_what_one_shift_and_mask_read(bits, head_dim, seed):
             assert rows[0][1] >= 0 and rows[0][1] + rows[0][2] <= 8
 
 
+@pytest.mark.parametrize(
+    ("widths", "is_read"), [((5, 2, 1), True), ((5, 3, 0), True), ((5, 1, 0), True), ((5, 1, 1), False)]
+)
+def test_three_groups_fill_their_word(widths, is_read):
+    rows, used = [], 0
+    for width in widths:
+        rows += [[0, 8 * lane + used, width] if width else [0, 0, 0] for lane in range(4)]
+        used += width
+    fields = torch.tensor(rows, dtype=torch.int32)[None, None]
+    if is_read:
+        sketch.check_fields(fields, 32, lanes=True)
+    else:
+        with pytest.raises(ValueError, match="3 groups that do not fill their word"):
+            sketch.check_fields(fields, 32, lanes=True)
+
+
 @pytest.mark.parametrize("bits", [64, 128])
 def test_lanes_code_nearly_as_many_dimensions(bits):
     def kept(lanes):

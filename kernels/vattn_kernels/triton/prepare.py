@@ -7,6 +7,7 @@ import triton.language as tl
 
 from vattn_kernels.triton.estimate import SKETCH, describe_query
 from vattn_kernels.triton.layout import (
+    CODE_BITS,
     CODING,
     DENSE,
     FLOOR,
@@ -112,10 +113,12 @@ def prepare_fwd_kernel(
         upper = (first.to(tl.int32, bitcast=True) & TF32).to(tl.float32, bitcast=True)
         t = tl.dot(qf, upper, input_precision="tf32")  # [GP, C]
         t = tl.dot(qf, first - upper, t, input_precision="tf32")
-        weight = tl.where((field_width > 0)[None, :], sm_scale * t * step[None, :], 0.0)
+        # What a code's one counts where its bits are the upper ones of a byte.
+        one = (1 << (-field_width + CODE_BITS)).to(tl.float32)
+        weight = tl.where((field_width > 0)[None, :], sm_scale * t * (step / one)[None, :], 0.0)
         unit = tl.maximum(tl.max(tl.max(tl.abs(weight), 1), 0) / 127.0, LEAST_STEP)
         code = tl.floor(weight / unit + 0.5)
-        centre = 0.5 - (1 << tl.maximum(field_width - 1, 0)).to(tl.float32)
+        centre = one * (0.5 - (1 << tl.maximum(field_width - 1, 0)).to(tl.float32))
         centre = tl.where(field_width > 0, centre, 0.0)
         bias = sm_scale * tl.sum(qf * mean[None, :], 1) + unit * tl.sum(code * centre[None, :], 1)
         tl.store(

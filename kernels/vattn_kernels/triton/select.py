@@ -5,9 +5,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vattn_kernels.sketch import NORM_STEPS_PER_OCTAVE, NORM_ZERO
+from vattn_kernels.sketch import GROUPS_PER_WORD, NORM_STEPS_PER_OCTAVE, NORM_ZERO
 from vattn_kernels.triton.estimate import HASH, ORACLE, SIGN, SKETCH, row_scores, signature_scores
 from vattn_kernels.triton.layout import (
+    CODE_BITS,
     CODING,
     DENOMINATOR,
     FLOOR,
@@ -30,6 +31,10 @@ LEAST_OCTAVES = tl.constexpr(-NORM_ZERO / NORM_STEPS_PER_OCTAVE)
 GOLDEN = tl.constexpr(0x9E3779B1)
 INCREMENT = tl.constexpr(0x7F4A7C15)
 LANES = tl.constexpr(0x01010101)
+# Groups of a word whose codes do not lie at the upper ends of their bytes.
+LOWER_GROUPS = tl.constexpr(GROUPS_PER_WORD - 1)
+# Steps of an octave that a level is rounded to, so that float32 holds it beside the 2^12 octaves of `FLOAT_BASE`.
+LEVEL_STEPS = tl.constexpr(1 << 11)
 # Of the upper 23 bits of a random word, which fill a float32's fraction.
 RANDOM_UNIT = tl.constexpr(2.0**-23)
 
@@ -70,14 +75,31 @@ def uniform(index, key):
 
 @triton.jit
 def load_fields(p_fields, h, R: tl.constexpr, GROUPS: tl.constexpr):
-    """Shift and mask of every group of codes."""
+    """Shift to the left that brings a group's codes to the upper ends of their bytes, and their mask there."""
     shifts = ()
     masks = ()
     for j in tl.static_range(GROUPS):
         p_field = p_fields + (h * R + 4 * j) * 3
-        shifts = shifts + (tl.load(p_field + 1),)
-        masks = masks + (((1 << tl.load(p_field + 2)) - 1) * LANES,)
+        width = tl.load(p_field + 2)
+        below = -width + CODE_BITS
+        shifts = shifts + (below - tl.load(p_field + 1),)
+        masks = masks + ((((1 << width) - 1) * LANES) << below,)
     return shifts, masks
+
+
+@triton.jit
+def is_shifted(j: tl.constexpr, WORDS: tl.constexpr):
+    """Whether a group's codes have to be brought to the upper ends of their bytes."""
+    return j < LOWER_GROUPS * WORDS
+
+
+@triton.jit
+def is_backward(i_row, i_split, splits):
+    """Whether a split goes from the end of the context to its begin.
+
+    Half of them do, so that not all come at the same time to the slots of the last tokens, which are scattered.
+    """
+    return ((i_row * splits + i_split).to(tl.uint32) * GOLDEN) >> 31 == 1
 
 
 @triton.jit
@@ -145,7 +167,10 @@ def load_side(p_codes, p_norms, slot, WORDS: tl.constexpr):
 def load_queries(
     p_fields, p_query, p_bias, p_log_scale, i_row, h, unit, G: tl.constexpr, R: tl.constexpr, GROUPS: tl.constexpr
 ):  # fmt: skip
-    """Shifts and masks of codes, and of each of the group's heads its level in units and its weights, four a word."""
+    """Shifts and masks of codes, octaves of the first head's level, the other heads' beyond it in units, weights.
+
+    Four of a head's weights are a word.
+    """
     shifts, masks = load_fields(p_fields, h, R, GROUPS)
     levels = ()
     queries = ()
@@ -155,12 +180,23 @@ def load_queries(
         levels = levels + (tl.floor(tl.minimum(tl.maximum(level, -1.0e9), 1.0e9) + 0.5).to(tl.int32),)
         for j in tl.static_range(GROUPS):
             queries = queries + (tl.load((p_query + (head * GROUPS + j) * 4).to(tl.pointer_type(tl.int32))),)
-    return shifts, masks, levels, queries
+    base, beyond = octaves_of(levels, unit)
+    return shifts, masks, base, beyond, queries
+
+
+@triton.jit
+def octaves_of(levels, unit):
+    """Octaves of the first of some levels, and how far the others lie beyond it in units."""
+    beyond = ()
+    for g in tl.static_range(len(levels)):
+        beyond = beyond + (levels[g] - levels[0],)
+    octaves = unit * LOG2E * levels[0].to(tl.float32)
+    return tl.floor(octaves * LEVEL_STEPS + 0.5) * (1.0 / LEVEL_STEPS), beyond
 
 
 @triton.jit
 def score_codes(
-    low_pair, high_pair, norm, shifts, masks, levels, queries, unit2, coding,
+    low_pair, high_pair, norm, shifts, masks, base, levels, queries, unit2, coding,
     G: tl.constexpr, GROUPS: tl.constexpr, WORDS: tl.constexpr, DP4A: tl.constexpr,
 ):  # fmt: skip
     """Octaves of the group's largest score, and what half the variance that codes miss adds to it."""
@@ -171,7 +207,10 @@ def score_codes(
         words = words + (high_pair.to(tl.int32), (high_pair >> 32).to(tl.int32))
     accs = levels
     for j in tl.static_range(GROUPS):
-        lanes = (words[j % WORDS] >> shifts[j]) & masks[j]
+        lanes = words[j % WORDS]
+        if is_shifted(j, WORDS):
+            lanes = lanes << shifts[j]
+        lanes = lanes & masks[j]
         grown = ()
         for g in tl.static_range(G):
             grown = grown + (dot_bytes(lanes, queries[g * GROUPS + j], accs[g], DP4A),)
@@ -181,7 +220,7 @@ def score_codes(
         best = tl.maximum(best, accs[g])
     # An error byte of 255 marks a slot without usable side data; this makes it certain.
     error2 = power_of_two((norm.to(tl.int32) & 0xFF).to(tl.float32) * (2 * OCTAVES) + 2 * LEAST_OCTAVES, DP4A)
-    return unit2 * best.to(tl.float32), coding * error2
+    return unit2 * best.to(tl.float32) + base, coding * error2
 
 
 @triton.jit
@@ -321,7 +360,9 @@ def select_by_sketch(
     unit, coding, least = tl.load(p_own + UNIT), tl.load(p_own + CODING), tl.load(p_own + FLOOR)
     unit2 = unit * LOG2E
     # What is constant over tokens is loaded here: the stores below keep the compiler from moving loads out of the loop.
-    shifts, masks, levels, queries = load_queries(p_fields, p_query, p_bias, p_log_scale, i_row, h, unit, G, R, GROUPS)
+    shifts, masks, base, levels, queries = load_queries(
+        p_fields, p_query, p_bias, p_log_scale, i_row, h, unit, G, R, GROUPS
+    )
 
     p_code_head, p_norm_head = p_codes + h.to(tl.int64) * code_head, p_norms + h.to(tl.int64) * norm_head
     p_indices = p_kv_indices + b.to(tl.int64) * kv_stride
@@ -332,21 +373,25 @@ def select_by_sketch(
     reads = tl.zeros([RUN, LISTS, REPEATS], tl.float32)
     begin = sink + i_split * block
     stride = splits * block
-    # The next block's codes are under way while this one is scored, and the slots of the one after it.
+    blocks = tl.maximum(high - begin + stride - 1, 0) // stride
     position = begin + o_b
+    if is_backward(i_row, i_split, splits):
+        position += tl.maximum(blocks - 1, 0) * stride
+        stride = -stride
+    # The next block's codes are under way while this one is scored, and the slots of the one after it.
     slot = tl.load(p_indices + position, mask=position < high, other=0)
-    upcoming = tl.load(p_indices + position + stride, mask=position + stride < high, other=0)
+    ahead = position + stride
+    upcoming = tl.load(p_indices + ahead, mask=(ahead < high) & (blocks > 1), other=0)
     low_pair, high_pair, norm = load_side(p_code_head, p_norm_head, slot, WORDS)
     first = at
-    for start in range(begin, high, stride):
-        position = start + o_b
+    for i in range(blocks):
         # Behind the end slot 0 is read and not chosen.
         next_low, next_high, next_norm = load_side(p_code_head, p_norm_head, upcoming, WORDS)
         next_slot = upcoming
-        ahead = position + 2 * stride
-        upcoming = tl.load(p_indices + ahead, mask=ahead < high, other=0)
+        ahead += stride
+        upcoming = tl.load(p_indices + ahead, mask=(ahead < high) & (i + 2 < blocks), other=0)
         best, missed = score_codes(
-            low_pair, high_pair, norm, shifts, masks, levels, queries, unit2, coding, G, GROUPS, WORDS, DP4A
+            low_pair, high_pair, norm, shifts, masks, base, levels, queries, unit2, coding, G, GROUPS, WORDS, DP4A
         )
         log_pi = best + missed
         if WITH_VALUES:
@@ -355,5 +400,6 @@ def select_by_sketch(
         m_b = position < high
         reads += tl.where(m_b, pi, 0.0)
         at += append(m_b & (uniform(position, key) < pi), at, slot, pi, p_entries)
+        position += stride
         slot, low_pair, high_pair, norm = next_slot, next_low, next_high, next_norm
     store_lengths(i_row * MOST + i_split * LISTS + o_list, at - first, reads, p_counts, p_reads)

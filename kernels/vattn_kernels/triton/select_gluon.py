@@ -25,10 +25,20 @@ from vattn_kernels.triton.layout import (
     begin_next,
     signal,
 )
-from vattn_kernels.triton.select import GOLDEN, LEAST_OCTAVES, OCTAVES, key_of, load_fields, scramble
+from vattn_kernels.triton.select import (
+    GOLDEN,
+    LEAST_OCTAVES,
+    OCTAVES,
+    is_backward,
+    is_shifted,
+    key_of,
+    load_fields,
+    octaves_of,
+    scramble,
+)
 
-# Heads that one tile's 16 rows hold, once for each of the four tokens that share a column.
-TILE_HEADS = gl.constexpr(4)
+# Heads that one tile's 8 columns hold, once for each of the four tokens that share a row.
+TILE_HEADS = gl.constexpr(2)
 # Below every level, and far enough from the end of 32 bits for a score.
 NO_HEAD = gl.constexpr(-(1 << 30))
 # Of 2^23, from which on a float32's fraction counts ones: the exponent's field, and the number itself.
@@ -39,16 +49,16 @@ STEP = gl.constexpr(LISTS.value * RUN.value)
 
 
 @gluon.jit
-def dot_tile(q0, q1, q2, q3, code0, code1, acc0, acc1, acc2, acc3):
-    """``acc`` plus 16 x 8 products over 32 dimensions: signed queries (head, token) by unsigned codes.
+def dot_tile(code0, code1, code2, code3, q0, q1, acc0, acc1, acc2, acc3):
+    """``acc`` plus 16 x 8 products over 32 dimensions: unsigned codes of tokens by signed queries of heads.
 
-    A column's dimensions come from four lanes. Each gives codes of a token of its own, which meet zeros in the rows of
-    the other three: so codes are multiplied in the lane that loaded them.
+    A row's dimensions come from four lanes. Each gives codes of a token of its own, which meet zeros in the columns of
+    the other three, and gets the products of that token: nothing has to move between lanes.
     """
     return gl.inline_asm_elementwise(
-        "mma.sync.aligned.m16n8k32.row.col.s32.s8.u8.s32 "
+        "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 "
         "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};",
-        "=r,=r,=r,=r,r,r,r,r,r,r,r,r,r,r", [q0, q1, q2, q3, code0, code1, acc0, acc1, acc2, acc3],
+        "=r,=r,=r,=r,r,r,r,r,r,r,r,r,r,r", [code0, code1, code2, code3, q0, q1, acc0, acc1, acc2, acc3],
         dtype=(gl.int32, gl.int32, gl.int32, gl.int32), is_pure=True, pack=1,
     )  # fmt: skip
 
@@ -59,6 +69,12 @@ def from_lane(x, lane):
     return gl.inline_asm_elementwise(
         "shfl.sync.idx.b32 $0, $1, $2, 31, 0xffffffff;", "=r,r,r", [x, lane], dtype=gl.int32, is_pure=True, pack=1
     )
+
+
+@gluon.jit
+def held(x, lane):
+    """A number that the compiler takes for another in each lane, and so holds in a register."""
+    return from_lane(x + lane % 2, lane & -2)
 
 
 @gluon.jit
@@ -119,121 +135,153 @@ def is_drawn(counter, pi):
 
 
 @gluon.jit
-def load_slots(p_slots, position, high, MASKED: gl.constexpr):
+def load_where(p, wanted, BITS: gl.constexpr):
+    """What lies at ``p``, or anything where it is not wanted, by all lanes or none."""
+    at = p.to(gl.int64)
+    where = 0 * at.to(gl.int32) + wanted.to(gl.int32)
+    if BITS == 16:
+        # A 16-bit register would have to be widened where it is used.
+        return gl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p ld.global.nc.u16 $0, [$1]; }", "=r,l,r", [at, where],
+            dtype=gl.int32, is_pure=True, pack=1,
+        )  # fmt: skip
+    elif BITS == 32:
+        return gl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p ld.global.b32 $0, [$1]; }", "=r,l,r", [at, where],
+            dtype=gl.int32, is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        return gl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p ld.global.b64 $0, [$1]; }", "=l,l,r", [at, where],
+            dtype=gl.int64, is_pure=True, pack=1,
+        )  # fmt: skip
+
+
+@gluon.jit
+def load_slots(p_slots, position, high, wanted, MASKED: gl.constexpr):
     """Slots of a lane's tokens in a block, at distances known to the compiler; 0 behind the end."""
     slots = ()
     for r in gl.static_range(REPEATS):
         if MASKED:
-            slots = slots + (gl.load(p_slots + r * STEP, mask=position < high - r * STEP, other=0),)
+            slots = slots + (gl.load(p_slots + r * STEP, mask=(position < high - r * STEP) & wanted, other=0),)
         else:
-            slots = slots + (gl.load(p_slots + r * STEP),)
+            slots = slots + (load_where(p_slots + r * STEP, wanted, 32),)
     return slots
 
 
 @gluon.jit
-def load_codes(p_codes, slots, WORDS: gl.constexpr):
+def load_codes(p_codes, slots, wanted, WORDS: gl.constexpr):
     """Words of the codes of each of a lane's tokens, in pairs; slots of one head lie side by side."""
     words = ()
     for r in gl.static_range(REPEATS):
         # Unsigned offsets of 32 bits are enough for 2^28 slots.
         p_code = p_codes.to(gl.pointer_type(gl.uint8)) + (slots[r].to(gl.uint32) * (4 * WORDS)).to(gl.uint64)
         if WORDS == 1:
-            own = (gl.load(p_code.to(gl.pointer_type(gl.int32))),)
+            own = (load_where(p_code, wanted, 32),)
         else:
-            p_pair = p_code.to(gl.pointer_type(gl.int64))
-            own = (gl.load(p_pair),)
+            own = (load_where(p_code, wanted, 64),)
             if WORDS == 4:
-                own = own + (gl.load(p_pair + 1),)
+                own = own + (load_where(p_code + 8, wanted, 64),)
         words = words + (own,)
     return words
 
 
 @gluon.jit
-def load_norms(p_norms, slots):
+def load_norms(p_norms, slots, wanted):
     """The two norms of each of a lane's tokens as one number."""
     norms = ()
     for r in gl.static_range(REPEATS):
         p_norm = p_norms.to(gl.pointer_type(gl.uint8)) + (slots[r].to(gl.uint32) * 2).to(gl.uint64)
-        # A 16-bit register would have to be widened where it is used.
-        norm = gl.inline_asm_elementwise(
-            "ld.global.nc.u16 $0, [$1];", "=r,l", [p_norm.to(gl.int64)], dtype=gl.int32, is_pure=True, pack=1
-        )
-        norms = norms + (norm,)
+        norms = norms + (load_where(p_norm, wanted, 16),)
     return norms
 
 
 @gluon.jit
-def best_score(words, shifts, masks, queries, levels, is_upper, twin, source, TILES: gl.constexpr, WORDS: gl.constexpr,
-               GROUPS: gl.constexpr):  # fmt: skip
-    """Largest score of the group's heads for the token whose codes this lane holds."""
+def product(x, y):
+    """``x * y``; the compiler would shift by what it knows to be a power of two, where masks and addresses wait."""
+    return gl.inline_asm_elementwise(
+        "mul.lo.s32 $0, $1, $2;", "=r,r,r", [x, 0 * x + y], dtype=gl.int32, is_pure=True, pack=1
+    )
+
+
+@gluon.jit
+def codes_of(words, factors, masks, WORDS: gl.constexpr, GROUPS: gl.constexpr):
+    """Codes of a token, those of four dimensions a number, of an even number of groups."""
     codes = ()
     for j in gl.static_range(GROUPS):
         word = words[(j % WORDS) // 2]
         if j % 2 == 1 and WORDS > 1:
             word = word >> 32
         code = word.to(gl.int32)
-        # A word's first group lies at its bottom.
-        if j >= WORDS:
-            code = code >> shifts[j]
+        if is_shifted(j, WORDS):
+            code = product(code, factors[j])
         codes = codes + (code & masks[j],)
     if GROUPS % 2 == 1:
         codes = codes + (codes[0] * 0,)
-    for t in gl.static_range(TILES):
-        # Registers of the accumulator: two columns of one row, then of the row eight further.
-        acc0, acc1, acc2, acc3 = levels[4 * t], levels[4 * t + 1], levels[4 * t + 2], levels[4 * t + 3]
-        for j in gl.static_range(0, GROUPS, 2):
-            q0, q1 = queries[2 * t * GROUPS + j], queries[(2 * t + 1) * GROUPS + j]
-            q2 = q0 * 0
-            q3 = q2
-            if j + 1 < GROUPS:
-                q2, q3 = queries[2 * t * GROUPS + j + 1], queries[(2 * t + 1) * GROUPS + j + 1]
-            acc0, acc1, acc2, acc3 = dot_tile(q0, q1, q2, q3, codes[j], codes[j + 1], acc0, acc1, acc2, acc3)
-        if t == 0:
-            first, second = gl.maximum(acc0, acc2), gl.maximum(acc1, acc3)
-        else:
-            first = gl.maximum(first, gl.maximum(acc0, acc2))
-            second = gl.maximum(second, gl.maximum(acc1, acc3))
-    kept = gl.where(is_upper, second, first)
-    given = gl.where(is_upper, first, second)
-    return from_lane(gl.maximum(kept, from_lane(given, twin)), source)
+    return codes
 
 
 @gluon.jit
-def inclusion(best, norm, unit2, coding, least, WITH_VALUES: gl.constexpr):
+def best_scores(words, others, factors, masks, queries, levels, TILES: gl.constexpr, WORDS: gl.constexpr,
+                GROUPS: gl.constexpr):  # fmt: skip
+    """Largest scores of a group's heads for two tokens whose codes this lane holds, beyond the first head's level."""
+    codes = codes_of(words, factors, masks, WORDS, GROUPS)
+    more = codes_of(others, factors, masks, WORDS, GROUPS)
+    zero = codes[0] * 0
+    for t in gl.static_range(TILES):
+        # Registers of the accumulator: two columns of one row, then of the row eight further.
+        acc0, acc1, acc2, acc3 = zero, zero, zero, zero
+        for j in gl.static_range(0, GROUPS, 2):
+            q0, q1 = queries[t * GROUPS + j], zero
+            if j + 1 < GROUPS:
+                q1 = queries[t * GROUPS + j + 1]
+            acc0, acc1, acc2, acc3 = dot_tile(
+                codes[j], more[j], codes[j + 1], more[j + 1], q0, q1, acc0, acc1, acc2, acc3
+            )
+        even, odd = levels[TILE_HEADS * t], levels[TILE_HEADS * t + 1]
+        if t == 0:
+            first, second = acc0, acc2
+        else:
+            first, second = gl.maximum(acc0 + even, first), gl.maximum(acc2 + even, second)
+        first, second = gl.maximum(acc1 + odd, first), gl.maximum(acc3 + odd, second)
+    return first, second
+
+
+@gluon.jit
+def inclusion(best, norm, unit2, base, coding, least, WITH_VALUES: gl.constexpr):
     """Inclusion probability of a token."""
     # An error byte of 255 marks a slot without usable side data; this makes it certain.
     error2 = power_of_two(float_byte(norm, 0) * (2 * OCTAVES) + (2 * LEAST_OCTAVES - 2 * OCTAVES * FLOAT_BASE))
-    log_pi = coding * error2
     if WITH_VALUES:
-        log_pi += float_byte(norm, 1) * (OCTAVES / 256) + (LEAST_OCTAVES - OCTAVES / 256 * FLOAT_BASE)
-    return add_saturating(power_of_two(unit2 * best.to(gl.float32) + log_pi), least)
+        base = float_byte(norm, 1) * (OCTAVES / 256) + base
+    return add_saturating(power_of_two(unit2 * best.to(gl.float32) + (coding * error2 + base)), least)
 
 
 @gluon.jit
 def draw_blocks(
-    blocks, slots, upcoming, words, norms, p_codes, p_norms, p_next, position, counter, high, at, reads, p_entries,
-    below, shifts, masks, queries, levels, unit2, coding, least, is_upper, twin, source,
-    STRIDE: gl.constexpr, TILES: gl.constexpr, WORDS: gl.constexpr, GROUPS: gl.constexpr, WITH_VALUES: gl.constexpr,
-    MASKED: gl.constexpr,
+    blocks, stride, slots, upcoming, words, norms, p_codes, p_norms, p_next, position, counter, high, at, reads,
+    p_entries, below, factors, masks, queries, levels, unit2, base, coding, least,
+    TILES: gl.constexpr, WORDS: gl.constexpr, GROUPS: gl.constexpr, WITH_VALUES: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
     """Store the chosen tokens of all blocks behind the ends ``at`` of the lists; the new ends and expected lengths.
 
     Codes and norms of the next block are asked for where the registers that hold this one's are free: with 64 a thread
     eight programs run on a multiprocessor, and so `Launch.programs` at once where there are 128 of them.
     """
-    for i in range(blocks):
+    left = blocks
+    while left > 0:
+        left -= 1
         best = ()
-        for r in gl.static_range(REPEATS):
-            score = best_score(words[r], shifts, masks, queries, levels, is_upper, twin, source, TILES, WORDS, GROUPS)
-            best = best + (score,)
-        words = load_codes(p_codes, upcoming, WORDS)
+        for r in gl.static_range(0, REPEATS, 2):
+            best = best + best_scores(words[r], words[r + 1], factors, masks, queries, levels, TILES, WORDS, GROUPS)
+        words = load_codes(p_codes, upcoming, left > 0, WORDS)
         probabilities = ()
         for r in gl.static_range(REPEATS):
-            pi = inclusion(best[r], norms[r], unit2, coding, least, WITH_VALUES)
+            pi = inclusion(best[r], norms[r], unit2, base, coding, least, WITH_VALUES)
             if MASKED:
                 pi = gl.where(position < high - r * STEP, pi, 0.0)
             probabilities = probabilities + (pi,)
-        norms = load_norms(p_norms, upcoming)
+        norms = load_norms(p_norms, upcoming, left > 0)
         for r in gl.static_range(REPEATS):
             pi = probabilities[r]
             chosen = is_drawn(counter + (r * STEP * GOLDEN) % (1 << 32), pi)
@@ -243,11 +291,10 @@ def draw_blocks(
             gl.store(p_entries + (at + ones(taken & below)), entry, mask=chosen)
             at += ones(taken)
         slots = upcoming
-        # Behind the last block its slots are loaded again, and nothing is drawn from them.
-        p_next += gl.where(i + 2 < blocks, STRIDE, 0)
-        upcoming = load_slots(p_next, position + gl.minimum(2, blocks - 1 - i) * STRIDE, high, MASKED)
-        counter += STRIDE * GOLDEN % (1 << 32)
-        position += STRIDE
+        p_next += stride
+        upcoming = load_slots(p_next, position + 2 * stride, high, left > 1, MASKED)
+        counter += stride.to(gl.uint32) * GOLDEN
+        position += stride
     return at, reads
 
 
@@ -271,6 +318,9 @@ def select_lists_fwd_kernel(
     high = n - window
     key = key_of(seed, layer, h, n)
     shifts, masks = load_fields(p_fields, h, R, GROUPS)
+    factors = ()
+    for j in gl.static_range(GROUPS):
+        factors = factors + (1 << shifts[j],)
 
     o_list = gl.arange(0, LISTS, layout=gl.SliceLayout(1, lists))
     o_lane = gl.arange(0, RUN, layout=gl.SliceLayout(0, lists))
@@ -280,18 +330,22 @@ def select_lists_fwd_kernel(
     p_indices = p_kv_indices + b.to(gl.int64) * kv_stride
     stride: gl.constexpr = SPLITS * BLOCK
     begin = sink + i_split * BLOCK
-    blocks = (high - begin + stride - 1) // stride
+    blocks = gl.maximum(high - begin + stride - 1, 0) // stride
     # First token of a lane in a block.
     position = begin + i_list * RUN + lane
-    p_next = p_indices + position
+    step = stride + 0 * n
+    if is_backward(i_row, i_split, SPLITS):
+        position += gl.maximum(blocks - 1, 0) * stride
+        step = -step
+    p_next = p_indices + position + step
     # The next block's codes are under way while this one is drawn from, and the slots of the one after it.
-    slots = load_slots(p_next, position, high, True)
-    ahead = gl.where(blocks > 1, stride, 0)
-    p_next += ahead
-    upcoming = load_slots(p_next, position + ahead, high, True)
-    words = load_codes(p_code_head, slots, WORDS)
-    norms = load_norms(p_norm_head, slots)
-
+    slots = load_slots(p_indices + position, position, high, blocks > 0, True)
+    upcoming = load_slots(p_next, position + step, high, blocks > 1, True)
+    words = load_codes(p_code_head, slots, blocks > 0, WORDS)
+    norms = load_norms(p_norm_head, slots, blocks > 0)
+    # Exchanged with itself, as the compiler would hash the key behind the branch on the mode.
+    counter = from_lane((position.to(gl.uint32) * GOLDEN + key).to(gl.int32, bitcast=True), lane)
+    counter = counter.to(gl.uint32, bitcast=True)
     # All above is loaded while `prepare` still runs, which does not write it.
     await_last(DEPENDENT)
     begin_next(DEPENDENT)
@@ -301,53 +355,50 @@ def select_lists_fwd_kernel(
     unit, coding, least = gl.load(p_own + UNIT), gl.load(p_own + CODING), gl.load(p_own + FLOOR)
     unit2 = unit * LOG2E
     # Where a tile's operands lie in the lanes: PTX ISA, matrix fragments for mma.m16n8k32.
-    row, quarter = lane // 4, lane % 4
+    column, quarter = lane // 4, lane % 4
     levels = ()
     queries = ()
     for t in gl.static_range(TILES):
-        for half in gl.static_range(2):
-            head = TILE_HEADS * t + 2 * half + row // 4
-            own = i_row * G + head
-            bias = gl.load(p_bias + own, mask=head < G, other=0.0)
-            log_scale = gl.load(p_log_scale + own, mask=head < G, other=0.0)
-            level = gl.minimum(gl.maximum((bias + log_scale) / unit, -1.0e9), 1.0e9)
-            level = gl.where(head < G, gl.floor(level + 0.5).to(gl.int32), NO_HEAD)
-            # A copy that the compiler does not see through: else it copies the level before every tile.
-            levels = levels + (level, from_lane(level, lane))
-            for j in gl.static_range(GROUPS):
-                query = gl.load(
-                    p_query.to(gl.pointer_type(gl.int32)) + own * GROUPS + j,
-                    mask=(head < G) & (row % 4 == quarter), other=0,
-                )  # fmt: skip
-                queries = queries + (query,)
+        for half in gl.static_range(TILE_HEADS):
+            own = i_row * G + TILE_HEADS * t + half
+            level = NO_HEAD
+            if TILE_HEADS * t + half < G:
+                level = (gl.load(p_bias + own) + gl.load(p_log_scale + own)) / unit
+                level = gl.floor(gl.minimum(gl.maximum(level, -1.0e9), 1.0e9) + 0.5).to(gl.int32)
+            levels = levels + (level,)
+        head = TILE_HEADS * t + column % TILE_HEADS
+        for j in gl.static_range(GROUPS):
+            query = gl.load(
+                p_query.to(gl.pointer_type(gl.int32)) + (i_row * G + head) * GROUPS + j,
+                mask=(head < G) & (column // TILE_HEADS == quarter), other=0,
+            )  # fmt: skip
+            queries = queries + (query,)
+    base, levels = octaves_of(levels, unit)
+    if WITH_VALUES:
+        base += LEAST_OCTAVES - OCTAVES / 256 * FLOAT_BASE
+    base = held(base.to(gl.int32, bitcast=True) + 0 * lane, lane).to(gl.float32, bitcast=True)
     # Asked only now, so that all of the query is on its way with the mode.
     if mode != SAMPLED:
         signal(p_signal, DEPENDENT)
         return
-    is_upper = lane >= RUN // 2
-    twin = lane ^ (RUN // 2)
-    # The lane that holds this lane's score once the halves of the warp have exchanged heads.
-    source = lane // 4 % 2 * 16 + quarter * 4 + lane // 8
     below = (1 << lane) - 1
 
     span = capacity // (SPLITS * LISTS)
     own_list = i_row.to(gl.int64) * capacity + i_split * LISTS * span
     p_own_entries = (p_entries + ENTRY * own_list).to(gl.pointer_type(gl.int64))
-    at = i_list * span
-    counter = position.to(gl.uint32) * GOLDEN + key
     reads = gl.zeros([LISTS, RUN], gl.float32, lists)
     # Only where the range ends within one of the blocks, their last, is there a token to leave out.
     if begin + blocks * stride - stride + BLOCK <= high:
         at, reads = draw_blocks(
-            blocks, slots, upcoming, words, norms, p_code_head, p_norm_head, p_next, position, counter, high, at, reads,
-            p_own_entries, below, shifts, masks, queries, levels, unit2, coding, least, is_upper, twin, source,
-            stride, TILES, WORDS, GROUPS, WITH_VALUES, False,
+            blocks, step, slots, upcoming, words, norms, p_code_head, p_norm_head, p_next, position, counter, high,
+            i_list * span, reads, p_own_entries, below, factors, masks, queries, levels, unit2, base, coding, least,
+            TILES, WORDS, GROUPS, WITH_VALUES, False,
         )  # fmt: skip
     else:
         at, reads = draw_blocks(
-            blocks, slots, upcoming, words, norms, p_code_head, p_norm_head, p_next, position, counter, high, at, reads,
-            p_own_entries, below, shifts, masks, queries, levels, unit2, coding, least, is_upper, twin, source,
-            stride, TILES, WORDS, GROUPS, WITH_VALUES, True,
+            blocks, step, slots, upcoming, words, norms, p_code_head, p_norm_head, p_next, position, counter, high,
+            i_list * span, reads, p_own_entries, below, factors, masks, queries, levels, unit2, base, coding, least,
+            TILES, WORDS, GROUPS, WITH_VALUES, True,
         )  # fmt: skip
     p_own = p_counts + i_row * MOST + i_split * LISTS
     gl.store(p_own + o_list, gl.max(at - i_list * span, 1))

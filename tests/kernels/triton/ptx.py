@@ -479,14 +479,14 @@ class Kernel:
         a, b = (np.stack([self._lanes(self._value(n, "b32")) for n in part], 1) for part in names[1:3])
         c = np.stack([self._lanes(self._value(n, "f32" if is_float else "s32")) for n in names[3]], 1)
 
-        def elements(words: np.ndarray, signed: bool) -> np.ndarray:
+        def elements(words: np.ndarray, kind: str) -> np.ndarray:
             if is_float:
                 return bf16(halves(words)).astype(np.float64)
-            return np.ascontiguousarray(words[..., None]).view(np.int8 if signed else np.uint8).astype(np.int64)
+            return np.ascontiguousarray(words[..., None]).view({"s8": np.int8, "u8": np.uint8}[kind]).astype(np.int64)
 
         # [warp, register, lane / 4, lane % 4, element]; registers of A: row + 8, then the second half of the columns.
-        left = elements(a, True).reshape(a.shape[0], 2, 2, 8, 4, -1).transpose(0, 2, 3, 1, 4, 5)
-        right = elements(b, False).reshape(b.shape[0], 2, 8, 4, -1).transpose(0, 2, 1, 3, 4)
+        left = elements(a, op[-3]).reshape(a.shape[0], 2, 2, 8, 4, -1).transpose(0, 2, 3, 1, 4, 5)
+        right = elements(b, op[-2]).reshape(b.shape[0], 2, 8, 4, -1).transpose(0, 2, 1, 3, 4)
         left, right = left.reshape(a.shape[0], 16, -1), right.reshape(b.shape[0], 8, -1)
         product = left @ right.swapaxes(1, 2)  # [warp, 16, 8]
         own = product.reshape(-1, 2, 8, 4, 2).transpose(0, 1, 4, 2, 3).reshape(-1, 4, WARP)
