@@ -95,7 +95,7 @@ def is_shifted(j: tl.constexpr, WORDS: tl.constexpr):
 
 @triton.jit
 def is_backward(i_row, i_split, splits):
-    """Whether a split goes from the end of the context to its begin.
+    """Whether a split of the first round goes from its last block to its first.
 
     Half of them do, so that not all come at the same time to the slots of the last tokens, which are scattered.
     """
@@ -131,8 +131,8 @@ def select_fwd_kernel(
     i_row, i_split = tl.program_id(0) // SPLITS, tl.program_id(0) % SPLITS
     if tl.load(p_mode + i_row) == SAMPLED:
         select_split(
-            i_row, i_split, SPLITS, p_codes, p_norms, p_kv_indices, p_seq_lens, p_fields,
-            p_query, p_bias, p_log_scale, p_scale, p_entries, p_counts, p_reads,
+            i_row, i_split, SPLITS, is_backward(i_row, i_split, SPLITS), p_codes, p_norms, p_kv_indices, p_seq_lens,
+            p_fields, p_query, p_bias, p_log_scale, p_scale, p_entries, p_counts, p_reads,
             sink, window, seed, layer, kv_stride, code_head, norm_head, capacity, p_valid, p_v, sm_scale, row_stride,
             HKV, G, D, R, GROUPS, WORDS, TARGET != DENOMINATOR, MOST, DP4A, SELECTOR,
         )  # fmt: skip
@@ -274,7 +274,7 @@ def store_lengths(o_own, counts, reads, p_counts, p_reads):
 
 @triton.jit
 def select_split(
-    i_row, i_split, splits, p_codes, p_norms, p_kv_indices, p_seq_lens, p_fields,
+    i_row, i_split, splits, backward, p_codes, p_norms, p_kv_indices, p_seq_lens, p_fields,
     p_query, p_bias, p_log_scale, p_scale, p_entries, p_counts, p_reads,
     sink, window, seed, layer, kv_stride, code_head, norm_head, capacity, p_valid, p_v, sm_scale, row_stride,
     HKV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, R: tl.constexpr, GROUPS: tl.constexpr, WORDS: tl.constexpr,
@@ -283,7 +283,7 @@ def select_split(
     """List one split of one row: every ``splits``-th block of its tokens, a list for each warp."""
     if SELECTOR == SKETCH:
         select_by_sketch(
-            i_row, i_split, splits, p_codes, p_norms, p_kv_indices, p_seq_lens, p_fields,
+            i_row, i_split, splits, backward, p_codes, p_norms, p_kv_indices, p_seq_lens, p_fields,
             p_query, p_bias, p_log_scale, p_scale, p_entries, p_counts, p_reads,
             sink, window, seed, layer, kv_stride, code_head, norm_head, capacity,
             HKV, G, R, GROUPS, WORDS, WITH_VALUES, MOST, DP4A,
@@ -344,13 +344,13 @@ def select_by_estimate(
 
 @triton.jit
 def select_by_sketch(
-    i_row, i_split, splits, p_codes, p_norms, p_kv_indices, p_seq_lens, p_fields,
+    i_row, i_split, splits, backward, p_codes, p_norms, p_kv_indices, p_seq_lens, p_fields,
     p_query, p_bias, p_log_scale, p_scale, p_entries, p_counts, p_reads,
     sink, window, seed, layer, kv_stride, code_head, norm_head, capacity,
     HKV: tl.constexpr, G: tl.constexpr, R: tl.constexpr, GROUPS: tl.constexpr, WORDS: tl.constexpr,
     WITH_VALUES: tl.constexpr, MOST: tl.constexpr, DP4A: tl.constexpr,
 ):  # fmt: skip
-    """`select_split` by the codes of sketches."""
+    """`select_split` by the codes of sketches, from the last block to the first where ``backward``."""
     block: tl.constexpr = REPEATS * LISTS * RUN
     b, h = i_row // HKV, i_row % HKV
     n = tl.load(p_seq_lens + b).to(tl.int32)
@@ -374,21 +374,22 @@ def select_by_sketch(
     begin = sink + i_split * block
     stride = splits * block
     blocks = tl.maximum(high - begin + stride - 1, 0) // stride
-    position = begin + o_b
-    if is_backward(i_row, i_split, splits):
-        position += tl.maximum(blocks - 1, 0) * stride
+    start = begin
+    if backward:
+        start += tl.maximum(blocks - 1, 0) * stride
         stride = -stride
     # The next block's codes are under way while this one is scored, and the slots of the one after it.
-    slot = tl.load(p_indices + position, mask=position < high, other=0)
-    ahead = position + stride
+    slot = tl.load(p_indices + start + o_b, mask=start + o_b < high, other=0)
+    ahead = start + stride + o_b
     upcoming = tl.load(p_indices + ahead, mask=(ahead < high) & (blocks > 1), other=0)
     low_pair, high_pair, norm = load_side(p_code_head, p_norm_head, slot, WORDS)
     first = at
     for i in range(blocks):
+        position = start + o_b
         # Behind the end slot 0 is read and not chosen.
         next_low, next_high, next_norm = load_side(p_code_head, p_norm_head, upcoming, WORDS)
         next_slot = upcoming
-        ahead += stride
+        ahead = position + 2 * stride
         upcoming = tl.load(p_indices + ahead, mask=(ahead < high) & (i + 2 < blocks), other=0)
         best, missed = score_codes(
             low_pair, high_pair, norm, shifts, masks, base, levels, queries, unit2, coding, G, GROUPS, WORDS, DP4A
@@ -400,6 +401,6 @@ def select_by_sketch(
         m_b = position < high
         reads += tl.where(m_b, pi, 0.0)
         at += append(m_b & (uniform(position, key) < pi), at, slot, pi, p_entries)
-        position += stride
+        start += stride
         slot, low_pair, high_pair, norm = next_slot, next_low, next_high, next_norm
     store_lengths(i_row * MOST + i_split * LISTS + o_list, at - first, reads, p_counts, p_reads)
