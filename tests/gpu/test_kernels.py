@@ -194,8 +194,9 @@ def test_tensor_cores_select_what_byte_products_select(heads, bits, monkeypatch)
     assert 0 < tokens.sum() < 0.9 * tokens.numel()
     assert torch.equal(tokens, expected_tokens)
     torch.testing.assert_close(pi, expected_pi, rtol=1e-5, atol=0)
-    torch.testing.assert_close(out, expected_out, rtol=0, atol=0)
-    torch.testing.assert_close(stats, expected_stats, rtol=1e-5, atol=1e-6)
+    # The lists' order differs, and so does that of the sums.
+    torch.testing.assert_close(out, expected_out, rtol=0.01, atol=4e-3)
+    torch.testing.assert_close(stats, expected_stats, rtol=1e-3, atol=1e-4)
 
 
 def test_certified_steps_violate_delta_no_more_than_chance_allows():

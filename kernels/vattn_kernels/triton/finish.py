@@ -88,7 +88,7 @@ def finish_fwd_kernel(
                 if tl.load(p_mode + i_row) == SAMPLED:
                     if i_split < splits:
                         select_split(
-                            i_row, i_split, splits, False, p_codes, p_norms, p_kv_indices, p_seq_lens, p_fields,
+                            i_row, i_split, splits, p_codes, p_norms, p_kv_indices, p_seq_lens, p_fields,
                             p_query, p_bias, p_log_scale, p_scale, p_entries, p_counts, p_reads,
                             sink, window, seed, layer, kv_stride, code_head, norm_head, capacity,
                             p_valid, p_v, sm_scale, row_stride,

@@ -27,6 +27,8 @@ from vattn_kernels.triton.layout import (
 LEAST_CODING = tl.constexpr(1e-6)
 # Nats; a log-scale of a thousand of them must fit 32 bits.
 LEAST_STEP = tl.constexpr(1e-6)
+# Half of what a byte counts.
+HALF_RANGE = tl.constexpr(float(1 << (CODE_BITS.value - 1)))
 # Bits of a float32 that tf32 keeps.
 TF32 = tl.constexpr(-(1 << 13))
 
@@ -113,13 +115,13 @@ def prepare_fwd_kernel(
         upper = (first.to(tl.int32, bitcast=True) & TF32).to(tl.float32, bitcast=True)
         t = tl.dot(qf, upper, input_precision="tf32")  # [GP, C]
         t = tl.dot(qf, first - upper, t, input_precision="tf32")
-        # What a code's one counts where its bits are the upper ones of a byte.
-        one = (1 << (-field_width + CODE_BITS)).to(tl.float32)
-        weight = tl.where((field_width > 0)[None, :], sm_scale * t * (step / one)[None, :], 0.0)
+        # Codes are read as the upper bits of bytes, so that a step has so many ones.
+        ones = (1 << (-field_width + CODE_BITS)).to(tl.float32)
+        weight = t * tl.where(field_width > 0, sm_scale * step / ones, 0.0)[None, :]
         unit = tl.maximum(tl.max(tl.max(tl.abs(weight), 1), 0) / 127.0, LEAST_STEP)
         code = tl.floor(weight / unit + 0.5)
-        centre = one * (0.5 - (1 << tl.maximum(field_width - 1, 0)).to(tl.float32))
-        centre = tl.where(field_width > 0, centre, 0.0)
+        # Half a step above the code; the least code stands for half of all steps below zero.
+        centre = 0.5 * ones - HALF_RANGE
         bias = sm_scale * tl.sum(qf * mean[None, :], 1) + unit * tl.sum(code * centre[None, :], 1)
         tl.store(
             p_codes + head[:, None] * CODES + o_r[None, :], code.to(tl.int8), mask=m_g[:, None] & (o_r < CODES)[None, :]

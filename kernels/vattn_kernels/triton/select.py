@@ -94,15 +94,6 @@ def is_shifted(j: tl.constexpr, WORDS: tl.constexpr):
 
 
 @triton.jit
-def is_backward(i_row, i_split, splits):
-    """Whether a split of the first round goes from its last block to its first.
-
-    Half of them do, so that not all come at the same time to the slots of the last tokens, which are scattered.
-    """
-    return ((i_row * splits + i_split).to(tl.uint32) * GOLDEN) >> 31 == 1
-
-
-@triton.jit
 def dot_bytes(codes, query, acc, DP4A: tl.constexpr):
     """``acc`` plus the products of four unsigned codes and four signed weights, byte by byte."""
     if DP4A:
@@ -131,8 +122,8 @@ def select_fwd_kernel(
     i_row, i_split = tl.program_id(0) // SPLITS, tl.program_id(0) % SPLITS
     if tl.load(p_mode + i_row) == SAMPLED:
         select_split(
-            i_row, i_split, SPLITS, is_backward(i_row, i_split, SPLITS), p_codes, p_norms, p_kv_indices, p_seq_lens,
-            p_fields, p_query, p_bias, p_log_scale, p_scale, p_entries, p_counts, p_reads,
+            i_row, i_split, SPLITS, p_codes, p_norms, p_kv_indices, p_seq_lens, p_fields,
+            p_query, p_bias, p_log_scale, p_scale, p_entries, p_counts, p_reads,
             sink, window, seed, layer, kv_stride, code_head, norm_head, capacity, p_valid, p_v, sm_scale, row_stride,
             HKV, G, D, R, GROUPS, WORDS, TARGET != DENOMINATOR, MOST, DP4A, SELECTOR,
         )  # fmt: skip
@@ -167,10 +158,7 @@ def load_side(p_codes, p_norms, slot, WORDS: tl.constexpr):
 def load_queries(
     p_fields, p_query, p_bias, p_log_scale, i_row, h, unit, G: tl.constexpr, R: tl.constexpr, GROUPS: tl.constexpr
 ):  # fmt: skip
-    """Shifts and masks of codes, octaves of the first head's level, the other heads' beyond it in units, weights.
-
-    Four of a head's weights are a word.
-    """
+    """Shifts and masks of codes, the first head's level in octaves, all heads' in units and weights, four a word."""
     shifts, masks = load_fields(p_fields, h, R, GROUPS)
     levels = ()
     queries = ()
@@ -180,26 +168,22 @@ def load_queries(
         levels = levels + (tl.floor(tl.minimum(tl.maximum(level, -1.0e9), 1.0e9) + 0.5).to(tl.int32),)
         for j in tl.static_range(GROUPS):
             queries = queries + (tl.load((p_query + (head * GROUPS + j) * 4).to(tl.pointer_type(tl.int32))),)
-    base, beyond = octaves_of(levels, unit)
-    return shifts, masks, base, beyond, queries
+    return shifts, masks, octaves_of(levels[0], unit), levels, queries
 
 
 @triton.jit
-def octaves_of(levels, unit):
-    """Octaves of the first of some levels, and how far the others lie beyond it in units."""
-    beyond = ()
-    for g in tl.static_range(len(levels)):
-        beyond = beyond + (levels[g] - levels[0],)
-    octaves = unit * LOG2E * levels[0].to(tl.float32)
-    return tl.floor(octaves * LEVEL_STEPS + 0.5) * (1.0 / LEVEL_STEPS), beyond
+def octaves_of(level, unit):
+    """Octaves of a level."""
+    octaves = unit * LOG2E * level.to(tl.float32)
+    return tl.floor(octaves * LEVEL_STEPS + 0.5) * (1.0 / LEVEL_STEPS)
 
 
 @triton.jit
 def score_codes(
-    low_pair, high_pair, norm, shifts, masks, base, levels, queries, unit2, coding,
+    low_pair, high_pair, norm, shifts, masks, levels, queries, unit2, coding,
     G: tl.constexpr, GROUPS: tl.constexpr, WORDS: tl.constexpr, DP4A: tl.constexpr,
 ):  # fmt: skip
-    """Octaves of the group's largest score, and what half the variance that codes miss adds to it."""
+    """Octaves of the group's largest score beyond the first head's level, and what half the variance missed adds."""
     words = (low_pair.to(tl.int32),)
     if WORDS > 1:
         words = words + ((low_pair >> 32).to(tl.int32),)
@@ -220,7 +204,7 @@ def score_codes(
         best = tl.maximum(best, accs[g])
     # An error byte of 255 marks a slot without usable side data; this makes it certain.
     error2 = power_of_two((norm.to(tl.int32) & 0xFF).to(tl.float32) * (2 * OCTAVES) + 2 * LEAST_OCTAVES, DP4A)
-    return unit2 * best.to(tl.float32) + base, coding * error2
+    return unit2 * (best - levels[0]).to(tl.float32), coding * error2
 
 
 @triton.jit
@@ -274,7 +258,7 @@ def store_lengths(o_own, counts, reads, p_counts, p_reads):
 
 @triton.jit
 def select_split(
-    i_row, i_split, splits, backward, p_codes, p_norms, p_kv_indices, p_seq_lens, p_fields,
+    i_row, i_split, splits, p_codes, p_norms, p_kv_indices, p_seq_lens, p_fields,
     p_query, p_bias, p_log_scale, p_scale, p_entries, p_counts, p_reads,
     sink, window, seed, layer, kv_stride, code_head, norm_head, capacity, p_valid, p_v, sm_scale, row_stride,
     HKV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, R: tl.constexpr, GROUPS: tl.constexpr, WORDS: tl.constexpr,
@@ -283,7 +267,7 @@ def select_split(
     """List one split of one row: every ``splits``-th block of its tokens, a list for each warp."""
     if SELECTOR == SKETCH:
         select_by_sketch(
-            i_row, i_split, splits, backward, p_codes, p_norms, p_kv_indices, p_seq_lens, p_fields,
+            i_row, i_split, splits, p_codes, p_norms, p_kv_indices, p_seq_lens, p_fields,
             p_query, p_bias, p_log_scale, p_scale, p_entries, p_counts, p_reads,
             sink, window, seed, layer, kv_stride, code_head, norm_head, capacity,
             HKV, G, R, GROUPS, WORDS, WITH_VALUES, MOST, DP4A,
@@ -344,13 +328,13 @@ def select_by_estimate(
 
 @triton.jit
 def select_by_sketch(
-    i_row, i_split, splits, backward, p_codes, p_norms, p_kv_indices, p_seq_lens, p_fields,
+    i_row, i_split, splits, p_codes, p_norms, p_kv_indices, p_seq_lens, p_fields,
     p_query, p_bias, p_log_scale, p_scale, p_entries, p_counts, p_reads,
     sink, window, seed, layer, kv_stride, code_head, norm_head, capacity,
     HKV: tl.constexpr, G: tl.constexpr, R: tl.constexpr, GROUPS: tl.constexpr, WORDS: tl.constexpr,
     WITH_VALUES: tl.constexpr, MOST: tl.constexpr, DP4A: tl.constexpr,
 ):  # fmt: skip
-    """`select_split` by the codes of sketches, from the last block to the first where ``backward``."""
+    """`select_split` by the codes of sketches."""
     block: tl.constexpr = REPEATS * LISTS * RUN
     b, h = i_row // HKV, i_row % HKV
     n = tl.load(p_seq_lens + b).to(tl.int32)
@@ -373,34 +357,31 @@ def select_by_sketch(
     reads = tl.zeros([RUN, LISTS, REPEATS], tl.float32)
     begin = sink + i_split * block
     stride = splits * block
-    blocks = tl.maximum(high - begin + stride - 1, 0) // stride
-    start = begin
-    if backward:
-        start += tl.maximum(blocks - 1, 0) * stride
-        stride = -stride
     # The next block's codes are under way while this one is scored, and the slots of the one after it.
-    slot = tl.load(p_indices + start + o_b, mask=start + o_b < high, other=0)
-    ahead = start + stride + o_b
-    upcoming = tl.load(p_indices + ahead, mask=(ahead < high) & (blocks > 1), other=0)
+    position = begin + o_b
+    slot = tl.load(p_indices + position, mask=position < high, other=0)
+    upcoming = tl.load(p_indices + position + stride, mask=position + stride < high, other=0)
     low_pair, high_pair, norm = load_side(p_code_head, p_norm_head, slot, WORDS)
     first = at
-    for i in range(blocks):
+    for start in range(begin, high, stride):
         position = start + o_b
         # Behind the end slot 0 is read and not chosen.
         next_low, next_high, next_norm = load_side(p_code_head, p_norm_head, upcoming, WORDS)
         next_slot = upcoming
         ahead = position + 2 * stride
-        upcoming = tl.load(p_indices + ahead, mask=(ahead < high) & (i + 2 < blocks), other=0)
+        upcoming = tl.load(p_indices + ahead, mask=ahead < high, other=0)
         best, missed = score_codes(
-            low_pair, high_pair, norm, shifts, masks, base, levels, queries, unit2, coding, G, GROUPS, WORDS, DP4A
+            low_pair, high_pair, norm, shifts, masks, levels, queries, unit2, coding, G, GROUPS, WORDS, DP4A
         )
-        log_pi = best + missed
+        # Added up in the order of `select_gluon`, so that both round alike.
         if WITH_VALUES:
-            log_pi += ((norm.to(tl.int32) >> 8) & 0xFF).to(tl.float32) * OCTAVES + LEAST_OCTAVES
+            missed += ((norm.to(tl.int32) >> 8) & 0xFF).to(tl.float32) * OCTAVES + (LEAST_OCTAVES + base)
+        else:
+            missed += base
+        log_pi = best + missed
         pi = tl.minimum(power_of_two(tl.minimum(log_pi, 0.0), DP4A) + least, 1.0)
         m_b = position < high
         reads += tl.where(m_b, pi, 0.0)
         at += append(m_b & (uniform(position, key) < pi), at, slot, pi, p_entries)
-        start += stride
         slot, low_pair, high_pair, norm = next_slot, next_low, next_high, next_norm
     store_lengths(i_row * MOST + i_split * LISTS + o_list, at - first, reads, p_counts, p_reads)

@@ -1,7 +1,7 @@
 """Stage ``select`` in Gluon: the first round's scores by integer tensor cores, ranks by ballots.
 
 The same function as `vattn_kernels.triton.select.select_fwd_kernel`, which serves what `layout.tensor_cores_score`
-leaves and which the interpreter runs; the lists are the same, entry by entry, but for the rounding of probabilities.
+leaves and which the interpreter runs; the lists hold the same entries, but for the rounding of probabilities.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ from vattn_kernels.triton.select import (
     GOLDEN,
     LEAST_OCTAVES,
     OCTAVES,
-    is_backward,
     is_shifted,
     key_of,
     load_fields,
@@ -334,7 +333,8 @@ def select_lists_fwd_kernel(
     # First token of a lane in a block.
     position = begin + i_list * RUN + lane
     step = stride + 0 * n
-    if is_backward(i_row, i_split, SPLITS):
+    # Half of the programs go backward, so that not all come at once to the last tokens' slots, which are scattered.
+    if gl.program_id(0).to(gl.uint32) * GOLDEN >> 31 == 1:
         position += gl.maximum(blocks - 1, 0) * stride
         step = -step
     p_next = p_indices + position + step
@@ -373,7 +373,10 @@ def select_lists_fwd_kernel(
                 mask=(head < G) & (column // TILE_HEADS == quarter), other=0,
             )  # fmt: skip
             queries = queries + (query,)
-    base, levels = octaves_of(levels, unit)
+    base = octaves_of(levels[0], unit)
+    beyond = ()
+    for j in gl.static_range(TILES * TILE_HEADS):
+        beyond = beyond + (levels[j] - levels[0],)
     if WITH_VALUES:
         base += LEAST_OCTAVES - OCTAVES / 256 * FLOAT_BASE
     base = held(base.to(gl.int32, bitcast=True) + 0 * lane, lane).to(gl.float32, bitcast=True)
@@ -391,13 +394,13 @@ def select_lists_fwd_kernel(
     if begin + blocks * stride - stride + BLOCK <= high:
         at, reads = draw_blocks(
             blocks, step, slots, upcoming, words, norms, p_code_head, p_norm_head, p_next, position, counter, high,
-            i_list * span, reads, p_own_entries, below, factors, masks, queries, levels, unit2, base, coding, least,
+            i_list * span, reads, p_own_entries, below, factors, masks, queries, beyond, unit2, base, coding, least,
             TILES, WORDS, GROUPS, WITH_VALUES, False,
         )  # fmt: skip
     else:
         at, reads = draw_blocks(
             blocks, step, slots, upcoming, words, norms, p_code_head, p_norm_head, p_next, position, counter, high,
-            i_list * span, reads, p_own_entries, below, factors, masks, queries, levels, unit2, base, coding, least,
+            i_list * span, reads, p_own_entries, below, factors, masks, queries, beyond, unit2, base, coding, least,
             TILES, WORDS, GROUPS, WITH_VALUES, True,
         )  # fmt: skip
     p_own = p_counts + i_row * MOST + i_split * LISTS

@@ -63,7 +63,7 @@ def rank_fwd_kernel(
     if SELECTOR == SKETCH:
         p_own = p_scale + i_row * NUM_SCALES
         unit, coding = tl.load(p_own + UNIT), tl.load(p_own + CODING)
-        shifts, masks, base, levels, queries = load_queries(
+        shifts, masks, _, levels, queries = load_queries(
             p_fields, p_query, p_bias, p_log_scale, i_row, h, unit, G, R, GROUPS
         )
     for start in range(sink + i_split * block, high, SPLITS * block):
@@ -73,9 +73,8 @@ def rank_fwd_kernel(
         if SELECTOR == SKETCH:
             low_pair, high_pair, norm = load_side(p_rows, p_norms + h.to(tl.int64) * norm_head, slot, WORDS)
             best, missed = score_codes(
-                low_pair, high_pair, norm, shifts, masks, base, levels, queries, unit * LOG2E, coding, G, GROUPS, WORDS,
-                DP4A,
-            )  # fmt: skip
+                low_pair, high_pair, norm, shifts, masks, levels, queries, unit * LOG2E, coding, G, GROUPS, WORDS, DP4A
+            )
             score = tl.where(missed <= MOST_CODING, best + missed, float("-inf"))
             known = (norm.to(tl.int32) & 0xFF) != UNUSABLE
         elif (SELECTOR == SIGN) | (SELECTOR == HASH):

@@ -100,8 +100,9 @@ def case_of(heads, head_dim, context, **options):
 
 
 def lists_of(case):
-    """What the last call selected, by row."""
-    return [case.lists(request, head) for request in range(case.batch) for head in range(case.num_kv_heads)]
+    """What the last call selected, by row, in the order of the slots."""
+    found = [case.lists(request, head) for request in range(case.batch) for head in range(case.num_kv_heads)]
+    return [(slots[order], pi[order]) for slots, pi in found for order in (slots.argsort(),)]
 
 
 @pytest.mark.parametrize(
