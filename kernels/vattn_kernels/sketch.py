@@ -124,7 +124,7 @@ class SketchTables:
         int32 ``[num_layers, num_kv_heads, max_fields, 3]``: word, shift, width; width 0 is unused. By lanes,
         dimensions ``4j .. 4j + 3`` have one width and lie in the four bytes of word ``j % words`` at the same shift
         within the byte, so that one shift and mask yields four codes for a dot product of bytes;
-        ``j < GROUPS_PER_WORD * words``, and that many groups of a word fill it.
+        ``j < GROUPS_PER_WORD * words``. That many groups of a word fill it, so the last ends at the top of its byte.
     """
 
     mean: torch.Tensor
@@ -191,10 +191,10 @@ def check_fields(fields: torch.Tensor, bits: int, lanes: bool = False) -> None:
             raise ValueError("groups of unequal widths")
         if row != (_pack_lanes if lanes else _pack)(widths, words):
             raise ValueError("fields of another layout")
-        # A GPU takes the last group of a word to lie at the upper ends of its bytes.
-        groups = [widths[word * LANES :: words * LANES][:GROUPS_PER_WORD] for word in range(words)]
-        if lanes and any(len(g) == GROUPS_PER_WORD and g[-1] and sum(g) < WORD_BITS // LANES for g in groups):
-            raise ValueError(f"{GROUPS_PER_WORD} groups that do not fill their word")
+        for own in (widths[word * LANES :: words * LANES][:GROUPS_PER_WORD] for word in range(words if lanes else 0)):
+            is_full = len(own) == GROUPS_PER_WORD and own[-1] > 0
+            if sum(own) > WORD_BITS // LANES or (is_full and sum(own) < WORD_BITS // LANES):
+                raise ValueError(f"groups of {own} bits in a byte of {WORD_BITS // LANES}")
 
 
 def solve(moments: Moments, key_sample: torch.Tensor, bits: int, lanes: bool = False) -> SketchTables:

@@ -177,10 +177,13 @@ def test_one_warp_attends_like_four(heads, monkeypatch):
     torch.testing.assert_close(stats[..., 2], expected_stats[..., 2], rtol=0.02, atol=1e-4)
 
 
+# The second leaves a program several blocks, which half of the programs take from the last to the first.
+@pytest.mark.parametrize(("context", "programs", "rtol", "atol"), [(3001, 1024, 0, 0), (7001, 8, 0.01, 4e-3)])
 @pytest.mark.parametrize("bits", [32, 64, 128])
 @pytest.mark.parametrize("heads", [(8, 2), (9, 3), (2, 1), (2, 2), (8, 1)], ids="{0[0]}-over-{0[1]}".format)
-def test_tensor_cores_select_what_byte_products_select(heads, bits, monkeypatch):
-    c = case(2, 3001, *heads, 64, bits=bits, epsilon=0.3)
+def test_tensor_cores_select_what_byte_products_select(heads, bits, context, programs, rtol, atol, monkeypatch):
+    monkeypatch.setattr(layout.LAUNCH, "programs", programs)
+    c = case(2, context, *heads, 64, bits=bits, epsilon=0.3)
     for _ in range(5):
         c.run()
     before = c.state.clone()
@@ -194,8 +197,8 @@ def test_tensor_cores_select_what_byte_products_select(heads, bits, monkeypatch)
     assert 0 < tokens.sum() < 0.9 * tokens.numel()
     assert torch.equal(tokens, expected_tokens)
     torch.testing.assert_close(pi, expected_pi, rtol=1e-5, atol=0)
-    # The lists' order differs, and so does that of the sums.
-    torch.testing.assert_close(out, expected_out, rtol=0.01, atol=4e-3)
+    torch.testing.assert_close(out, expected_out, rtol=rtol, atol=atol)
+    # Where all but certain tokens decide, a half-width holds fewer digits than their probabilities.
     torch.testing.assert_close(stats, expected_stats, rtol=1e-3, atol=1e-4)
 
 

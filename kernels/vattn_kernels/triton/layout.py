@@ -71,7 +71,7 @@ SPLIT_BORDER: Final = tl.constexpr(4)
 CUT_HEADS: Final = tl.constexpr(5)
 NUM_PLANS: Final = tl.constexpr(8)
 
-# Bits of a sketch's word that the groups of one byte share, the last group's at the top.
+# Bits of a byte of a sketch's word, which the word's groups share.
 CODE_BITS: Final = tl.constexpr(WORD_BITS // LANES)
 
 # A block of tokens by warp: each of the LISTS warps takes REPEATS runs of RUN tokens, one a lane, into its own list.

@@ -31,9 +31,9 @@ LEAST_OCTAVES = tl.constexpr(-NORM_ZERO / NORM_STEPS_PER_OCTAVE)
 GOLDEN = tl.constexpr(0x9E3779B1)
 INCREMENT = tl.constexpr(0x7F4A7C15)
 LANES = tl.constexpr(0x01010101)
-# Groups of a word whose codes do not lie at the upper ends of their bytes.
+# Groups of a word that may lie below the upper ends of their bytes, see `vattn_kernels.sketch.SketchTables`.
 LOWER_GROUPS = tl.constexpr(GROUPS_PER_WORD - 1)
-# Steps of an octave that a level is rounded to, so that float32 holds it beside the 2^12 octaves of `FLOAT_BASE`.
+# Steps of an octave that a level is rounded to: float32 holds it beside the 2^12 octaves that `select_gluon` adds.
 LEVEL_STEPS = tl.constexpr(1 << 11)
 # Of the upper 23 bits of a random word, which fill a float32's fraction.
 RANDOM_UNIT = tl.constexpr(2.0**-23)
@@ -173,7 +173,7 @@ def load_queries(
 
 @triton.jit
 def octaves_of(level, unit):
-    """Octaves of a level."""
+    """Octaves of a level, to 1 / `LEVEL_STEPS`."""
     octaves = unit * LOG2E * level.to(tl.float32)
     return tl.floor(octaves * LEVEL_STEPS + 0.5) * (1.0 / LEVEL_STEPS)
 

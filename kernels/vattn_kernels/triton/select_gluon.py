@@ -1,7 +1,7 @@
 """Stage ``select`` in Gluon: the first round's scores by integer tensor cores, ranks by ballots.
 
 The same function as `vattn_kernels.triton.select.select_fwd_kernel`, which serves what `layout.tensor_cores_score`
-leaves and which the interpreter runs; the lists hold the same entries, but for the rounding of probabilities.
+leaves and which the interpreter runs; each list holds the same entries, in half of them with the last block first.
 """
 
 from __future__ import annotations
@@ -158,7 +158,10 @@ def load_where(p, wanted, BITS: gl.constexpr):
 
 @gluon.jit
 def load_slots(p_slots, position, high, wanted, MASKED: gl.constexpr):
-    """Slots of a lane's tokens in a block, at distances known to the compiler; 0 behind the end."""
+    """Slots of a lane's tokens in a block, at distances known to the compiler.
+
+    Where ``MASKED`` 0 behind the end; anything if the block is not wanted.
+    """
     slots = ()
     for r in gl.static_range(REPEATS):
         if MASKED:
@@ -170,7 +173,7 @@ def load_slots(p_slots, position, high, wanted, MASKED: gl.constexpr):
 
 @gluon.jit
 def load_codes(p_codes, slots, wanted, WORDS: gl.constexpr):
-    """Words of the codes of each of a lane's tokens, in pairs; slots of one head lie side by side."""
+    """Words of the codes of each of a lane's tokens, in pairs, if wanted; slots of one head lie side by side."""
     words = ()
     for r in gl.static_range(REPEATS):
         # Unsigned offsets of 32 bits are enough for 2^28 slots.
@@ -187,7 +190,7 @@ def load_codes(p_codes, slots, wanted, WORDS: gl.constexpr):
 
 @gluon.jit
 def load_norms(p_norms, slots, wanted):
-    """The two norms of each of a lane's tokens as one number."""
+    """The two norms of each of a lane's tokens as one number, if wanted."""
     norms = ()
     for r in gl.static_range(REPEATS):
         p_norm = p_norms.to(gl.pointer_type(gl.uint8)) + (slots[r].to(gl.uint32) * 2).to(gl.uint64)
@@ -258,7 +261,7 @@ def inclusion(best, norm, unit2, base, coding, least, WITH_VALUES: gl.constexpr)
 
 @gluon.jit
 def draw_blocks(
-    blocks, stride, slots, upcoming, words, norms, p_codes, p_norms, p_next, position, counter, high, at, reads,
+    blocks, step, slots, upcoming, words, norms, p_codes, p_norms, p_next, position, counter, high, at, reads,
     p_entries, below, factors, masks, queries, levels, unit2, base, coding, least,
     TILES: gl.constexpr, WORDS: gl.constexpr, GROUPS: gl.constexpr, WITH_VALUES: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
@@ -290,10 +293,10 @@ def draw_blocks(
             gl.store(p_entries + (at + ones(taken & below)), entry, mask=chosen)
             at += ones(taken)
         slots = upcoming
-        p_next += stride
-        upcoming = load_slots(p_next, position + 2 * stride, high, left > 1, MASKED)
-        counter += stride.to(gl.uint32) * GOLDEN
-        position += stride
+        p_next += step
+        upcoming = load_slots(p_next, position + 2 * step, high, left > 1, MASKED)
+        counter += step.to(gl.uint32) * GOLDEN
+        position += step
     return at, reads
 
 
@@ -333,7 +336,7 @@ def select_lists_fwd_kernel(
     # First token of a lane in a block.
     position = begin + i_list * RUN + lane
     step = stride + 0 * n
-    # Half of the programs go backward, so that not all come at once to the last tokens' slots, which are scattered.
+    # Half of the programs go backward, so that not all come at once to slots taken in turns with other requests.
     if gl.program_id(0).to(gl.uint32) * GOLDEN >> 31 == 1:
         position += gl.maximum(blocks - 1, 0) * stride
         step = -step

@@ -100,9 +100,24 @@ def case_of(heads, head_dim, context, **options):
 
 
 def lists_of(case):
-    """What the last call selected, by row, in the order of the slots."""
-    found = [case.lists(request, head) for request in range(case.batch) for head in range(case.num_kv_heads)]
-    return [(slots[order], pi[order]) for slots, pi in found for order in (slots.argsort(),)]
+    """What the last call selected, by row."""
+    return [case.lists(request, head) for request in range(case.batch) for head in range(case.num_kv_heads)]
+
+
+def counts_of(case):
+    """How many tokens the last call selected, by row and list."""
+    rows = case.batch * case.num_kv_heads
+    return case.workspace().counts[:rows, : layout.LISTS.value * layout.splits_of(rows)].clone()
+
+
+def by_slot(entries, counts):
+    """Entries of each row in the order of the lists, and in each list in that of the slots."""
+    ordered = []
+    for (slots, pi), own in zip(entries, counts, strict=True):
+        which = torch.arange(own.numel()).repeat_interleave(own)
+        order = ((which << 32) + slots).argsort()
+        ordered.append((slots[order], pi[order]))
+    return ordered
 
 
 @pytest.mark.parametrize(
@@ -111,13 +126,15 @@ def lists_of(case):
         # Lists of no token, of fewer than a tile holds, and of several tiles.
         ((4, 2), 64, 200, 64), ((4, 2), 64, 1111, 32), ((4, 1), 128, 2600, 64), ((3, 1), 64, 1111, 128),
         ((1, 1), 128, 1000, 64), ((2, 2), 64, 2047, 128), ((3, 1), 128, 600, 32), ((4, 1), 64, 7000, 64),
+        ((3, 1), 64, 5000, 128),
     ],
 )  # fmt: skip
 def test_emulated_kernels_do_what_the_interpreted_ones_do(emulated, heads, head_dim, context, bits):
     case = case_of(heads, head_dim, context, bits=bits)
     before = case.state.clone()
     truth, true_stats, _ = case.run()
-    true_lists, true_state = lists_of(case), case.state.clone()
+    counts, true_state = counts_of(case), case.state.clone()
+    true_lists = by_slot(lists_of(case), counts)
     case.state.copy_(before)
     case.workspace().listed.fill_(1)
     kernels = emulated()
@@ -127,7 +144,8 @@ def test_emulated_kernels_do_what_the_interpreted_ones_do(emulated, heads, head_
     splits = layout.splits_of(rows)
     assert (work.listed[:rows, :splits] == 1).all() and not work.listed[:rows, splits:].any()
     assert (work.attended[:rows] == splits + 1).all()
-    for (slots, pi), (true_slots, true_pi) in zip(lists_of(case), true_lists, strict=True):
+    assert torch.equal(counts_of(case), counts)
+    for (slots, pi), (true_slots, true_pi) in zip(by_slot(lists_of(case), counts), true_lists, strict=True):
         assert torch.equal(slots, true_slots)
         torch.testing.assert_close(pi, true_pi, rtol=1e-5, atol=0)
     # The emulated kernel rounds weights to bfloat16.
