@@ -16,6 +16,8 @@ from vattn_kernels.rope import Rope
 MAX_WIDTH = 5
 WORD_BITS = 32
 LANES = 4
+# Of a word, for one dimension of each of its groups.
+LANE_BITS = WORD_BITS // LANES
 GROUPS_PER_WORD = 3
 NORM_STEPS_PER_OCTAVE = 8
 NORM_ZERO = 128
@@ -192,9 +194,9 @@ def check_fields(fields: torch.Tensor, bits: int, lanes: bool = False) -> None:
         if row != (_pack_lanes if lanes else _pack)(widths, words):
             raise ValueError("fields of another layout")
         for own in (widths[word * LANES :: words * LANES][:GROUPS_PER_WORD] for word in range(words if lanes else 0)):
-            is_full = len(own) == GROUPS_PER_WORD and own[-1] > 0
-            if sum(own) > WORD_BITS // LANES or (is_full and sum(own) < WORD_BITS // LANES):
-                raise ValueError(f"groups of {own} bits in a byte of {WORD_BITS // LANES}")
+            has_all = len(own) == GROUPS_PER_WORD and own[-1] > 0
+            if sum(own) > LANE_BITS or (has_all and sum(own) < LANE_BITS):
+                raise ValueError(f"groups of {own} bits in a byte of {LANE_BITS}")
 
 
 def solve(moments: Moments, key_sample: torch.Tensor, bits: int, lanes: bool = False) -> SketchTables:
@@ -285,7 +287,7 @@ def _water_fill_lanes(errors: torch.Tensor, words: int) -> torch.Tensor:
     widths[..., 0] = MAX_WIDTH
     for word in range(words):
         own = widths[..., word::words]
-        for _ in range(WORD_BITS // LANES - (MAX_WIDTH if word == 0 else 0) if own.shape[-1] else 0):
+        for _ in range(LANE_BITS - (MAX_WIDTH if word == 0 else 0) if own.shape[-1] else 0):
             _widen(gains[..., word::words, :], own)
     widths = widths.repeat_interleave(LANES, -1)
     return torch.nn.functional.pad(widths, (0, errors.shape[2] - widths.shape[-1]))

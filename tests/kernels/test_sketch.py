@@ -64,7 +64,7 @@ def test_lanes_are_what_one_shift_and_mask_read(bits, head_dim, seed):
         ((5, 5, 5), False),
     ],
 )
-def test_three_groups_fill_their_word(widths, is_read):
+def test_groups_that_do_not_fit_their_byte_are_refused(widths, is_read):
     rows, used = [], 0
     for width in widths:
         rows += [[0, 8 * lane + used, width] if width else [0, 0, 0] for lane in range(4)]

@@ -18,7 +18,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from vattn_kernels.checks import STATS
-from vattn_kernels.sketch import GROUPS_PER_WORD, LANES, WORD_BITS
+from vattn_kernels.sketch import GROUPS_PER_WORD, LANE_BITS
 
 LOG2E: Final = tl.constexpr(1.4426950408889634)
 
@@ -71,8 +71,7 @@ SPLIT_BORDER: Final = tl.constexpr(4)
 CUT_HEADS: Final = tl.constexpr(5)
 NUM_PLANS: Final = tl.constexpr(8)
 
-# Bits of a byte of a sketch's word, which the word's groups share.
-CODE_BITS: Final = tl.constexpr(WORD_BITS // LANES)
+CODE_BITS: Final = tl.constexpr(LANE_BITS)
 
 # A block of tokens by warp: each of the LISTS warps takes REPEATS runs of RUN tokens, one a lane, into its own list.
 REPEATS: Final = tl.constexpr(4)

@@ -164,11 +164,17 @@ def load_queries(
     queries = ()
     for g in tl.static_range(G):
         head = i_row * G + g
-        level = (tl.load(p_bias + head) + tl.load(p_log_scale + head)) / unit
-        levels = levels + (tl.floor(tl.minimum(tl.maximum(level, -1.0e9), 1.0e9) + 0.5).to(tl.int32),)
+        levels = levels + (load_level(p_bias, p_log_scale, head, unit),)
         for j in tl.static_range(GROUPS):
             queries = queries + (tl.load((p_query + (head * GROUPS + j) * 4).to(tl.pointer_type(tl.int32))),)
     return shifts, masks, octaves_of(levels[0], unit), levels, queries
+
+
+@triton.jit
+def load_level(p_bias, p_log_scale, head, unit):
+    """What a head's score starts from, in units."""
+    level = (tl.load(p_bias + head) + tl.load(p_log_scale + head)) / unit
+    return tl.floor(tl.minimum(tl.maximum(level, -1.0e9), 1.0e9) + 0.5).to(tl.int32)
 
 
 @triton.jit

@@ -32,6 +32,7 @@ from vattn_kernels.triton.select import (
     is_shifted,
     key_of,
     load_fields,
+    load_level,
     octaves_of,
     scramble,
 )
@@ -335,6 +336,7 @@ def select_lists_fwd_kernel(
     blocks = gl.maximum(high - begin + stride - 1, 0) // stride
     # First token of a lane in a block.
     position = begin + i_list * RUN + lane
+    # No constant, as its sign is not.
     step = stride + 0 * n
     # Half of the programs go backward, so that not all come at once to slots taken in turns with other requests.
     if gl.program_id(0).to(gl.uint32) * GOLDEN >> 31 == 1:
@@ -363,11 +365,9 @@ def select_lists_fwd_kernel(
     queries = ()
     for t in gl.static_range(TILES):
         for half in gl.static_range(TILE_HEADS):
-            own = i_row * G + TILE_HEADS * t + half
             level = NO_HEAD
             if TILE_HEADS * t + half < G:
-                level = (gl.load(p_bias + own) + gl.load(p_log_scale + own)) / unit
-                level = gl.floor(gl.minimum(gl.maximum(level, -1.0e9), 1.0e9) + 0.5).to(gl.int32)
+                level = load_level(p_bias, p_log_scale, i_row * G + TILE_HEADS * t + half, unit)
             levels = levels + (level,)
         head = TILE_HEADS * t + column % TILE_HEADS
         for j in gl.static_range(GROUPS):
