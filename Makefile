@@ -53,6 +53,7 @@ sanitize-%: has-gpu
 	@tests=$$($(GPU_PYTHON) -m pytest --collect-only -q -m gpu -k "$(SANITIZED)" $(SANITIZED_FILES)) || { echo "$$tests"; exit 1; }; \
 	tests=$$(echo "$$tests" | grep ::); echo "== $*: $$(echo "$$tests" | wc -l) tests"; \
 	echo "$$tests" | PYTORCH_NO_CUDA_MEMORY_CACHING=1 OMP_NUM_THREADS=1 xargs -d '\n' -n 4 -P $(SANITIZER_JOBS) \
+	    sh -c '"$$@" || { echo "== ended with $$?: $$*"; exit 1; }' sh \
 	    compute-sanitizer --tool $* --error-exitcode 9 $(GPU_PYTHON) -m pytest -m gpu -q $(PYTEST_ARGS)
 
 prove: env ## violations of delta by sampler, target, bound and population; writes docs/proof.md
