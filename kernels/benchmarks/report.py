@@ -46,7 +46,8 @@ def table(rows: list[dict[str, Any]]) -> None:
             if found is None:
                 return ""
             figures = f"{found['us']:.1f}, {found['ratio']:.2f}x at {found['density']:.3f}"
-            return f"{figures}, {found['us'] / found['gather_us']:.1f}"
+            copied_us = found["batch"] * found["context"] / 1e6 * KV_BYTES * found["density"] / found["copy_tb_s"]
+            return f"{figures}, {found['us'] / copied_us:.1f}"
 
         everything = next(r["ratio"] for r in own if r["stage"] == "dense:ours")
         cells = " | ".join(map(cell, wanted))
