@@ -30,6 +30,8 @@ from vattn_telemetry.counters import CounterLayout
 QO_HEADS, KV_HEADS, HEAD_DIM, BITS = 32, 8, 128, 64
 # A token's codes and two norms.
 SIDE_BYTES = KV_HEADS * (BITS // 8 + 2)
+# A token's K and V in bf16.
+KV_BYTES = 2 * KV_HEADS * HEAD_DIM * 2
 SHAPES = tuple((b, n) for n in (4096, 8192, 32768, 131072) for b in (1, 4, 16, 64))
 # Below 2,048 the server reads everything.
 SHORT_SHAPES = ((1, 2047), (16, 2047), (64, 2047))
@@ -65,7 +67,7 @@ class Case:
     def __init__(self, batch: int, context: int, order: str) -> None:
         generator = torch.Generator("cuda").manual_seed(0)
         slots = batch * context + 64
-        cache_bytes = 2 * slots * KV_HEADS * HEAD_DIM * 2
+        cache_bytes = slots * KV_BYTES
         self.batch, self.context = batch, context
         self.layers = min(max(2, -(-BYTES_TO_ROTATE // cache_bytes)), max(1, MOST_BYTES // cache_bytes))
         spread = torch.logspace(0.5, -1.0, HEAD_DIM, device="cuda")
@@ -293,6 +295,11 @@ def checked(case: Case, run: Callable[[int], torch.Tensor], name: str, is_sample
         )
 
 
+def copy_us(batch: int, context: int, token_bytes: float, bandwidth: float) -> float:
+    """Microseconds of a layer in which so many bytes of each token are copied at so many terabytes a second."""
+    return batch * context * token_bytes / bandwidth / 1e6
+
+
 def bench(batch: int, context: int, order: str, densities: tuple[float, ...], bandwidth: float) -> list[dict[str, Any]]:
     """Rows of one shape."""
     case = Case(batch, context, order)
@@ -309,7 +316,7 @@ def bench(batch: int, context: int, order: str, densities: tuple[float, ...], ba
         dense[name] = time_us(run, case.layers)
     others = min([t for n, t in dense.items() if n != "ours"], default=dense["ours"])
     best = min(dense.values())
-    kv_us = 2 * batch * context * KV_HEADS * HEAD_DIM * 2 / bandwidth * 1e6
+    kv_us = copy_us(batch, context, KV_BYTES, bandwidth / 1e12)
     head = f"{batch}x{context} {order}: dense " + ", ".join(f"{n} {t:.0f}" for n, t in dense.items())
     print(f"{head} us; K and V at copy bandwidth {kv_us:.0f} us", flush=True)
     common = {
@@ -337,12 +344,11 @@ def bench(batch: int, context: int, order: str, densities: tuple[float, ...], ba
         checked(case, run, label, is_sampled=True)
         total = time_us(run, case.layers)
         real = float(case.stats[..., 0].mean())
-        gather = kv_us * real
         stages = stages_us(run, case.layers)
         shown = " ".join(f"{n} {t:.1f}" for n, t in stages.items())
         print(f"  {label}: density {real:.4f}, {total:.1f} us, {best / total:.2f}x dense, "
-              f"{total / gather:.2f} of its bytes' time; {shown}", flush=True)  # fmt: skip
-        rows.append(row(real, "total", total, wanted=label, gather_us=round(gather, 1)))
+              f"{total / (kv_us * real):.2f} of its bytes' time; {shown}", flush=True)  # fmt: skip
+        rows.append(row(real, "total", total, wanted=label))
         rows += [row(real, n, t, wanted=label) for n, t in stages.items()]
         if order == "in order" and (batch, context) in CUT_SHAPES and density in CUT_DENSITIES:
             ends = until_us(case, run)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-from decode_gpu import HEAD_DIM, KV_HEADS, SIDE_BYTES
+from decode_gpu import KV_BYTES, SIDE_BYTES, copy_us
 
 from vattn_sgl.arguments import writable
 
@@ -22,8 +22,6 @@ from matplotlib.ticker import NullFormatter
 
 HERE = Path(__file__).parent
 SHAPES = ((1, 131072), (16, 8192), (16, 32768), (16, 131072))
-# Bytes a token and layer of K and V in bf16.
-KV_BYTES = 2 * KV_HEADS * HEAD_DIM * 2
 
 
 def table(rows: list[dict[str, Any]]) -> None:
@@ -46,8 +44,8 @@ def table(rows: list[dict[str, Any]]) -> None:
             if found is None:
                 return ""
             figures = f"{found['us']:.1f}, {found['ratio']:.2f}x at {found['density']:.3f}"
-            copied_us = found["batch"] * found["context"] / 1e6 * KV_BYTES * found["density"] / found["copy_tb_s"]
-            return f"{figures}, {found['us'] / copied_us:.1f}"
+            copied = copy_us(found["batch"], found["context"], KV_BYTES * found["density"], found["copy_tb_s"])
+            return f"{figures}, {found['us'] / copied:.1f}"
 
         everything = next(r["ratio"] for r in own if r["stage"] == "dense:ours")
         cells = " | ".join(map(cell, wanted))
@@ -78,8 +76,7 @@ def main() -> int:
         own = [r for r in rows if (r["batch"], r["context"], r["order"]) == (batch, context, "in order")]
         totals = sorted((r["density"], r["us"]) for r in own if r["stage"] == "total" and r["wanted"].startswith("cap"))
         at = [density for density, _ in totals]
-        megabytes = batch * context / 1e6
-        bound = [megabytes * (KV_BYTES * d + SIDE_BYTES) / copy for d in at]
+        bound = [copy_us(batch, context, KV_BYTES * d + SIDE_BYTES, copy) for d in at]
         axis.loglog(at, [us for _, us in totals], "o-", label="whole step")
         axis.loglog(at, bound, "k--", label=f"bytes at {copy} TB/s")
         axis.axhline(own[0]["dense_us"], color="tab:red", label="best dense")

@@ -1,4 +1,4 @@
-"""What the benchmarks refuse before they start anything."""
+"""What the benchmarks refuse before they start anything, and that the page of results is that of the saved run."""
 
 from __future__ import annotations
 
@@ -27,3 +27,10 @@ def test_a_script_says_why_it_does_not_start(command, message):
     run = subprocess.run([sys.executable, FOLDER / command[0], *command[1:]], capture_output=True, text=True)
     assert run.returncode == 2
     assert message in run.stderr.splitlines()[-1] and "Traceback" not in run.stderr
+
+
+def test_the_page_holds_the_table_of_the_saved_run(tmp_path):
+    command = [sys.executable, FOLDER / "report.py", "--png", tmp_path / "roofline.png"]
+    table = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert table.count("\n") > len(decode_gpu.SHAPES) and table in (FOLDER / "RESULTS.md").read_text()
+    assert (tmp_path / "roofline.png").stat().st_size
