@@ -15,6 +15,7 @@ SANITIZER_TOOLS ?= memcheck racecheck
 SANITIZER_JOBS ?= 4
 # Without the longest, a launch that CUDA is meant to refuse, and a capture that takes memory of PyTorch's allocator.
 SANITIZED ?= not 128k and not chance and not byte_products and not refused_not_awaited and not older_than_the_calibration
+GPU_TESTS := tests/gpu tests/sglang tests/telemetry/test_collector_cuda.py
 SANITIZED_FILES := tests/gpu/test_kernels.py tests/gpu/test_selectors.py tests/gpu/test_uniform.py
 LOAD_HOST ?= http://127.0.0.1:30000
 APT = DEBIAN_FRONTEND=noninteractive apt-get -q -y
@@ -42,14 +43,17 @@ test-sglang-%: requirements/sglang-%.txt
 
 has-gpu:
 	@command -v $(GPU_PYTHON) >/dev/null || { echo "$(GPU_PYTHON) is missing: set GPU_PYTHON=python3, or run make env" >&2; exit 1; }
-	@$(GPU_PYTHON) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "no CUDA device here: run this on a GPU")'
+	@$(GPU_PYTHON) -c 'import torch' 2>/dev/null || { echo "$(GPU_PYTHON) has no torch: set GPU_PYTHON to the Python that serves with CUDA" >&2; exit 1; }
+	@$(GPU_PYTHON) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "no CUDA device here: run this on a GPU; make test and make bench do without")'
 
 test-gpu: has-gpu ## kernels and servers on a GPU (GPU_PYTHON=python3, TEST_GPU_MODEL=folder of a converted model)
-	@$(GPU_PYTHON) -m pytest -m gpu -rs tests/gpu $(PYTEST_ARGS)
+	@test -d "$(TEST_GPU_MODEL)" || { echo 'TEST_GPU_MODEL="$(TEST_GPU_MODEL)" is no folder: set it to what `vattn model fetch` prints' >&2; exit 1; }
+	@$(GPU_PYTHON) -m pytest -m gpu -rs $(GPU_TESTS) $(PYTEST_ARGS)
 
 sanitize: $(SANITIZER_TOOLS:%=sanitize-%) ## the GPU kernels under compute-sanitizer, four tests a process (SANITIZER_JOBS=16)
 
 sanitize-%: has-gpu
+	@command -v compute-sanitizer >/dev/null || { echo "compute-sanitizer is missing: it comes with CUDA's toolkit, put its bin folder on PATH" >&2; exit 1; }
 	@tests=$$($(GPU_PYTHON) -m pytest --collect-only -q -m gpu -k "$(SANITIZED)" $(SANITIZED_FILES)) || { echo "$$tests"; exit 1; }; \
 	tests=$$(echo "$$tests" | grep ::); echo "== $*: $$(echo "$$tests" | wc -l) tests"; \
 	echo "$$tests" | PYTORCH_NO_CUDA_MEMORY_CACHING=1 OMP_NUM_THREADS=1 xargs -d '\n' -n 4 -P $(SANITIZER_JOBS) \
@@ -59,14 +63,14 @@ sanitize-%: has-gpu
 prove: env ## violations of delta by sampler, target, bound and population; writes docs/proof.md
 	@$(BIN)/python -m vattn_sgl.eval.prove $(PROVE_ARGS)
 
-bench: env ## decode speed against SGLang's torch_native, both in one run
+bench: env ## on this CPU: decode speed against SGLang's torch_native, both in one run (on a GPU: bench-gpu)
 	@$(BIN)/python kernels/benchmarks/serve_cpu.py
 
-bench-gpu: has-gpu ## on a GPU: attention against the best dense kernels, what its counters cost, and servers (GPU_PYTHON=python3)
+bench-gpu: has-gpu ## on a GPU: attention against the best dense kernels, what its counters cost, servers, and the table of it (GPU_PYTHON=python3)
 	@$(GPU_PYTHON) kernels/benchmarks/decode_gpu.py
-	@$(GPU_PYTHON) kernels/benchmarks/report.py
 	@$(GPU_PYTHON) kernels/benchmarks/telemetry_gpu.py
-	@$(GPU_PYTHON) kernels/benchmarks/serve.py
+	@$(GPU_PYTHON) kernels/benchmarks/serve.py --json kernels/benchmarks/serve.json
+	@$(GPU_PYTHON) kernels/benchmarks/report.py
 
 fidelity: env ## measure the bound on a real model's attention and write docs/fidelity.md (FIDELITY_ARGS="--quick")
 	@$(BIN)/vattn eval fidelity --out docs --server $(FIDELITY_ARGS)

@@ -100,6 +100,10 @@ class Server:
         Added to the environment.
     port : int, optional
         Default: a free one.
+    admin_key : str, optional
+        Of the admin routes.
+    metrics : bool
+        Whether it serves ``/metrics``.
     """
 
     def __init__(
@@ -110,6 +114,7 @@ class Server:
         env: dict[str, str] | None = None,
         port: int | None = None,
         admin_key: str | None = None,
+        metrics: bool = True,
     ) -> None:
         self.port = port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
@@ -117,9 +122,9 @@ class Server:
         self.log = Path(tempfile.mkstemp(prefix=f"vattn-{backend}-", suffix=".log")[1])
         sglang = Path(sys.executable).with_name("sglang")
         self.command = [str(sglang), "serve", "--model-path", str(model_path), "--attention-backend", backend]
-        self.command += ["--host", "127.0.0.1", "--port", str(self.port), "--enable-metrics"]
+        self.command += ["--host", "127.0.0.1", "--port", str(self.port)]
         # Otherwise an idle server keeps a core busy.
-        self.command += ["--sleep-on-idle", *arguments]
+        self.command += ["--sleep-on-idle", *(["--enable-metrics"] if metrics else []), *arguments]
         if admin_key is not None:
             # One word, because a key may begin with a dash.
             self.command.append(f"--admin-api-key={admin_key}")

@@ -49,9 +49,10 @@ BYTES_TO_ROTATE = 1 << 30
 MOST_BYTES = 64 << 30
 COUNTERS = CounterLayout(1)
 DENSE_TOLERANCE = 1e-2
-# What is checked of a sample: so many layers, and in how many heads the error may exceed what the step states: five
-# times DELTA, as heads of a group share their draws.
-CHECKED_LAYERS, MOST_BEYOND = 4, 0.25
+# What is checked of a sample: so many layers, and in how many heads the error may exceed what the step states, rounding
+# of bf16 aside: five times DELTA, as heads of a group share their draws. A head that states more than the last knows
+# nothing, and is counted among them.
+CHECKED_LAYERS, MOST_BEYOND, ROUNDING, MOST_STATED = 4, 0.25, 5e-3, 0.3
 # Shapes and densities of which steps are also timed that end after each launch.
 CUT_SHAPES, CUT_DENSITIES = ((16, 32768), (4, 131072), (1, 131072)), (0.1, 0.05)
 # A step's launches in order, without those of other selectors and of audits.
@@ -275,24 +276,31 @@ def copy_bandwidth() -> float:
     return 2 * source.nbytes / (time_us(lambda layer: torch.add(source, 1.0, out=target), 1) * 1e-6)
 
 
-def checked(case: Case, run: Callable[[int], torch.Tensor], name: str, is_sampled: bool) -> None:
-    """Refuse to time what is wrong: a dense output by its errors, a sampled one by how many exceed what it states."""
-    beyond, worst = [], 0.0
+def checked(case: Case, run: Callable[[int], torch.Tensor], name: str, is_sampled: bool) -> tuple[float, float]:
+    """Mean error and median half-width, or a refusal to time what is wrong.
+
+    A dense output is wrong by its errors, a sampled one by how many exceed what it states.
+    """
+    errors, stated, is_finite = [], [], True
     for layer in range(min(case.layers, CHECKED_LAYERS)):
         case.out.fill_(float("nan"))
+        case.stats.fill_(float("nan"))
         out = run(layer)
-        worst = worst if torch.isfinite(out).all() else float("inf")
         for request in {0, case.batch - 1}:
-            errors = case.errors(layer, request, out)
-            stated = case.stats[request, :, ops.STATS.index("half_width")] if is_sampled else 0.0
-            beyond.append((~(errors <= stated + DENSE_TOLERANCE)).double().mean())
-            worst = max(worst, float(errors.max()))
-    found, most = float(torch.stack(beyond).mean()), MOST_BEYOND if is_sampled else 0.0
-    if not (worst < float("inf") and found <= most):
+            errors.append(case.errors(layer, request, out))
+            width = case.stats[request, :, ops.STATS.index("half_width")].double()
+            stated.append(width if is_sampled else torch.zeros_like(width))
+        is_finite &= bool(torch.isfinite(out).all())
+    error, half_width = torch.cat(errors), torch.cat(stated)
+    tolerance, most = (ROUNDING, MOST_BEYOND) if is_sampled else (DENSE_TOLERANCE, 0.0)
+    found = float((~((error <= half_width + tolerance) & (half_width <= MOST_STATED))).double().mean())
+    if not (is_finite and found <= most):
         raise SystemExit(
-            f"{name} at {case.batch}x{case.context}: errors of up to {worst:.3g}, in {found:.1%} of heads above what "
-            f"the step states and {DENSE_TOLERANCE}, expected in at most {most:.0%}"
+            f"{name} at {case.batch}x{case.context}: errors of up to {float(error.max()):.3g}, in {found:.1%} of heads "
+            f"above what the step states and {tolerance}, or it states more than {MOST_STATED}; expected in at most "
+            f"{most:.0%}"
         )
+    return float(error.mean()), float(half_width.median())
 
 
 def copy_us(batch: int, context: int, token_bytes: float, bandwidth: float) -> float:
@@ -341,14 +349,16 @@ def bench(batch: int, context: int, order: str, densities: tuple[float, ...], ba
         def run(layer: int, cap: float = cap) -> torch.Tensor:
             return case.decode(layer, cap=cap)
 
-        checked(case, run, label, is_sampled=True)
+        error, half_width = checked(case, run, label, is_sampled=True)
         total = time_us(run, case.layers)
         real = float(case.stats[..., 0].mean())
         stages = stages_us(run, case.layers)
         shown = " ".join(f"{n} {t:.1f}" for n, t in stages.items())
-        print(f"  {label}: density {real:.4f}, {total:.1f} us, {best / total:.2f}x dense, "
-              f"{total / (kv_us * real):.2f} of its bytes' time; {shown}", flush=True)  # fmt: skip
-        rows.append(row(real, "total", total, wanted=label))
+        gather_ratio = total / (kv_us * real)
+        print(f"  {label}: density {real:.4f}, error {error:.4f} of {half_width:.4f} stated, {total:.1f} us, "
+              f"{best / total:.2f}x dense, {gather_ratio:.2f} of its bytes' time; {shown}", flush=True)  # fmt: skip
+        more = {"gather_ratio": gather_ratio, "error": error, "half_width": half_width}
+        rows.append(row(real, "total", total, wanted=label, **{name: float(f"{x:.4g}") for name, x in more.items()}))
         rows += [row(real, n, t, wanted=label) for n, t in stages.items()]
         if order == "in order" and (batch, context) in CUT_SHAPES and density in CUT_DENSITIES:
             ends = until_us(case, run)

@@ -11,14 +11,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 from decode_gpu import KV_BYTES, SIDE_BYTES, copy_us
 
 from vattn_sgl.arguments import writable
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
-from matplotlib.ticker import NullFormatter
 
 HERE = Path(__file__).parent
 SHAPES = ((1, 131072), (16, 8192), (16, 32768), (16, 131072))
@@ -27,8 +22,8 @@ SHAPES = ((1, 131072), (16, 8192), (16, 32768), (16, 131072))
 def table(rows: list[dict[str, Any]]) -> None:
     """A Markdown row for each shape and order of slots.
 
-    Times in microseconds, speed-ups over the best dense kernel, the density that was read, and how many times as long
-    as copying the K and V of that density.
+    Times in microseconds, speed-ups over the best dense kernel, the density that was read, how many times as long as
+    copying the K and V of that density, and the mean error.
     """
     wanted = ("cap 0.5", "cap 0.2", "cap 0.1", "cap 0.05", "cap 0.025", "epsilon 0.05")
     names = " | ".join(name.replace("0.", ".") for name in wanted)
@@ -44,32 +39,21 @@ def table(rows: list[dict[str, Any]]) -> None:
             if found is None:
                 return ""
             figures = f"{found['us']:.1f}, {found['ratio']:.2f}x at {found['density']:.3f}"
-            copied = copy_us(found["batch"], found["context"], KV_BYTES * found["density"], found["copy_tb_s"])
-            return f"{figures}, {found['us'] / copied:.1f}"
+            return f"{figures}, {found['gather_ratio']:.1f}, {found['error']:.2%}"
 
         everything = next(r["ratio"] for r in own if r["stage"] == "dense:ours")
         cells = " | ".join(map(cell, wanted))
         print(f"| {batch} x {context:,}, {order} | {own[0]['dense_us']:,.0f} | {cells} | {everything:.2f}x |")
 
 
-def main() -> int:
-    """Print the table and draw the shapes of `SHAPES`, ordered slots."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path, default=HERE / "results.json", help="what decode_gpu.py wrote")
-    parser.add_argument("--png", type=writable, default=HERE / "roofline.png")
-    options = parser.parse_args()
-    if options.png.suffix != ".png":
-        parser.error(f"--png {options.png}, expected a file whose name ends in .png")
-    try:
-        rows = json.loads(options.json.read_text())
-        missing = set(SHAPES) - {(r["batch"], r["context"]) for r in rows if r["stage"] == "dense:ours"}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        print(f"{options.json}: {error!r}; expected what decode_gpu.py wrote", file=sys.stderr)
-        return 2
-    if missing:
-        print(f"{options.json} has no rows of {sorted(missing)}: run decode_gpu.py with them", file=sys.stderr)
-        return 2
-    table(rows)
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Draw the shapes of `SHAPES`, ordered slots."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    from matplotlib.ticker import NullFormatter
+
     copy = rows[0]["copy_tb_s"]
     figure, axes = plt.subplots(1, len(SHAPES), figsize=(4 * len(SHAPES), 3.6), layout="constrained")
     for axis, (batch, context) in zip(axes, SHAPES, strict=True):
@@ -87,7 +71,32 @@ def main() -> int:
         axis.yaxis.set_minor_formatter(NullFormatter())
         axis.grid(alpha=0.3, which="both")
     axes[0].legend()
-    figure.savefig(options.png, dpi=110)
+    figure.savefig(path, dpi=110)
+
+
+def main() -> int:
+    """Print the table and draw the plot."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path, default=HERE / "results.json", help="what decode_gpu.py wrote")
+    parser.add_argument("--png", type=writable, default=HERE / "roofline.png")
+    options = parser.parse_args()
+    if options.png.suffix != ".png":
+        parser.error(f"--png {options.png}, expected a file whose name ends in .png")
+    try:
+        rows = json.loads(options.json.read_text())
+        missing = set(SHAPES) - {(r["batch"], r["context"]) for r in rows if r["stage"] == "dense:ours"}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        print(f"{options.json}: {error!r}; expected what decode_gpu.py wrote", file=sys.stderr)
+        return 2
+    if missing:
+        print(f"{options.json} has no rows of {sorted(missing)}: run decode_gpu.py with them", file=sys.stderr)
+        return 2
+    table(rows)
+    try:
+        plot(rows, options.png)
+    except ImportError as error:
+        print(f"no plot: {error}; expected matplotlib: pip install '.[eval]'", file=sys.stderr)
+        return 2
     return 0
 
 

@@ -91,6 +91,8 @@ class Row:
         The GPU's name.
     backend : str
         Key of `BACKENDS`.
+    metrics : bool
+        Whether it serves ``/metrics``; ours then exports its counters.
     requests, context : int
         Requests at a time, and tokens of each prompt.
     density : float
@@ -107,6 +109,7 @@ class Row:
 
     device: str
     backend: str
+    metrics: bool
     requests: int
     context: int
     density: float
@@ -205,7 +208,9 @@ def measure(
         *("--chunked-prefill-size", str(options.chunk)),
         *extra,
     )
-    server = Server(folder, backend, arguments, env, admin_key=secrets.token_urlsafe(8))
+    server = Server(
+        folder, backend, arguments, env, admin_key=secrets.token_urlsafe(8), metrics=not options.without_metrics
+    )
     began = time.perf_counter()
 
     def passed() -> str:
@@ -222,7 +227,8 @@ def measure(
         after = totals(server.admin("GET", "status")) if name == OURS else (1.0, 1.0)
         console.print(f"{passed()}: measured")
     read = (after[0] - before[0]) / (after[1] - before[1])
-    return Row(device_name(), name, len(work), context, read, 1e3 * latency, rate, logged(server, len(work)))
+    size = not options.without_metrics, len(work), context
+    return Row(device_name(), name, *size, read, 1e3 * latency, rate, logged(server, len(work)))
 
 
 def show(rows: list[Row]) -> None:
@@ -234,9 +240,10 @@ def show(rows: list[Row]) -> None:
         row.ratio = row.tokens_per_second / max(dense) if dense else None
         log = "" if row.log_tokens_per_second is None else f"{row.log_tokens_per_second:.0f}"
         ratio = "" if row.ratio is None else f"{row.ratio:.2f}"
+        name = row.backend if row.metrics else f"{row.backend}, no metrics"
         size = f"{row.requests} x {row.context}"
         figures = f"{row.density:.3f} | {row.itl_ms:.2f} | {row.tokens_per_second:.0f} | {log} | {ratio}"
-        print(f"| {row.backend} | {size} | {figures} |")
+        print(f"| {name} | {size} | {figures} |")
     for row in rows:
         print(json.dumps(asdict(row)))
 
@@ -251,6 +258,7 @@ def main() -> int:
     parser.add_argument("--tokens", type=positive, default=192, help=f"of each answer, more than {WARM_UP_TOKENS}")
     parser.add_argument("--layers", type=positive, default=GEOMETRY["num_hidden_layers"])
     parser.add_argument("--chunk", type=positive, default=16384, help="tokens of a prefill chunk")
+    parser.add_argument("--without-metrics", action="store_true", help="servers without --enable-metrics")
     parser.add_argument("--limit", type=positive, default=260, help="seconds for each server")
     parser.add_argument("--json", type=writable)
     options = parser.parse_args()

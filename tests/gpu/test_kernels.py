@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from itertools import product
 
 import pytest
 import torch
@@ -25,11 +26,16 @@ SHAPES = [
     (1, 1, 8, 2, 64, BF16), (3, 80, 4, 4, 128, FP16), (1, 111, 16, 1, 64, BF16), (2, 1000, 32, 8, 128, BF16),
     (5, 2049, 6, 2, 96, FP16), (1, 4096, 2, 1, 256, BF16), (2, 63, 9, 3, 64, BF16), (2, 1500, 9, 3, 64, BF16),
     (2, 3000, 16, 2, 128, BF16), (3, 1111, 4, 2, 64, BF16), (1, 900, 4, 4, 128, BF16),
+    # Sink and window, and whole blocks between them.
+    (2, 80 + layout.BLOCK, 8, 2, 64, BF16), (1, 80 + 16 * layout.BLOCK, 8, 2, 128, FP16),
 ]  # fmt: skip
 FP8_SHAPES = [
     (2, 1000, 32, 8, 128, BF16), (5, 2049, 6, 2, 96, FP16), (1, 4096, 2, 1, 256, BF16), (2, 1500, 9, 3, 64, BF16),
     (3, 1111, 16, 2, 64, FP16),
 ]  # fmt: skip
+
+# From so many tokens on a step at epsilon .1 that reads nearly all would say nothing of what is drawn.
+SAMPLED_FROM, MOST_READ = 900, 0.9
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "B{}-N{}-H{}-K{}-D{}-{}".format(*s))
@@ -42,6 +48,7 @@ def test_first_step_is_exact_and_later_ones_hold_epsilon(shape):
     assert torch.isfinite(out).all() and torch.isfinite(stats).all()
     assert (stats[..., 2] <= 0.1).all()
     assert c.errors(out).max() < 0.1 + ROUNDING
+    assert c.context < SAMPLED_FROM or stats[..., 0].mean() < MOST_READ
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
@@ -95,6 +102,7 @@ def test_an_fp8_cache_is_read_exactly_first_and_holds_epsilon_later(shape, fp8):
     assert torch.isfinite(out).all() and torch.isfinite(stats).all()
     assert (stats[..., 2] <= 0.1).all()
     assert plain.errors(out).max() < 0.1 + ROUNDING
+    assert stats[..., 0].mean() < MOST_READ
 
 
 @pytest.mark.parametrize("fp8", FP8, ids="{0[0]}".format)
@@ -179,11 +187,17 @@ def test_one_warp_attends_like_four(heads, monkeypatch):
 
 # The second leaves a program several blocks, which half of the programs take from the last to the first.
 @pytest.mark.parametrize(("context", "programs", "rtol", "atol"), [(3001, 1024, 0, 0), (7001, 8, 0.01, 4e-3)])
-@pytest.mark.parametrize("bits", [32, 64, 128])
-@pytest.mark.parametrize("heads", [(8, 2), (9, 3), (2, 1), (2, 2), (8, 1)], ids="{0[0]}-over-{0[1]}".format)
-def test_tensor_cores_select_what_byte_products_select(heads, bits, context, programs, rtol, atol, monkeypatch):
+@pytest.mark.parametrize(
+    ("heads", "bits", "target"),
+    [
+        *product([(8, 2), (9, 3), (2, 1), (2, 2), (8, 1)], [32, 64, 128], ["output"]),
+        *product([(8, 2)], [64], ["denominator", "numerator", "sdpa"]),
+    ],
+    ids=str,
+)
+def test_tensor_cores_select_what_byte_products_select(heads, bits, target, context, programs, rtol, atol, monkeypatch):
     monkeypatch.setattr(layout.LAUNCH, "programs", programs)
-    c = case(2, context, *heads, 64, bits=bits, epsilon=0.3)
+    c = case(2, context, *heads, 64, bits=bits, epsilon=0.3, settings={"target": target})
     for _ in range(5):
         c.run()
     before = c.state.clone()
@@ -212,7 +226,8 @@ def test_certified_steps_violate_delta_no_more_than_chance_allows():
         assert (stats[..., 3] == ops.OUTCOMES.index("certified")).all()
         violations += int((c.errors(out) > 0.05).sum())
         steps += stats[..., 0].numel()
-    # Power: at a true rate of 1.3 delta this fails in 98 % of runs of 6,400 head-steps.
+        assert stats[..., 0].mean() < MOST_READ
+    # Power at 1.3 delta: 98 % if heads err one by one, 92 % if the four of a group, which share a sample, err together.
     assert statistics.binomtest(violations, steps, 0.05, alternative="greater").pvalue > 0.01
 
 
@@ -249,6 +264,7 @@ def test_extreme_scores(kind):
         out, stats, _ = c.run()
     assert torch.isfinite(out).all() and torch.isfinite(stats).all()
     assert c.errors(out).max() < c.epsilon + ROUNDING
+    assert stats[..., 0].mean() < MOST_READ
 
 
 @pytest.mark.parametrize("target", ops.TARGETS)
@@ -336,6 +352,8 @@ def test_other_selectors_are_exact_at_first_and_hold_epsilon_later(selector, sha
     # Weak scores use delta up.
     errors = c.errors(out)
     assert (errors > 0.1 + ROUNDING).sum() <= max(1, 0.1 * errors.numel())
+    # Signatures tell little of random keys.
+    assert selector in ("sign", "hash") or c.context < SAMPLED_FROM or stats[..., 0].mean() < MOST_READ
 
 
 @OTHERS
