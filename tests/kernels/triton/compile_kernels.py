@@ -19,7 +19,7 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from vattn_kernels import params
-from vattn_kernels.ops import GPU_CACHE_CAPABILITY, SELECTORS, STATE_WIDTH
+from vattn_kernels.ops import GPU_CACHE_CAPABILITY, SELECTORS, STATE_WIDTH, TARGETS
 from vattn_kernels.triton import MOST_AGE, layout
 from vattn_kernels.triton.attend import attend_fwd_kernel
 from vattn_kernels.triton.attend_gluon import attend_lists_fwd_kernel
@@ -41,6 +41,26 @@ QUERY, CACHE = {"p_q", "p_out"}, {"p_k", "p_v", "p_bounds"}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8e4nv": torch.float8_e4m3fn, "fp8e5": torch.float8_e5m2}
 # Of most cases; `layout.MOST_SPLITS` of some.
 FEW_SPLITS = 8
+# Compiled at the main shape alone: what a setting changes, and in which kernels.
+VARIANTS = {
+    "denominator": (
+        {"TARGET": TARGETS.index("denominator")},
+        (select_lists_fwd_kernel, combine_fwd_kernel, finish_fwd_kernel, budget_fwd_kernel),
+    ),
+    # Computes what ``numerator`` does, and the denominator's width beside it.
+    "sdpa": (
+        {"TARGET": TARGETS.index("sdpa"), "TABLE": params.SPLIT_TABLE},
+        (combine_fwd_kernel, finish_fwd_kernel, budget_fwd_kernel),
+    ),
+    "capped": ({"CAPPED": True}, (finish_fwd_kernel,)),
+    # Its launches do not overlap.
+    "uniform": (
+        {"UNIFORM": True, "DEPENDENT": False},
+        (prepare_fwd_kernel, attend_lists_fwd_kernel, finish_fwd_kernel),
+    ),
+    "after the pilot": ({"IS_PILOT": False}, (budget_fwd_kernel,)),
+    "audit": ({"AUDIT": True}, (finish_fwd_kernel,)),
+}
 # Selectors whose rows are of the cache's type.
 ROWS_OF_NUMBERS = {"oracle", "quest"}
 TYPES = {
@@ -130,6 +150,19 @@ def shapes_of_selectors(arch: int, dtype: str, cache: str, head_dim: int, group:
             yield selector, sign_keys_fwd_kernel, 4, net | {"EACH": each, "CENTRED": selector == "sign"}
 
 
+def shapes_of_variants(arch: int, dtype: str, cache: str, head_dim: int, group: int, words: int):
+    """The kernels of `VARIANTS`, with the variant's name."""
+    given = {
+        kernel: (warps, constants) for kernel, warps, constants in shapes(arch, dtype, cache, head_dim, group, words)
+    }
+    for variant, (changed, kernels) in VARIANTS.items():
+        for kernel in kernels:
+            warps, constants = given[kernel]
+            # Only sampler ``uniform`` plans.
+            kept = {n: c for n, c in constants.items() if n != "p_plan" or variant != "uniform"}
+            yield variant, kernel, warps, kept | changed
+
+
 def registers(kernel, constants: dict) -> int | None:
     """The limit that a launch sets."""
     if kernel is select_lists_fwd_kernel:
@@ -178,17 +211,19 @@ def main() -> None:
             dtype, cache, head_dim, group, words = model
             if divmod(arch, 10) < GPU_CACHE_CAPABILITY.get(DTYPES[cache], (0, 0)):
                 continue
-            kernels = [("sketch", *kernel) for kernel in shapes(arch, *model)]
+            kernels = [("sketch", None, *kernel) for kernel in shapes(arch, *model)]
             if model in (models[0], models[-2]):
-                kernels += shapes_of_selectors(arch, *model)
+                kernels += [(selector, None, *kernel) for selector, *kernel in shapes_of_selectors(arch, *model)]
                 # As few rows as there can be, with the most splits each.
                 most = {"SPLITS": layout.MOST_SPLITS}
                 kernels += [
-                    (selector, kernel, layout.combine_warps(layout.MOST_SPLITS), given | most)
-                    for selector, kernel, _, given in kernels
+                    (selector, None, kernel, layout.combine_warps(layout.MOST_SPLITS), given | most)
+                    for selector, _, kernel, _, given in kernels
                     if kernel in (combine_fwd_kernel, budget_fwd_kernel)
                 ]
-            for selector, kernel, warps, given in kernels:
+            if model == models[0] and arch == 90:
+                kernels += [("sketch", *kernel) for kernel in shapes_of_variants(arch, *model)]
+            for selector, variant, kernel, warps, given in kernels:
                 constants = {name: value for name, value in given.items() if name in kernel.arg_names}
                 signature = {
                     name: "constexpr" if name in constants else type_of(name, kernel, dtype, cache, selector)
@@ -209,9 +244,9 @@ def main() -> None:
                 options = {"num_warps": warps, "maxnreg": registers(kernel, constants)}
                 built = triton.compile(source, GPUTarget("cuda", arch, 32), options=options)
                 row = {
-                    "kernel": kernel.fn.__name__, "selector": selector, "arch": arch, "dtype": dtype, "cache": cache,
-                    "head_dim": head_dim, "group": group, "words": words, "threads": 32 * warps,
-                    "splits": constants.get("SPLITS", FEW_SPLITS),
+                    "kernel": kernel.fn.__name__, "selector": selector, "variant": variant, "arch": arch,
+                    "dtype": dtype, "cache": cache, "head_dim": head_dim, "group": group, "words": words,
+                    "threads": 32 * warps, "splits": constants.get("SPLITS", FEW_SPLITS),
                     "limit": options["maxnreg"], "shared": built.metadata.shared,
                     **resources(built.asm["cubin"]),
                 }  # fmt: skip

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from interpreted import Step
+from interpreted import SINK, WINDOW, Step
 from ptx import Kernel
 
 from vattn_kernels import triton as gpu
@@ -27,6 +27,8 @@ SCRIPT = Path(__file__).with_name("kernel_ptx.py")
 GLUON = ("select_lists_fwd_kernel", "attend_lists_fwd_kernel")
 UNIFORM = ("rank_fwd_kernel", "top_k_fwd_kernel", "list_fwd_kernel", "budget_fwd_kernel")
 TENSORS = ("p_q", "p_k", "p_v", "p_out")
+# A context whose sampled range is one whole block.
+BORDER = SINK + WINDOW + layout.BLOCK
 
 
 @functools.cache
@@ -121,16 +123,20 @@ def by_slot(entries, counts):
 
 
 @pytest.mark.parametrize(
-    ("heads", "head_dim", "context", "bits"),
+    ("heads", "head_dim", "context", "bits", "target"),
     [
         # Lists of no token, of fewer than a tile holds, and of several tiles.
-        ((4, 2), 64, 200, 64), ((4, 2), 64, 1111, 32), ((4, 1), 128, 2600, 64), ((3, 1), 64, 1111, 128),
-        ((1, 1), 128, 1000, 64), ((2, 2), 64, 2047, 128), ((3, 1), 128, 600, 32), ((4, 1), 64, 7000, 64),
-        ((3, 1), 64, 5000, 128),
+        ((4, 2), 64, 200, 64, "output"), ((4, 2), 64, 1111, 32, "output"), ((4, 1), 128, 2600, 64, "output"),
+        ((3, 1), 64, 1111, 128, "output"), ((1, 1), 128, 1000, 64, "output"), ((2, 2), 64, 2047, 128, "output"),
+        ((3, 1), 128, 600, 32, "output"), ((4, 1), 64, 7000, 64, "output"), ((3, 1), 64, 5000, 128, "output"),
+        # The range ends where a block does, and a token before that.
+        ((4, 2), 64, BORDER, 64, "output"), ((4, 2), 64, BORDER - 1, 64, "output"),
+        ((2, 1), 64, BORDER + 15 * layout.BLOCK, 64, "output"),
+        ((4, 2), 64, 700, 64, "denominator"), ((4, 2), 64, 700, 64, "numerator"), ((4, 2), 64, 700, 64, "sdpa"),
     ],
 )  # fmt: skip
-def test_emulated_kernels_do_what_the_interpreted_ones_do(emulated, heads, head_dim, context, bits):
-    case = case_of(heads, head_dim, context, bits=bits)
+def test_emulated_kernels_do_what_the_interpreted_ones_do(emulated, heads, head_dim, context, bits, target):
+    case = case_of(heads, head_dim, context, bits=bits, settings={"target": target})
     before = case.state.clone()
     truth, true_stats, _ = case.run()
     counts, true_state = counts_of(case), case.state.clone()
