@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from decode_gpu import UNREACHABLE, Case, checked
+from decode_gpu import UNREACHABLE, Case, WrongOutputError, checked
 
 from vattn_kernels import ops
 
@@ -30,7 +30,7 @@ def test_right_outputs_pass(case, is_sampled):
 )
 def test_wrong_outputs_are_refused(case, spoil, is_sampled):
     below = 0 if is_sampled else 1 << 30
-    with pytest.raises(SystemExit, match="ours at 2x4096"):
+    with pytest.raises(WrongOutputError, match="ours at 2x4096"):
         checked(case, lambda layer: spoil(case.decode(layer, cap=0.1, dense_below=below)), "ours", is_sampled)
 
 
@@ -39,15 +39,15 @@ def test_a_sample_that_states_too_much_or_nothing_is_refused(case):
         case.stats[..., ops.STATS.index("half_width")] = half_width
         return torch.zeros_like(case.out)
 
-    with pytest.raises(SystemExit, match="it states more than"):
+    with pytest.raises(WrongOutputError, match="it states more than"):
         checked(case, lambda layer: zeros_that_state(1e3), "ours", is_sampled=True)
     case.decode(0, cap=0.1)
-    with pytest.raises(SystemExit, match="ours at 2x4096"):
+    with pytest.raises(WrongOutputError, match="ours at 2x4096"):
         checked(case, lambda layer: case.out.copy_(case.q[layer]), "ours", is_sampled=True)
 
 
 def test_a_scale_that_is_off_by_some_percent_is_refused(case):
     """Where the step states less than that."""
     case.settle(UNREACHABLE, 0.5)
-    with pytest.raises(SystemExit, match="ours at 2x4096"):
+    with pytest.raises(WrongOutputError, match="ours at 2x4096"):
         checked(case, lambda layer: 1.03 * case.decode(layer, cap=0.5), "ours", is_sampled=True)

@@ -25,10 +25,15 @@ def dtype(device):
     return torch.float32 if device == "cpu" else torch.bfloat16
 
 
+# What SGLang's dense backends on a GPU ask of groups that no test makes; the kit states `attn_tp_size` alone.
+ONE_RANK = {"attn_cp_size": 1, "attn_cp_rank": 0, "attn_dcp_size": 1, "attn_dcp_rank": 0, "dcp_size": 1, "dcp_rank": 0}
+
+
 @pytest.fixture(autouse=True)
 def exact_settings(device, monkeypatch):
     """Sample whatever is longer than a few tokens, at epsilon 1e-6, and forget the control of other tests."""
     from sglang.srt.plugins import load_plugins
+    from sglang.srt.runtime_context import get_parallel
 
     load_plugins()
     settings = {
@@ -48,5 +53,5 @@ def exact_settings(device, monkeypatch):
     # A backend of the kit has no end, so its collector would read on through the tests that follow.
     monkeypatch.setattr(Collector, "start", lambda self: None)
     # The kit of 0.5.23 initialises weights in place.
-    with torch.no_grad():
+    with torch.no_grad(), get_parallel().override(**ONE_RANK):
         yield
