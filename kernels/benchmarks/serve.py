@@ -288,7 +288,7 @@ def main() -> int:
                     console.print(f"{name}: failed: {error}", markup=False, soft_wrap=True)
     show(rows)
     if options.json:
-        options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
+        options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
     return int(failed)
 
 

@@ -227,7 +227,7 @@ def test_certified_steps_violate_delta_no_more_than_chance_allows():
         violations += int((c.errors(out) > 0.05).sum())
         steps += stats[..., 0].numel()
         assert stats[..., 0].mean() < MOST_READ
-    # Power at 1.3 delta: 98 % if heads err one by one, 92 % if the four of a group, which share a sample, err together.
+    # Power at 1.3 delta: 99 % if heads err one by one, 92 % if the four of a group, which share a sample, err together.
     assert statistics.binomtest(violations, steps, 0.05, alternative="greater").pvalue > 0.01
 
 
