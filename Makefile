@@ -43,7 +43,7 @@ test-sglang-%: requirements/sglang-%.txt
 
 has-gpu:
 	@command -v $(GPU_PYTHON) >/dev/null || { echo "$(GPU_PYTHON) is missing: set GPU_PYTHON=python3, or run make env" >&2; exit 1; }
-	@$(GPU_PYTHON) -c 'import torch' 2>/dev/null || { echo "$(GPU_PYTHON) has no torch: set GPU_PYTHON to the Python that serves with CUDA" >&2; exit 1; }
+	@error=$$($(GPU_PYTHON) -c 'import torch' 2>&1) || { echo "$$error" | tail -1 >&2; echo "set GPU_PYTHON to the Python that serves with CUDA" >&2; exit 1; }
 	@$(GPU_PYTHON) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "no CUDA device here: run this on a GPU; make test and make bench do without")'
 
 test-gpu: has-gpu ## kernels and servers on a GPU (GPU_PYTHON=python3, TEST_GPU_MODEL=folder of a converted model)
@@ -67,10 +67,10 @@ bench: env ## on this CPU: decode speed against SGLang's torch_native, both in o
 	@$(BIN)/python kernels/benchmarks/serve_cpu.py
 
 bench-gpu: has-gpu ## on a GPU: attention against the best dense kernels, what its counters cost, servers, and the table of it (GPU_PYTHON=python3)
-	@$(GPU_PYTHON) kernels/benchmarks/decode_gpu.py
-	@$(GPU_PYTHON) kernels/benchmarks/telemetry_gpu.py
-	@$(GPU_PYTHON) kernels/benchmarks/serve.py --json kernels/benchmarks/serve.json
-	@$(GPU_PYTHON) kernels/benchmarks/report.py
+	@status=0; for command in decode_gpu.py telemetry_gpu.py \
+	    "serve.py --backends triton flashinfer vattention --densities 0.1 0.05 --json kernels/benchmarks/serve.json" \
+	    "serve.py --context 1024 --densities 1 --tokens 400 --json kernels/benchmarks/serve_1k.json" report.py; do \
+	    echo "== $$command"; $(GPU_PYTHON) kernels/benchmarks/$$command || status=1; done; exit $$status
 
 fidelity: env ## measure the bound on a real model's attention and write docs/fidelity.md (FIDELITY_ARGS="--quick")
 	@$(BIN)/vattn eval fidelity --out docs --server $(FIDELITY_ARGS)

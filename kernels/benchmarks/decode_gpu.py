@@ -49,10 +49,10 @@ BYTES_TO_ROTATE = 1 << 30
 MOST_BYTES = 64 << 30
 COUNTERS = CounterLayout(1)
 DENSE_TOLERANCE = 1e-2
-# What is checked of a sample: so many layers, and in how many heads the error may exceed what the step states, rounding
-# of bf16 aside: five times DELTA, as heads of a group share their draws. A head that states more than the last, which
-# an output of zeros keeps, knows nothing and is counted among them.
-CHECKED_LAYERS, MOST_BEYOND, ROUNDING, MOST_STATED = 4, 0.25, 5e-3, 0.99
+# What is checked of a sample, in so many layers: in how many heads the error may exceed what the step states, rounding
+# of bf16 aside, four times DELTA, as heads of a group share their draws; how many times what it states a KV head may
+# err on average; and what it may state: an output of zeros keeps 1, so a head beyond the last knows nothing.
+CHECKED_LAYERS, MOST_BEYOND, ROUNDING, MOST_TIMES, MOST_STATED = 4, 0.2, 5e-3, 3.0, 0.99
 # Shapes and densities of which steps are also timed that end after each launch.
 CUT_SHAPES, CUT_DENSITIES = ((16, 32768), (4, 131072), (1, 131072)), (0.1, 0.05)
 # A step's launches in order, without those of other selectors and of audits.
@@ -280,31 +280,34 @@ def copy_bandwidth() -> float:
     return 2 * source.nbytes / (time_us(lambda layer: torch.add(source, 1.0, out=target), 1) * 1e-6)
 
 
-def checked(case: Case, run: Callable[[int], torch.Tensor], name: str, is_sampled: bool) -> tuple[float, float]:
-    """Mean error and median half-width, or a refusal to time what is wrong.
+def checked(case: Case, run: Callable[[int], torch.Tensor], name: str, is_sampled: bool) -> dict[str, float]:
+    """Mean error, median half-width and share of heads beyond it, or a refusal to time what is wrong.
 
-    A dense output is wrong by its errors, a sampled one by how many exceed what it states.
+    A dense output is wrong by its errors, a sampled one by how many exceed what it states and by how much.
     """
     errors, stated, is_finite = [], [], True
     for layer in range(min(case.layers, CHECKED_LAYERS)):
         case.out.fill_(float("nan"))
         case.stats.fill_(float("nan"))
         out = run(layer)
+        widths = case.stats[..., ops.STATS.index("half_width")].double()
+        widths = widths if is_sampled else torch.zeros_like(widths)
+        is_finite &= bool(torch.isfinite(out).all() and torch.isfinite(widths).all())
         for request in {0, case.batch - 1}:
             errors.append(case.errors(layer, request, out))
-            width = case.stats[request, :, ops.STATS.index("half_width")].double()
-            stated.append(width if is_sampled else torch.zeros_like(width))
-        is_finite &= bool(torch.isfinite(out).all())
-    error, half_width = torch.cat(errors), torch.cat(stated)
+            stated.append(widths[request])
+    error, half_width = torch.stack(errors), torch.stack(stated)
     tolerance, most = (ROUNDING, MOST_BEYOND) if is_sampled else (DENSE_TOLERANCE, 0.0)
-    found = float((~((error <= half_width + tolerance) & (half_width <= MOST_STATED))).double().mean())
-    if not (is_finite and found <= most):
+    beyond = float(((error > half_width + tolerance) | (half_width > MOST_STATED)).double().mean())
+    by_head, stated_by_head = (x.view(len(x), KV_HEADS, -1).mean((0, 2)) for x in (error, half_width))
+    excess = float((by_head - MOST_TIMES * stated_by_head).max())
+    if not (is_finite and beyond <= most and excess <= tolerance):
         raise WrongOutputError(
-            f"{name} at {case.batch}x{case.context}: errors of up to {float(error.max()):.3g}, in {found:.1%} of heads "
-            f"above what the step states and {tolerance}, or it states more than {MOST_STATED}; expected in at most "
-            f"{most:.0%}"
+            f"{name} at {case.batch}x{case.context}: errors of up to {float(error.max()):.3g} where up to "
+            f"{float(half_width.max()):.3g} is stated, {beyond:.1%} of heads beyond that and {tolerance}, expected at "
+            f"most {most:.0%}; a KV head errs by {excess:.3g} more than {MOST_TIMES} times what it states on average"
         )
-    return float(error.mean()), float(half_width.median())
+    return {"error": float(error.mean()), "half_width": float(half_width.median()), "beyond": beyond}
 
 
 def copy_us(batch: int, context: int, token_bytes: float, bandwidth: float) -> float:
@@ -357,7 +360,7 @@ def bench(
             return case.decode(layer, cap=cap)
 
         try:
-            error, half_width = checked(case, run, label, is_sampled=True)
+            more = checked(case, run, label, is_sampled=True)
         except WrongOutputError as wrong:
             print(f"  not timed: {wrong}", flush=True)
             refused += 1
@@ -366,10 +369,10 @@ def bench(
         real = float(case.stats[..., 0].mean())
         stages = stages_us(run, case.layers)
         shown = " ".join(f"{n} {t:.1f}" for n, t in stages.items())
-        gather_ratio = total / (kv_us * real)
-        print(f"  {label}: density {real:.4f}, error {error:.4f} of {half_width:.4f} stated, {total:.1f} us, "
-              f"{best / total:.2f}x dense, {gather_ratio:.2f} of its bytes' time; {shown}", flush=True)  # fmt: skip
-        more = {"gather_ratio": gather_ratio, "error": error, "half_width": half_width}
+        more["gather_ratio"] = total / (kv_us * real)
+        checks = f"error {more['error']:.4f} of {more['half_width']:.4f} stated, beyond in {more['beyond']:.1%}"
+        print(f"  {label}: density {real:.4f}, {checks}, {total:.1f} us, {best / total:.2f}x dense, "
+              f"{more['gather_ratio']:.2f} of its bytes' time; {shown}", flush=True)  # fmt: skip
         rows.append(row(real, "total", total, wanted=label, **{name: float(f"{x:.4g}") for name, x in more.items()}))
         rows += [row(real, n, t, wanted=label) for n, t in stages.items()]
         if order == "in order" and (batch, context) in CUT_SHAPES and density in CUT_DENSITIES:
@@ -407,10 +410,13 @@ def main() -> int:
                 refused += failed
             except torch.OutOfMemoryError:
                 print(f"{batch}x{context}: left out, this GPU has too little memory", flush=True)
+            except WrongOutputError as wrong:
+                print(f"{batch}x{context}: left out: {wrong}", flush=True)
+                refused += 1
             torch.cuda.empty_cache()
         options.json.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
     if refused:
-        print(f"{refused} samples failed their check and were not timed, see above", file=sys.stderr)
+        print(f"{refused} outputs failed their check and were not timed, see above", file=sys.stderr)
     return int(refused > 0)
 
 

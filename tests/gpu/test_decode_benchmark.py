@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from decode_gpu import UNREACHABLE, Case, WrongOutputError, checked
+from decode_gpu import CHECKED_LAYERS, UNREACHABLE, Case, WrongOutputError, checked
 
 from vattn_kernels import ops
 
@@ -34,16 +34,29 @@ def test_wrong_outputs_are_refused(case, spoil, is_sampled):
         checked(case, lambda layer: spoil(case.decode(layer, cap=0.1, dense_below=below)), "ours", is_sampled)
 
 
-def test_a_sample_that_states_too_much_or_nothing_is_refused(case):
-    def zeros_that_state(half_width):
-        case.stats[..., ops.STATS.index("half_width")] = half_width
+def test_a_sample_that_states_too_much_is_refused(case):
+    def zeros(layer):
+        case.stats[..., ops.STATS.index("half_width")] = 1e3
         return torch.zeros_like(case.out)
 
-    with pytest.raises(WrongOutputError, match="it states more than"):
-        checked(case, lambda layer: zeros_that_state(1e3), "ours", is_sampled=True)
-    case.decode(0, cap=0.1)
+    with pytest.raises(WrongOutputError, match=r"100\.0% of heads"):
+        checked(case, zeros, "ours", is_sampled=True)
+
+
+def test_a_right_sample_that_states_nothing_is_refused(case):
+    right = [case.decode(layer, cap=0.1).clone() for layer in range(CHECKED_LAYERS)]
     with pytest.raises(WrongOutputError, match="ours at 2x4096"):
-        checked(case, lambda layer: case.out.copy_(case.q[layer]), "ours", is_sampled=True)
+        checked(case, right.__getitem__, "ours", is_sampled=True)
+
+
+def test_one_kv_head_that_is_wrong_is_refused(case):
+    def spoilt(layer):
+        out = case.decode(layer, cap=0.1)
+        out[:, :4] *= 2
+        return out
+
+    with pytest.raises(WrongOutputError, match="a KV head errs by"):
+        checked(case, spoilt, "ours", is_sampled=True)
 
 
 def test_a_scale_that_is_off_by_some_percent_is_refused(case):

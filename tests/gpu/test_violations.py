@@ -32,6 +32,8 @@ CELLS = [
     *(("light", target, UNIFORM) for target in ops.TARGETS),
 ]
 MOST_READ, LEAST_CERTIFIED = 0.9, 0.5
+# So that what the lists cannot tell of hides no violations that would matter.
+LEAST_FIRST = 0.99
 DRAWS, STANDARD_ERRORS = 200, 5.0
 
 
@@ -100,7 +102,7 @@ def test_violations_are_rarer_than_delta(population, target, settings):
         read += float(stats[..., 0].mean()) / SEEDS
     found = f"{violations} of {trials} above epsilon, {first} by one draw, density {read:.3f}"
     print(f"{population} {target} {settings}: {found}")
-    assert trials >= LEAST_CERTIFIED * TRIALS and first >= LEAST_CERTIFIED * TRIALS
+    assert trials >= LEAST_CERTIFIED * TRIALS and first >= LEAST_FIRST * TRIALS
     assert violations <= proof.most_violations(trials)
     assert read < MOST_READ, "nearly everything was read: the test says nothing"
 
@@ -115,6 +117,7 @@ def test_both_sums_are_unbiased(settings):
         _, stats, _ = c.run(seed=seed)
         assert (stats[..., 0] < MOST_READ).all()
         found = sums(c)
+        assert ((stats[..., 0] * CONTEXT - found.tokens).abs() < 0.5).all()
         along = (found.numerator * found.true_numerator).sum(-1) / found.true_numerator.square().sum(-1)
         values.append(torch.stack([found.denominator / found.true_denominator, along]))
     ratios = torch.stack(values)

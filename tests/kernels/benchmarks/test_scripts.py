@@ -8,6 +8,9 @@ from pathlib import Path
 
 import decode_gpu
 import pytest
+import torch
+
+from vattn_kernels import ops
 
 FOLDER = Path(decode_gpu.__file__).parent
 
@@ -34,3 +37,57 @@ def test_the_page_holds_the_table_of_the_saved_run(tmp_path):
     table = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert table.count("\n") > len(decode_gpu.SHAPES) and table in (FOLDER / "RESULTS.md").read_text()
     assert (tmp_path / "roofline.png").stat().st_size
+
+
+class Sampled:
+    """Stands for a `decode_gpu.Case`: outputs that err by as much as they state, or by a little less."""
+
+    batch, context, layers = 2, 4096, 4
+    half_width = 0.02
+
+    def __init__(self):
+        shape = self.batch, decode_gpu.QO_HEADS, decode_gpu.HEAD_DIM
+        self.exact = torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+        self.out, self.stats = torch.empty(shape), torch.empty(*shape[:2], len(ops.STATS))
+
+    def errors(self, layer, request, out):
+        return (out[request] - self.exact[request]).norm(dim=-1) / self.exact[request].norm(dim=-1)
+
+    def decode(self, spoil=None, half_width=half_width):
+        if half_width is not None:
+            self.stats[..., ops.STATS.index("half_width")] = half_width
+        out = self.exact * (1 + 0.9 * self.half_width)
+        return out if spoil is None else spoil(out)
+
+    def check(self, **spoilt):
+        return decode_gpu.checked(self, lambda layer: self.decode(**spoilt), "ours", is_sampled=True)
+
+
+def heads(which, factor):
+    """Multiplies the outputs of some heads."""
+    return lambda out: out.index_copy(1, torch.tensor(which), factor * out[:, which])
+
+
+def test_a_sample_that_keeps_what_it_states_is_timed():
+    found = Sampled().check()
+    assert found == pytest.approx({"error": 0.018, "half_width": 0.02, "beyond": 0.0}, abs=1e-6)
+    assert Sampled().check(spoil=heads([5, 9], 1.03))["beyond"] == 2 / 32
+
+
+@pytest.mark.parametrize(
+    "spoilt",
+    [
+        {"spoil": lambda out: 0 * out, "half_width": 1e3},
+        {"spoil": lambda out: -out, "half_width": 1e3},
+        {"half_width": None},
+        {"half_width": float("inf")},
+        {"spoil": lambda out: 1.03 * out},
+        {"spoil": heads([0, 1, 2, 3], 2.0)},
+        {"spoil": heads(list(range(0, 32, 4)), 1.03)},
+        {"spoil": heads([7], float("nan"))},
+    ],
+    ids=["zeros", "negated", "unstated", "unbounded", "scaled", "a-kv-head", "a-head-of-each-group", "nan"],
+)
+def test_a_sample_that_does_not_is_refused(spoilt):
+    with pytest.raises(decode_gpu.WrongOutputError, match="ours at 2x4096"):
+        Sampled().check(**spoilt)

@@ -41,11 +41,14 @@ QUERY, CACHE = {"p_q", "p_out"}, {"p_k", "p_v", "p_bounds"}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8e4nv": torch.float8_e4m3fn, "fp8e5": torch.float8_e5m2}
 # Of most cases; `layout.MOST_SPLITS` of some.
 FEW_SPLITS = 8
-# Compiled at the main shape alone: what a setting changes, and in which kernels.
+# Compiled at the main shape, and those kernels that it has no use for at `PLAIN`: what a setting changes, and where.
 VARIANTS = {
     "denominator": (
         {"TARGET": TARGETS.index("denominator")},
-        (select_lists_fwd_kernel, combine_fwd_kernel, finish_fwd_kernel, budget_fwd_kernel),
+        (
+            *(select_lists_fwd_kernel, combine_fwd_kernel, finish_fwd_kernel, budget_fwd_kernel),
+            *(select_fwd_kernel, attend_fwd_kernel),
+        ),
     ),
     # Computes what ``numerator`` does, and the denominator's width beside it.
     "sdpa": (
@@ -61,6 +64,8 @@ VARIANTS = {
     "after the pilot": ({"IS_PILOT": False}, (budget_fwd_kernel,)),
     "audit": ({"AUDIT": True}, (finish_fwd_kernel,)),
 }
+MAIN, PLAIN = ("bf16", "bf16", 128, 4, 2), ("bf16", "bf16", 128, 8, 4)
+WITHOUT_TENSOR_CORES = {select_fwd_kernel, attend_fwd_kernel}
 # Selectors whose rows are of the cache's type.
 ROWS_OF_NUMBERS = {"oracle", "quest"}
 TYPES = {
@@ -156,7 +161,8 @@ def shapes_of_variants(arch: int, dtype: str, cache: str, head_dim: int, group: 
         kernel: (warps, constants) for kernel, warps, constants in shapes(arch, dtype, cache, head_dim, group, words)
     }
     for variant, (changed, kernels) in VARIANTS.items():
-        for kernel in kernels:
+        model = dtype, cache, head_dim, group, words
+        for kernel in given.keys() & set(kernels) & (set(given) if model == MAIN else WITHOUT_TENSOR_CORES):
             warps, constants = given[kernel]
             # Only sampler ``uniform`` plans.
             kept = {n: c for n, c in constants.items() if n != "p_plan" or variant != "uniform"}
@@ -201,8 +207,8 @@ def type_of(name: str, kernel, dtype: str, cache: str, selector: str) -> str:
 
 def main() -> None:
     models = (
-        ("bf16", "bf16", 128, 4, 2), ("bf16", "bf16", 64, 3, 2), ("fp16", "fp16", 96, 1, 4),
-        ("bf16", "bf16", 256, 16, 2), ("bf16", "bf16", 128, 8, 4), ("bf16", "bf16", 128, 16, 2),
+        MAIN, ("bf16", "bf16", 64, 3, 2), ("fp16", "fp16", 96, 1, 4),
+        ("bf16", "bf16", 256, 16, 2), PLAIN, ("bf16", "bf16", 128, 16, 2),
         ("bf16", "fp8e5", 128, 4, 2), ("bf16", "fp8e4nv", 128, 4, 2), ("fp16", "fp8e4nv", 96, 1, 4),
         ("fp16", "fp16", 256, 16, 4), ("bf16", "fp8e4nv", 256, 16, 4),
     )  # fmt: skip
@@ -221,7 +227,7 @@ def main() -> None:
                     for selector, _, kernel, _, given in kernels
                     if kernel in (combine_fwd_kernel, budget_fwd_kernel)
                 ]
-            if model == models[0] and arch == 90:
+            if model in (MAIN, PLAIN):
                 kernels += [("sketch", *kernel) for kernel in shapes_of_variants(arch, *model)]
             for selector, variant, kernel, warps, given in kernels:
                 constants = {name: value for name, value in given.items() if name in kernel.arg_names}

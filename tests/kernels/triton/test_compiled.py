@@ -101,8 +101,14 @@ def test_kernels_of_the_main_shape_fit(rows):
         "hash": SELECTED | SIGNED,
     }.items():
         assert sorted(r["kernel"] for r in usual if r["selector"] == selector) == sorted(own)
-    assert Counter(r["variant"] for r in main if r["variant"]) == VARIANTS
     assert all(row["spills"] <= FEW_BYTES for row in main)
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_variants_of_settings_compile(rows, arch):
+    built = Counter((r["variant"], r["group"]) for r in rows if r["arch"] == arch and r["variant"])
+    plain = {("denominator", 8): 2}
+    assert built == {(name, MAIN["group"]): count for name, count in VARIANTS.items()} | plain
 
 
 def test_no_kernel_takes_more_than_it_may(rows):
