@@ -123,8 +123,10 @@ class Server:
         sglang = Path(sys.executable).with_name("sglang")
         self.command = [str(sglang), "serve", "--model-path", str(model_path), "--attention-backend", backend]
         self.command += ["--host", "127.0.0.1", "--port", str(self.port)]
+        if metrics:
+            self.command.append("--enable-metrics")
         # Otherwise an idle server keeps a core busy.
-        self.command += ["--sleep-on-idle", *(["--enable-metrics"] if metrics else []), *arguments]
+        self.command += ["--sleep-on-idle", *arguments]
         if admin_key is not None:
             # One word, because a key may begin with a dash.
             self.command.append(f"--admin-api-key={admin_key}")

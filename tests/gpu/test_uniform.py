@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from decode_case import FP8, OFFSETS
-from gpu_case import BF16, FP16, ROUNDING, case, with_fp8_cache
+from decode_gpu import ROUNDING
+from gpu_case import BF16, FP16, case, with_fp8_cache
 from scipy import stats as statistics
 
 from vattn_kernels import ops

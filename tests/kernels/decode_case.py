@@ -100,6 +100,14 @@ def changed(op: str, arguments: tuple[Any, ...], changes: dict[str, Callable[[An
     return [changes.get(name, lambda value: value)(value) for name, value in zip(names, arguments, strict=False)]
 
 
+SINK, WINDOW = 16, 64
+
+
+def relative_error(x: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
+    """Distance of vectors in the last dimension, over the length of the true one."""
+    return (x - truth).norm(dim=-1) / truth.norm(dim=-1)
+
+
 @dataclass
 class DecodeCase:
     """One call of the op: a paged cache in random slot order with heavy-tailed scores, and its settings."""
@@ -145,8 +153,8 @@ class DecodeCase:
             "sampler": "proportional",
             "target": "output",
             "selector": "oracle",
-            "sink": 16,
-            "window": 64,
+            "sink": SINK,
+            "window": WINDOW,
             "dense_below": 0,
             "top_k_count": -1,
             "top_k_share": 0.025,
@@ -307,5 +315,4 @@ class DecodeCase:
 
     def errors(self, out: torch.Tensor) -> torch.Tensor:
         """Relative error of every head, float64 ``[batch, num_qo_heads]``."""
-        exact = self.exact()
-        return (out.double() - exact).norm(dim=-1) / exact.norm(dim=-1)
+        return relative_error(out.double(), self.exact())

@@ -27,6 +27,11 @@ def test_a_key_that_begins_with_a_dash_is_still_a_key(tmp_path):
     assert parser.parse_args(arguments).admin_api_key == "-k3y"
 
 
+def test_metrics_are_served_unless_they_are_not_wanted(tmp_path):
+    assert "--enable-metrics" in Server(tmp_path, "torch_native").command
+    assert "--enable-metrics" not in Server(tmp_path, "torch_native", metrics=False).command
+
+
 def test_a_port_in_use_is_refused_before_anything_starts(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         server = Server(tmp_path, "torch_native", port=taken.getsockname()[1])

@@ -161,8 +161,10 @@ def shapes_of_variants(arch: int, dtype: str, cache: str, head_dim: int, group: 
         kernel: (warps, constants) for kernel, warps, constants in shapes(arch, dtype, cache, head_dim, group, words)
     }
     for variant, (changed, kernels) in VARIANTS.items():
-        model = dtype, cache, head_dim, group, words
-        for kernel in given.keys() & set(kernels) & (set(given) if model == MAIN else WITHOUT_TENSOR_CORES):
+        is_main = (dtype, cache, head_dim, group, words) == MAIN
+        for kernel in kernels:
+            if kernel not in given or not (is_main or kernel in WITHOUT_TENSOR_CORES):
+                continue
             warps, constants = given[kernel]
             # Only sampler ``uniform`` plans.
             kept = {n: c for n, c in constants.items() if n != "p_plan" or variant != "uniform"}

@@ -21,6 +21,8 @@ from decode_case import (
     MISFITS,
     OFFSETS,
     SELECTOR_MISFITS,
+    SINK,
+    WINDOW,
     WRONG_SETTINGS,
     DecodeCase,
     changed,
@@ -32,7 +34,6 @@ from vattn_kernels.reference import rng
 from vattn_kernels.reference import sketch as reference
 from vattn_kernels.triton import layout
 
-SINK, WINDOW = 16, 64
 LAUNCH_ARGUMENTS = {"grid", "warmup", *inspect.signature(CUDAOptions).parameters}
 HEADS = [(4, 2), (3, 1), (2, 2), (5, 1)]
 
