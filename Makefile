@@ -41,9 +41,16 @@ test-sglang-%: requirements/sglang-%.txt
 	@$(MAKE) --no-print-directory env VENV=.venv-sglang-$* OVERLAY=$<
 	@echo "== SGLang $*" && .venv-sglang-$*/bin/python -m pytest -m e2e tests/e2e $(PYTEST_ARGS)
 
+# This tree and no copy of it that is installed there; and nothing is skipped for want of a GPU.
+GPU_PYTHONPATH := $(CURDIR):$(CURDIR)/kernels:$(CURDIR)/telemetry$(if $(PYTHONPATH),:$(PYTHONPATH))
+test-gpu bench-gpu: export PYTHONPATH := $(GPU_PYTHONPATH)
+test-gpu: export TEST_GPU_REQUIRED := 1
+sanitize-%: export PYTHONPATH := $(GPU_PYTHONPATH)
+sanitize-%: export TEST_GPU_REQUIRED := 1
+
 has-gpu:
 	@command -v $(GPU_PYTHON) >/dev/null || { echo "$(GPU_PYTHON) is missing: set GPU_PYTHON=python3, or run make env" >&2; exit 1; }
-	@error=$$($(GPU_PYTHON) -c 'import torch' 2>&1) || { echo "$$error" | tail -1 >&2; echo "set GPU_PYTHON to the Python that serves with CUDA" >&2; exit 1; }
+	@error=$$($(GPU_PYTHON) -c 'import torch, pytest' 2>&1) || { echo "$$error" | tail -1 >&2; echo "set GPU_PYTHON to the Python that serves with CUDA, and install pytest there" >&2; exit 1; }
 	@$(GPU_PYTHON) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "no CUDA device here: run this on a GPU; make test and make bench do without")'
 
 test-gpu: has-gpu ## kernels and servers on a GPU (GPU_PYTHON=python3, TEST_GPU_MODEL=folder of a converted model)
@@ -67,6 +74,7 @@ bench: env ## on this CPU: decode speed against SGLang's torch_native, both in o
 	@$(BIN)/python kernels/benchmarks/serve_cpu.py
 
 bench-gpu: has-gpu ## on a GPU: attention against the best dense kernels, what its counters cost, servers, and the table of it (GPU_PYTHON=python3)
+	@$(GPU_PYTHON) -c 'import matplotlib' || { echo "matplotlib, which draws the plot, is missing: $(GPU_PYTHON) -m pip install matplotlib" >&2; exit 1; }
 	@status=0; for command in decode_gpu.py telemetry_gpu.py \
 	    "serve.py --backends triton flashinfer vattention --densities 0.1 0.05 --json kernels/benchmarks/serve.json" \
 	    "serve.py --context 1024 --densities 1 --tokens 400 --json kernels/benchmarks/serve_1k.json" report.py; do \

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -51,6 +53,24 @@ def check_port(port: int) -> None:
     """
     if not _is_free(port):
         raise PortError(f"port {port} of 127.0.0.1 is in use: give another one, or leave it out")
+
+
+def sglang_command() -> str:
+    """SGLang's command of this Python's environment, or else the one on PATH.
+
+    Raises
+    ------
+    ServerError
+        If there is none.
+    """
+    # A system's Python may lie elsewhere than the scripts that pip installs for it.
+    beside, scripts = str(Path(sys.executable).parent), sysconfig.get_path("scripts")
+    found = shutil.which("sglang", path=os.pathsep.join((beside, scripts, os.environ.get("PATH", ""))))
+    if found is None:
+        raise ServerError(
+            f"no command sglang in {beside}, in {scripts} or on PATH: install SGLang for {sys.executable}"
+        )
+    return found
 
 
 def free_port() -> int:
@@ -120,8 +140,7 @@ class Server:
         self.url = f"http://127.0.0.1:{self.port}"
         self.admin_key = admin_key
         self.log = Path(tempfile.mkstemp(prefix=f"vattn-{backend}-", suffix=".log")[1])
-        sglang = Path(sys.executable).with_name("sglang")
-        self.command = [str(sglang), "serve", "--model-path", str(model_path), "--attention-backend", backend]
+        self.command = [sglang_command(), "serve", "--model-path", str(model_path), "--attention-backend", backend]
         self.command += ["--host", "127.0.0.1", "--port", str(self.port)]
         if metrics:
             self.command.append("--enable-metrics")

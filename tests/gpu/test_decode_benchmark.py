@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from decode_gpu import CHECKED_LAYERS, UNREACHABLE, Case, WrongOutputError, checked
+from decode_gpu import CHECKED_LAYERS, EPSILON, UNREACHABLE, Case, WrongOutputError, checked
+from gpu_case import by_head
 
 from vattn_kernels import ops
 
@@ -64,3 +65,19 @@ def test_a_scale_that_is_off_by_some_percent_is_refused(case):
     case.settle(UNREACHABLE, 0.5)
     with pytest.raises(WrongOutputError, match="ours at 2x4096"):
         checked(case, lambda layer: 1.03 * case.decode(layer, cap=0.5), "ours", is_sampled=True)
+
+
+def test_scores_by_other_tokens_codes_are_refused(case, monkeypatch):
+    others = torch.randperm(case.k[0].shape[0], device="cuda")
+    monkeypatch.setattr(case, "side", [(by_head(codes[others]), *rest) for codes, *rest in case.side])
+    case.settle(UNREACHABLE, 0.5)
+    with pytest.raises(WrongOutputError, match=r"knows no scores|of heads beyond"):
+        checked(case, lambda layer: case.decode(layer, cap=0.5), "ours", is_sampled=True)
+
+
+def test_a_step_that_states_more_than_epsilon_is_refused_where_that_is_to_hold(case):
+    case.settle(UNREACHABLE, 0.1)
+    with pytest.raises(WrongOutputError, match="is to hold"):
+        checked(case, lambda layer: case.decode(layer, cap=0.1), "ours", is_sampled=True, is_certified=True)
+    case.settle(EPSILON, 1.0)
+    checked(case, lambda layer: case.decode(layer, cap=1.0), "ours", is_sampled=True, is_certified=True)

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import sysconfig
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -151,3 +152,22 @@ def test_a_signal_to_a_command_ends_its_server(command, number, starting, monkey
         process.send_signal(number)
         assert process.wait(30) == 128 + number
     assert not server.is_running()
+
+
+def script(folder: Path) -> str:
+    folder.mkdir()
+    path = folder / "sglang"
+    path.write_text("#!/bin/sh\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_sglang_is_found_where_a_systems_pip_installs_it(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "bin" / "python3"))
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path / "scripts"))
+    monkeypatch.setenv("PATH", str(tmp_path / "path"))
+    with pytest.raises(ServerError, match=f"no command sglang in {tmp_path}.*: install SGLang for"):
+        Server("model", "vattention")
+    for folder in ("path", "scripts", "bin"):
+        path = script(tmp_path / folder)
+        assert Server("model", "vattention").command[:2] == [path, "serve"]

@@ -45,6 +45,8 @@ class Sampled:
 
     batch, context, layers = 2, 4096, 4
     half_width = 0.02
+    # Of a draw that knows no scores.
+    unscored = 0.5
 
     def __init__(self):
         shape = self.batch, decode_gpu.QO_HEADS, decode_gpu.HEAD_DIM
@@ -53,7 +55,8 @@ class Sampled:
         self.out, self.stats = torch.empty(shape), torch.full((*shape[:2], len(ops.STATS)), self.half_width)
 
     def errors(self, layer, request, out):
-        return relative_error(out[request], self.exact[request])
+        error = relative_error(out[request], self.exact[request])
+        return error, torch.full_like(error, self.unscored)
 
     def decode(self, spoil=None, half_width=half_width):
         if half_width is not None:
@@ -61,8 +64,8 @@ class Sampled:
         out = self.exact * (1 + 0.9 * self.half_width)
         return out if spoil is None else spoil(out)
 
-    def check(self, **spoilt):
-        return decode_gpu.checked(self, lambda layer: self.decode(**spoilt), "ours", is_sampled=True)
+    def check(self, is_certified=False, **spoilt):
+        return decode_gpu.checked(self, lambda layer: self.decode(**spoilt), "ours", True, is_certified)
 
 
 def heads(which, factor):
@@ -74,6 +77,9 @@ def test_a_sample_that_keeps_what_it_states_is_timed():
     found = Sampled().check()
     assert found == pytest.approx({"error": 0.018, "half_width": 0.02, "beyond": 0.0}, abs=1e-6)
     assert Sampled().check(spoil=heads([5, 9], 1.03))["beyond"] == 2 / 32
+    # Where epsilon is not to hold.
+    assert Sampled().check(half_width=1.01 * decode_gpu.EPSILON)
+    assert Sampled().check(is_certified=True, half_width=decode_gpu.EPSILON)
 
 
 @pytest.mark.parametrize(
@@ -87,8 +93,14 @@ def test_a_sample_that_keeps_what_it_states_is_timed():
         {"spoil": heads([0, 1, 2, 3], 2.0)},
         {"spoil": heads(list(range(0, 32, 4)), 1.03)},
         {"spoil": heads([7], float("nan"))},
+        {"spoil": lambda out: 0.5 * out, "half_width": 0.6},
+        {"spoil": lambda out: 1.9 * out, "half_width": 0.95},
+        {"is_certified": True, "half_width": 1.01 * decode_gpu.EPSILON},
     ],
-    ids=["zeros", "negated", "unstated", "unbounded", "scaled", "a-kv-head", "a-head-of-each-group", "nan"],
+    ids=[
+        *("zeros", "negated", "unstated", "unbounded", "scaled", "a-kv-head", "a-head-of-each-group", "nan"),
+        *("half-and-so-stated", "twice-and-so-stated", "above-epsilon"),
+    ],
 )
 def test_a_sample_that_does_not_is_refused(spoilt):
     with pytest.raises(decode_gpu.WrongOutputError, match="ours at 2x4096"):
