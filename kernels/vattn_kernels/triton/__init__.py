@@ -201,8 +201,8 @@ def decode(
     key = ((seed + (1 << 31)) % (1 << 32) - (1 << 31), layer_id)
     logit_scale = sm_scale * k_scale
     settled = (
-        work.heads, work.log_scale, work.fixed, work.reads, work.arrivals, params, state, state_rows, budget_edges,
-        error_edges, out, stats, counters,
+        work.heads, work.log_scale, work.fixed, work.reads, work.asked, work.arrivals, params, state, state_rows,
+        budget_edges, error_edges, out, stats, counters,
     )  # fmt: skip
 
     query = work.codes if is_sketch else work.query
@@ -225,17 +225,22 @@ def decode(
     is_narrow = is_aligned and layout.one_warp_attends(k_cache.dtype, head_dim, group)
 
     def attend_splits() -> None:
+        given = (
+            q, k_cache, v_cache, kv_indices, seq_lens, *lists, work.listed, work.attended, side.rows, side.norms,
+            side.fields, query, work.bias, work.log_scale, work.scale, work.asked, side.valid, logit_scale, sink, window,
+        )  # fmt: skip
+        surveyed = side.row_stride, side.head_stride, side.norm_stride, capacity
+        constants = {"SPLITS": splits, "TARGET": target_id, "UNIFORM": is_uniform, "DP4A": q.is_cuda}
+        constants |= sketch | choice | signals
         if layout.gluon_serves(q.device) and is_narrow:
             attend_lists_fwd_kernel[(rows * (splits + 1),)](
-                q, k_cache, v_cache, kv_indices, seq_lens, *lists, work.listed, work.attended, logit_scale, sink,
-                window, kv_stride, capacity, HKV=num_kv_heads, G=group, WIDTH=width, D=head_dim, SPLITS=splits,
-                MOST=layout.MOST_LISTS, **signals, num_warps=1,
+                *given, kv_stride, *surveyed, HKV=num_kv_heads, G=group, WIDTH=width, D=head_dim, **constants,
+                num_warps=1,
             )  # fmt: skip
         else:
             attend_fwd_kernel[(rows * (splits + 1),)](
-                q, k_cache, v_cache, kv_indices, seq_lens, *lists, work.listed, work.attended, logit_scale, sink,
-                window, kv_stride, k_stride, capacity, **model, WIDTH=width, **attend, **signals, SPLITS=splits,
-                MOST=layout.MOST_LISTS, TARGET=target_id, maxnreg=layout.attend_registers(width, padded_dim),
+                *given, kv_stride, k_stride, *surveyed, **model, WIDTH=width, **attend, **constants,
+                maxnreg=layout.attend_registers(width, padded_dim),
             )  # fmt: skip
 
     def draw_uniformly(ranking: layout.Ranking) -> None:
@@ -257,7 +262,7 @@ def decode(
             )  # fmt: skip
             attend_splits()
             budget_fwd_kernel[(rows,)](
-                work.outs, work.scalars, seq_lens, work.mode, ranking.plan, work.fixed, *settled[5:], v_scale, sink,
+                work.outs, work.scalars, seq_lens, work.mode, ranking.plan, work.fixed, *settled[6:], v_scale, sink,
                 window, cap, capacity, *counter_offsets[:5], **merge, SPLITS=splits, IS_PILOT=is_pilot,
                 num_warps=layout.combine_warps(splits),
             )  # fmt: skip

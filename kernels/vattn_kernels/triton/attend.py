@@ -22,6 +22,7 @@ from vattn_kernels.triton.layout import (
     sampled_range,
     signal,
 )
+from vattn_kernels.triton.survey import SURVEYED, survey_split
 
 
 @triton.jit
@@ -35,12 +36,14 @@ def accumulate(p, v, acc, WIDE: tl.constexpr):
 @triton.jit
 def attend_fwd_kernel(
     p_q, p_k, p_v, p_kv_indices, p_seq_lens, p_mode, p_entries, p_counts, p_outs, p_scalars, p_listed, p_attended,
-    sm_scale, sink, window, kv_stride, k_stride, capacity,
+    p_codes, p_norms, p_fields, p_query, p_bias, p_log_scale, p_scale, p_asked, p_valid,
+    sm_scale, sink, window, kv_stride, k_stride, row_stride, code_head, norm_head, capacity,
     HKV: tl.constexpr, G: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr,
     SPLITS: tl.constexpr, MOST: tl.constexpr, TARGET: tl.constexpr, WIDE: tl.constexpr,
-    SIGNALS: tl.constexpr, DEPENDENT: tl.constexpr,
+    R: tl.constexpr, GROUPS: tl.constexpr, WORDS: tl.constexpr, DP4A: tl.constexpr, SELECTOR: tl.constexpr,
+    UNIFORM: tl.constexpr, SIGNALS: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """First round: one split a program, sink and window last."""
+    """First round: one split a program, sink and window last; that program surveys too."""
     begin_next(DEPENDENT)
     i_row, i_split = tl.program_id(0) // (SPLITS + 1), tl.program_id(0) % (SPLITS + 1)
     await_signals(p_listed + i_row * SIGNALS + tl.minimum(i_split, SPLITS - 1), 1, DEPENDENT)
@@ -50,6 +53,13 @@ def attend_fwd_kernel(
             sm_scale, sink, window, kv_stride, k_stride, capacity,
             HKV, G, WIDTH, D, DP, BN, SPLITS, MOST, TARGET, WIDE,
         )  # fmt: skip
+        # Sink and window are soonest done.
+        if (i_split == SPLITS) & (not UNIFORM):
+            survey_split(
+                tl.arange(0, SURVEYED), i_row, SPLITS - 1, SPLITS, p_codes, p_norms, p_fields, p_query, p_bias,
+                p_log_scale, p_scale, p_entries, p_counts, p_asked, p_valid, p_v, sm_scale, row_stride, code_head,
+                norm_head, capacity, HKV, G, D, R, GROUPS, WORDS, TARGET != DENOMINATOR, MOST, DP4A, SELECTOR,
+            )  # fmt: skip
     signal(p_attended + i_row, DEPENDENT)
 
 

@@ -14,6 +14,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
 from vattn_kernels.triton.attend import place_of
 from vattn_kernels.triton.layout import (
+    DENOMINATOR,
     ENTRY,
     LISTS,
     LOG2E,
@@ -29,6 +30,7 @@ from vattn_kernels.triton.layout import (
     sampled_range,
     signal,
 )
+from vattn_kernels.triton.survey import SURVEYED, survey_split
 
 # Tokens of a tile: the tensor cores' inner dimension.
 TILE = gl.constexpr(16)
@@ -59,11 +61,13 @@ def rows_in_use(tile):
 @gluon.jit
 def attend_lists_fwd_kernel(
     p_q, p_k, p_v, p_kv_indices, p_seq_lens, p_mode, p_entries, p_counts, p_outs, p_scalars, p_listed, p_attended,
-    sm_scale, sink, window, kv_stride, capacity,
+    p_codes, p_norms, p_fields, p_query, p_bias, p_log_scale, p_scale, p_asked, p_valid,
+    sm_scale, sink, window, kv_stride, row_stride, code_head, norm_head, capacity,
     HKV: gl.constexpr, G: gl.constexpr, WIDTH: gl.constexpr, D: gl.constexpr, SPLITS: gl.constexpr,
-    MOST: gl.constexpr, SIGNALS: gl.constexpr, DEPENDENT: gl.constexpr,
+    MOST: gl.constexpr, TARGET: gl.constexpr, R: gl.constexpr, GROUPS: gl.constexpr, WORDS: gl.constexpr,
+    DP4A: gl.constexpr, SELECTOR: gl.constexpr, UNIFORM: gl.constexpr, SIGNALS: gl.constexpr, DEPENDENT: gl.constexpr,
 ):  # fmt: skip
-    """One split a program: its lists, or, behind the last split, sink and window.
+    """One split a program: its lists, or, behind the last split, sink and window; that program surveys too.
 
     Rows [0, G) are the group's heads, which weigh by w y; rows [G, 2G) are their variances, by w (w - 1) y^2.
     """
@@ -205,4 +209,11 @@ def attend_lists_fwd_kernel(
     gl.store(p_own + SPREAD * WIDTH + o_w, gl.sum(spread, 1))
     o_s = gl.arange(0, ROWS, layout=gl.SliceLayout(0, mma))
     gl.store(p_own + SQUARE * WIDTH + o_s, gl.sum(square, 0))
+    # Sink and window are soonest done.
+    if (i_split == SPLITS) & (not UNIFORM):
+        survey_split(
+            gl.arange(0, SURVEYED, layout=lanes), i_row, SPLITS - 1, SPLITS, p_codes, p_norms, p_fields, p_query,
+            p_bias, p_log_scale, p_scale, p_entries, p_counts, p_asked, p_valid, p_v, sm_scale, row_stride, code_head,
+            norm_head, capacity, HKV, G, D, R, GROUPS, WORDS, TARGET != DENOMINATOR, MOST, DP4A, SELECTOR,
+        )  # fmt: skip
     signal(p_attended + i_row, DEPENDENT)

@@ -56,6 +56,10 @@ AIM = tl.constexpr(0.6)
 DECAY = tl.constexpr(0.15)
 RETRY_AIM = tl.constexpr(0.15)
 MOST_GROWTH = tl.constexpr(3.0)
+# By its own scores each of G heads asks for at least 1 / (G SHARES) of what its group reads: below that its codes may
+# miss what it attends to, of which no half-width tells, kernels/benchmarks/RESULTS.md. LEAST_SHARE bounds a logarithm.
+SHARES = tl.constexpr(4)
+LEAST_SHARE = tl.constexpr(1e-26)
 # What may follow a round.
 MAY_RETRY = tl.constexpr(0)
 MAY_READ_ALL = tl.constexpr(1)
@@ -100,7 +104,7 @@ def hits(o_c, entries, mask):
 @triton.jit
 def combine_fwd_kernel(
     p_outs, p_scalars, p_heads, p_seq_lens, p_mode, p_counts, p_attended,
-    p_log_scale, p_fixed, p_reads, p_arrivals, p_params, p_state, p_state_rows, p_budget_edges, p_error_edges,
+    p_log_scale, p_fixed, p_reads, p_asked, p_arrivals, p_params, p_state, p_state_rows, p_budget_edges, p_error_edges,
     p_out, p_stats, p_counters, v_scale, sink, window, cap, at_context, at_read, at_outcome, at_budget, at_error,
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     SPLITS: tl.constexpr, MOST: tl.constexpr, STATE: tl.constexpr, TARGET: tl.constexpr,
@@ -116,7 +120,7 @@ def combine_fwd_kernel(
     await_signals(p_attended + item // G, SPLITS + 1, DEPENDENT)
     combine_head(
         item, tl.load(p_mode + item // G), SPLITS, MAY_RETRY, budget_edges, error_edges, p_outs, p_scalars, p_heads,
-        p_seq_lens, p_mode, p_counts, p_log_scale, p_fixed, p_reads, p_arrivals, None, p_params, p_state,
+        p_seq_lens, p_mode, p_counts, p_log_scale, p_fixed, p_reads, p_asked, p_arrivals, None, p_params, p_state,
         p_state_rows, p_out, p_stats, p_counters, v_scale, sink, window, cap,
         at_context, at_read, at_outcome, at_budget, at_error,
         HKV, G, GP, WIDTH, D, DP, SPLITS, MOST, STATE, TARGET, False, TABLE, POINTS, PER_UNIT, COUNTERS_P, False,
@@ -126,7 +130,7 @@ def combine_fwd_kernel(
 @triton.jit
 def combine_round(
     rows, last, splits, p_outs, p_scalars, p_heads, p_seq_lens, p_mode, p_counts, p_log_scale, p_fixed, p_reads,
-    p_arrivals, p_plan, p_params, p_state, p_state_rows, p_budget_edges, p_error_edges, p_out, p_stats, p_counters,
+    p_asked, p_arrivals, p_plan, p_params, p_state, p_state_rows, p_budget_edges, p_error_edges, p_out, p_stats, p_counters,
     v_scale, sink, window, cap, at_context, at_read, at_outcome, at_budget, at_error,
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     SPLITS: tl.constexpr, MOST: tl.constexpr, STATE: tl.constexpr, TARGET: tl.constexpr,
@@ -143,7 +147,7 @@ def combine_round(
         if (mode >= DENSE) if EXACT else (mode == SAMPLED):
             combine_head(
                 item, mode, splits, last, budget_edges, error_edges, p_outs, p_scalars, p_heads, p_seq_lens, p_mode,
-                p_counts, p_log_scale, p_fixed, p_reads, p_arrivals, p_plan, p_params, p_state, p_state_rows, p_out,
+                p_counts, p_log_scale, p_fixed, p_reads, p_asked, p_arrivals, p_plan, p_params, p_state, p_state_rows, p_out,
                 p_stats, p_counters, v_scale, sink, window, cap, at_context, at_read, at_outcome, at_budget, at_error,
                 HKV, G, GP, WIDTH, D, DP, SPLITS, MOST, STATE, TARGET, EXACT, TABLE, POINTS, PER_UNIT,
                 COUNTERS_P, UNIFORM,
@@ -154,7 +158,7 @@ def combine_round(
 @triton.jit
 def combine_head(
     item, mode, splits, last, budget_edges, error_edges, p_outs, p_scalars, p_heads, p_seq_lens, p_mode, p_counts,
-    p_log_scale, p_fixed, p_reads, p_arrivals, p_plan, p_params, p_state, p_state_rows, p_out, p_stats, p_counters,
+    p_log_scale, p_fixed, p_reads, p_asked, p_arrivals, p_plan, p_params, p_state, p_state_rows, p_out, p_stats, p_counters,
     v_scale, sink, window, cap, at_context, at_read, at_outcome, at_budget, at_error,
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     SPLITS: tl.constexpr, MOST: tl.constexpr, STATE: tl.constexpr, TARGET: tl.constexpr,
@@ -166,7 +170,7 @@ def combine_head(
     # Loaded by every head, so that the last one, which decides, has not to wait for it.
     epsilon = tl.load(p_params)
     known = row_of_round(
-        i_row, splits, p_seq_lens, p_state_rows, p_log_scale, p_fixed, p_counts, p_reads, p_plan,
+        i_row, splits, p_seq_lens, p_state_rows, p_log_scale, p_fixed, p_counts, p_reads, p_asked, p_plan,
         HKV, G, GP, MOST, EXACT, UNIFORM,
     )  # fmt: skip
     # All is loaded and merged before the mode is asked, which saves a trip to memory; a row that does not take part
@@ -202,14 +206,14 @@ def combine_head(
 
 @triton.jit
 def row_of_round(
-    i_row, splits, p_seq_lens, p_state_rows, p_log_scale, p_fixed, p_counts, p_reads, p_plan,
+    i_row, splits, p_seq_lens, p_state_rows, p_log_scale, p_fixed, p_counts, p_reads, p_asked, p_plan,
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, MOST: tl.constexpr, EXACT: tl.constexpr,
     UNIFORM: tl.constexpr,
 ):  # fmt: skip
     """What a group decides by beside its heads' results.
 
     Context, row of the state, size of the top-k, log-scales and fixed masses of the heads; of every list its length and
-    the expected one, which are not summed here: what is loaded later would wait for that.
+    the expected one, which are not summed here: what is loaded later would wait for that; and what each head asks for.
     """
     o_g = tl.arange(0, GP)
     o_m = tl.arange(0, MOST)
@@ -224,6 +228,7 @@ def row_of_round(
         tl.load(p_fixed + i_row * G + o_g, mask=o_g < G, other=0.0),
         tl.load(p_counts + i_row * MOST + o_m, mask=own, other=0, cache_modifier=".cg"),
         tl.load(p_reads + i_row * MOST + o_m, mask=own, other=0.0, cache_modifier=".cg"),
+        tl.load(p_asked + i_row * G + o_g, mask=(o_g < G) & (not EXACT), other=1.0, cache_modifier=".cg"),
     )
 
 
@@ -374,9 +379,10 @@ def settle_group(
 
     ``last`` is what may follow: another draw, exact attention, or nothing.
 
-    The next step's scale lies above what this one needed, never below the guard, and within the cap.
+    The next step's scale lies above what this one needed, never below the guard or what a head asks at least, and within
+    the cap.
     """
-    n, request, top_k, used, fixed, counts, reads = known
+    n, request, top_k, used, fixed, counts, reads, asked = known
     low, high = sampled_range(n, sink, window)
     total = high - low
     fixed_tokens = n - total
@@ -407,8 +413,13 @@ def settle_group(
         change = needs + AIM
         # Far above its need a scale comes down by half the way, less one.
         change = tl.maximum(change, tl.minimum(0.5 * (change + 1.0), -DECAY))
-        following = used + tl.minimum(change, MOST_GROWTH)
-        following = tl.minimum(tl.maximum(following, guards), used + limit)
+        following = tl.maximum(used + tl.minimum(change, MOST_GROWTH), guards)
+        # What a head lacks it gets at once, and the cap makes room for it.
+        share = tl.maximum(asked, LEAST_SHARE) * (G * SHARES)
+        lacks = tl.maximum(-tl.log(share), 0.0)
+        gained = tl.sum(tl.where(m_g, tl.maximum(1.0 - share, 0.0), 0.0), 0) / (G * SHARES)
+        following = tl.where(lacks > 0.0, tl.maximum(following, used + lacks), following)
+        following = tl.minimum(following, used + lacks + (limit - tl.log(1.0 + gained)))
     elif not UNIFORM:
         if cap < 1.0:
             # The first scale reads cap tokens where its values are twice as long as their mean.

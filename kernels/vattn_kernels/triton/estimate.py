@@ -99,24 +99,34 @@ def agreement_of(differing, BITS: tl.constexpr, ANGULAR: tl.constexpr):
 
 
 @triton.jit
+def largest(scores, G: tl.constexpr):
+    """The largest of a group's scores."""
+    best = scores[0]
+    for g in tl.static_range(1, G):
+        best = tl.maximum(best, scores[g])
+    return best
+
+
+@triton.jit
 def signature_scores(
     slot, p_codes, p_norms, p_query, p_bias, p_log_scale, i_row, row_stride,
     G: tl.constexpr, D: tl.constexpr, WORDS: tl.constexpr, OWN_WORDS: tl.constexpr, SELECTOR: tl.constexpr,
     FAST: tl.constexpr,
 ):  # fmt: skip
-    """Largest scaled logit of the group, in nats, from signatures of ``OWN_WORDS``, one for all heads or one for each.
+    """Each head's scaled logit, in nats, from signatures of ``OWN_WORDS``, one for all heads or one for each.
 
     Parameters
     ----------
     slot : tensor
-        int32 ``[RUN, LISTS, REPEATS]``.
+        int32, of any shape.
     p_codes, p_norms : pointer
         Of this KV head; norms of a head lie side by side.
     """
     each: tl.constexpr = WORDS // OWN_WORDS
     norm = tl.exp2((tl.load(p_norms + slot).to(tl.float32) - ZERO) * (1.0 / STEPS_PER_OCTAVE))
     p_code = p_codes + slot.to(tl.int64) * row_stride
-    best = norm * 0.0 + float("-inf")
+    # With one signature for each head a turn has one head, so they come in order.
+    scores = ()
     for e in tl.static_range(each):
         words = ()
         for w in tl.static_range(OWN_WORDS):
@@ -130,9 +140,47 @@ def signature_scores(
                 differing += population(words[w] ^ tl.load(p_word + w), FAST)
             similar = agreement_of(differing, 32 * OWN_WORDS, SELECTOR == SIGN)
             level = tl.load(p_bias + head) + tl.load(p_log_scale + head)
-            score = level + norm * (tl.load(p_own + AGREEMENT) * similar + tl.load(p_own + CONSTANT))
-            best = tl.maximum(best, score)
-    return best
+            scores = scores + (level + norm * (tl.load(p_own + AGREEMENT) * similar + tl.load(p_own + CONSTANT)),)
+    return scores
+
+
+@triton.jit
+def scores_of_slots(
+    slot, p_rows, p_v, p_query, p_bias, p_log_scale, i_row, sm_scale, row_stride,
+    G: tl.constexpr, D: tl.constexpr, SELECTOR: tl.constexpr, WITH_VALUES: tl.constexpr,
+):  # fmt: skip
+    """Each head's scaled logit, in nats, and log of \\|v\\|, of few tokens anywhere; `row_scores` is for whole blocks.
+
+    Parameters
+    ----------
+    slot : tensor
+        int32, of any shape.
+    p_rows, p_v : pointer
+        Keys or page bounds, and values, of this KV head.
+    """
+    row = slot // PAGE if SELECTOR == QUEST else slot
+    at = row.to(tl.int64) * row_stride
+    square = at.to(tl.float32) * 0.0
+    products = ()
+    for g in tl.static_range(G):
+        products = products + (square,)
+    for d in range(2 * D if SELECTOR == QUEST else D):
+        number = tl.load(p_rows + at + d).to(tl.float32)
+        grown = ()
+        for g in tl.static_range(G):
+            grown = grown + (products[g] + number * tl.load(p_query + (i_row * G + g) * (2 * D) + d),)
+        products = grown
+        if (SELECTOR == ORACLE) & WITH_VALUES:
+            v = tl.load(p_v + at + d).to(tl.float32)
+            square += v * v
+    scores = ()
+    for g in tl.static_range(G):
+        level = tl.load(p_bias + i_row * G + g) + tl.load(p_log_scale + i_row * G + g)
+        score = products[g] * sm_scale + level
+        if (SELECTOR == ORACLE) & WITH_VALUES:
+            score += (0.5 / LOG2E) * tl.log2(tl.maximum(square, 1e-37))
+        scores = scores + (score,)
+    return scores
 
 
 @triton.jit

@@ -260,6 +260,8 @@ class Workspace:
         int32 ``[rows]``, splits that the first round has attended to.
     barrier : torch.Tensor
         int32 ``[2]``, see `vattn_kernels.triton.finish.await_all`; the first is 0 between launches.
+    asked : torch.Tensor
+        float32 ``[rows * group]``, share of the expected reads that a head's own scores ask for, see `survey`.
     counts, reads : torch.Tensor
         int32 and float32 ``[rows, MOST_LISTS]``, tokens selected and their expected number, by list.
     outs, scalars : torch.Tensor
@@ -275,6 +277,7 @@ class Workspace:
     scale: torch.Tensor
     entries: torch.Tensor
     heads: torch.Tensor
+    asked: torch.Tensor
     arrivals: torch.Tensor
     used: torch.Tensor
     listed: torch.Tensor
@@ -406,6 +409,7 @@ def workspace(
         empty(rows, NUM_SCALES.value),
         empty(entries, ENTRY.value, dtype=torch.int32),
         empty(heads, 4),
+        empty(heads),
         torch.zeros(rows, dtype=torch.int32, device=device),
         empty(1, dtype=torch.int32),
         empty(rows, MOST_SPLITS, dtype=torch.int32),

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from vattn_kernels.sketch import GROUPS_PER_WORD, NORM_STEPS_PER_OCTAVE, NORM_ZERO
-from vattn_kernels.triton.estimate import HASH, ORACLE, SIGN, SKETCH, row_scores, signature_scores
+from vattn_kernels.triton.estimate import HASH, ORACLE, SIGN, SKETCH, largest, row_scores, signature_scores
 from vattn_kernels.triton.layout import (
     CODE_BITS,
     CODING,
@@ -185,11 +185,11 @@ def octaves_of(level, unit):
 
 
 @triton.jit
-def score_codes(
-    low_pair, high_pair, norm, shifts, masks, levels, queries, unit2, coding,
+def products(
+    low_pair, high_pair, shifts, masks, levels, queries,
     G: tl.constexpr, GROUPS: tl.constexpr, WORDS: tl.constexpr, DP4A: tl.constexpr,
 ):  # fmt: skip
-    """Octaves of the group's largest score beyond the first head's level, and what half the variance missed adds."""
+    """Each head's score of a token in units, without what half the variance missed adds."""
     words = (low_pair.to(tl.int32),)
     if WORDS > 1:
         words = words + ((low_pair >> 32).to(tl.int32),)
@@ -205,12 +205,52 @@ def score_codes(
         for g in tl.static_range(G):
             grown = grown + (dot_bytes(lanes, queries[g * GROUPS + j], accs[g], DP4A),)
         accs = grown
+    return accs
+
+
+@triton.jit
+def score_codes(
+    low_pair, high_pair, norm, shifts, masks, levels, queries, unit2, coding,
+    G: tl.constexpr, GROUPS: tl.constexpr, WORDS: tl.constexpr, DP4A: tl.constexpr,
+):  # fmt: skip
+    """Octaves of the group's largest score beyond the first head's level, and what half the variance missed adds."""
+    accs = products(low_pair, high_pair, shifts, masks, levels, queries, G, GROUPS, WORDS, DP4A)
     best = accs[0]
     for g in tl.static_range(1, G):
         best = tl.maximum(best, accs[g])
-    # An error byte of 255 marks a slot without usable side data; this makes it certain.
+    return unit2 * (best - levels[0]).to(tl.float32), octaves_missed(norm, coding, DP4A)
+
+
+@triton.jit
+def octaves_missed(norm, coding, DP4A: tl.constexpr):
+    """What half the variance missed adds to a score; an error byte of 255, of no usable side data, makes it certain."""
     error2 = power_of_two((norm.to(tl.int32) & 0xFF).to(tl.float32) * (2 * OCTAVES) + 2 * LEAST_OCTAVES, DP4A)
-    return unit2 * (best - levels[0]).to(tl.float32), coding * error2
+    return coding * error2
+
+
+@triton.jit
+def octaves_beside(missed, norm, base, WITH_VALUES: tl.constexpr):
+    """Octaves of a score beside those of its product: what is missed, the value's norm and the first head's level."""
+    # Added up in the order of `select_gluon`, so that both round alike.
+    if WITH_VALUES:
+        missed += ((norm.to(tl.int32) >> 8) & 0xFF).to(tl.float32) * OCTAVES + (LEAST_OCTAVES + base)
+    else:
+        missed += base
+    return missed
+
+
+@triton.jit
+def octaves_of_heads(
+    low_pair, high_pair, norm, shifts, masks, base, levels, queries, unit2, coding,
+    G: tl.constexpr, GROUPS: tl.constexpr, WORDS: tl.constexpr, WITH_VALUES: tl.constexpr, DP4A: tl.constexpr,
+):  # fmt: skip
+    """Octaves of each head's scaled score."""
+    accs = products(low_pair, high_pair, shifts, masks, levels, queries, G, GROUPS, WORDS, DP4A)
+    beside = octaves_beside(octaves_missed(norm, coding, DP4A), norm, base, WITH_VALUES)
+    octaves = ()
+    for g in tl.static_range(G):
+        octaves = octaves + (unit2 * (accs[g] - levels[0]).to(tl.float32) + beside,)
+    return octaves
 
 
 @triton.jit
@@ -315,10 +355,11 @@ def select_by_estimate(
         m_b = position < high
         slot = tl.load(p_indices + position, mask=m_b, other=0)
         if (SELECTOR == SIGN) | (SELECTOR == HASH):
-            score = signature_scores(
+            scores = signature_scores(
                 slot, p_rows, p_norms + h.to(tl.int64) * norm_head, p_query, p_bias, p_log_scale, i_row, row_stride,
                 G, D, WORDS, GROUPS, SELECTOR, DP4A,
             )  # fmt: skip
+            score = largest(scores, G)
         else:
             score = row_scores(
                 start, high, p_rows, p_v + h * D, p_indices, p_query, p_bias, p_log_scale, i_row, sm_scale, row_stride,
@@ -379,12 +420,7 @@ def select_by_sketch(
         best, missed = score_codes(
             low_pair, high_pair, norm, shifts, masks, levels, queries, unit2, coding, G, GROUPS, WORDS, DP4A
         )
-        # Added up in the order of `select_gluon`, so that both round alike.
-        if WITH_VALUES:
-            missed += ((norm.to(tl.int32) >> 8) & 0xFF).to(tl.float32) * OCTAVES + (LEAST_OCTAVES + base)
-        else:
-            missed += base
-        log_pi = best + missed
+        log_pi = best + octaves_beside(missed, norm, base, WITH_VALUES)
         pi = tl.minimum(power_of_two(tl.minimum(log_pi, 0.0), DP4A) + least, 1.0)
         m_b = position < high
         reads += tl.where(m_b, pi, 0.0)

@@ -7,7 +7,7 @@ import triton.language as tl
 
 from vattn_kernels.reference.scores import MOST_HALF_VARIANCE
 from vattn_kernels.sketch import UNUSABLE as UNUSABLE_LEVEL
-from vattn_kernels.triton.estimate import HASH, ORACLE, SIGN, SKETCH, row_scores, signature_scores
+from vattn_kernels.triton.estimate import HASH, ORACLE, SIGN, SKETCH, largest, row_scores, signature_scores
 from vattn_kernels.triton.layout import (
     CODING,
     CUT_HEADS,
@@ -78,10 +78,11 @@ def rank_fwd_kernel(
             score = tl.where(missed <= MOST_CODING, best + missed, float("-inf"))
             known = (norm.to(tl.int32) & 0xFF) != UNUSABLE
         elif (SELECTOR == SIGN) | (SELECTOR == HASH):
-            score = signature_scores(
+            scores = signature_scores(
                 slot, p_rows, p_norms + h.to(tl.int64) * norm_head, p_query, p_bias, p_log_scale, i_row, row_stride,
                 G, D, WORDS, GROUPS, SELECTOR, DP4A,
             )  # fmt: skip
+            score = largest(scores, G)
         else:
             score = row_scores(
                 start, high, p_rows, p_v + h * D, p_indices, p_query, p_bias, p_log_scale, i_row, sm_scale, row_stride,

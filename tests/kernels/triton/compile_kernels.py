@@ -103,9 +103,9 @@ def shapes(arch: int, dtype: str, cache: str, head_dim: int, group: int, words: 
     else:
         yield select_fwd_kernel, warps, merge | sketch
     if layout.one_warp_attends(DTYPES[cache], head_dim, group):
-        yield attend_lists_fwd_kernel, 1, merge
+        yield attend_lists_fwd_kernel, 1, merge | sketch | {"UNIFORM": False}
     else:
-        yield attend_fwd_kernel, warps, merge | attend
+        yield attend_fwd_kernel, warps, merge | sketch | attend | {"UNIFORM": False}
     yield combine_fwd_kernel, 1, merge
     yield finish_fwd_kernel, warps, merge | sketch | attend | few | {
         "EXACT_BN": layout.exact_block(power), "STAGES": launch.exact_stages, "CAPPED": False, "UNIFORM": False,
