@@ -1,11 +1,11 @@
 """GPU implementation of the ops in Triton and Gluon: kernels of fixed grids, no wait for the host, no allocation.
 
 A step is five launches: ``prepare``, ``select``, ``attend``, ``combine``, ``finish``. The first draw takes a scale
-predicted from the request's last step; in ``finish`` a group that it did not certify draws again at the scale its
-variance asks for, and one that is still open reads everything. Mostly none is, and it ends at once. For ``sign`` and
-``hash`` one more launch, ahead of all, signs the queries. Audits, where they are on, add three: ``choose``, ``finish``,
-``audit``. From sm_90 on a launch starts while the one ahead ends, and a split is attended to, and a row merged, as soon
-as what it needs of the launch ahead is there (`layout.await_signals`).
+predicted from the request's last step, and some of its tokens tell what each head asks for; in ``finish`` a group that
+it did not certify draws again at the scale its variance asks for, and one that is still open reads everything. Mostly
+none is, and it ends at once. For ``sign`` and ``hash`` one more launch, ahead of all, signs the queries. Audits, where
+they are on, add three: ``choose``, ``finish``, ``audit``. From sm_90 on a launch starts while the one ahead ends, and a
+split is attended to, and a row merged, as soon as what it needs of the launch ahead is there (`layout.await_signals`).
 
 Sampler ``uniform`` takes other launches between the first and the last: ``rank`` and ``top_k``, then ``list``,
 ``attend`` and ``budget`` for the pilot, and the same for the budget. They wait for each other, and for speed it has no
@@ -227,7 +227,8 @@ def decode(
     def attend_splits() -> None:
         given = (
             q, k_cache, v_cache, kv_indices, seq_lens, *lists, work.listed, work.attended, side.rows, side.norms,
-            side.fields, query, work.bias, work.log_scale, work.scale, work.asked, side.valid, logit_scale, sink, window,
+            side.fields, query, work.bias, work.log_scale, work.scale, work.asked, side.valid, logit_scale, sink,
+            window,
         )  # fmt: skip
         surveyed = side.row_stride, side.head_stride, side.norm_stride, capacity
         constants = {"SPLITS": splits, "TARGET": target_id, "UNIFORM": is_uniform, "DP4A": q.is_cuda}

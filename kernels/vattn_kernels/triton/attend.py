@@ -16,13 +16,14 @@ from vattn_kernels.triton.layout import (
     SAMPLED,
     SPREAD,
     SQUARE,
+    await_each,
     await_signals,
     begin_next,
     probabilities_of,
     sampled_range,
     signal,
 )
-from vattn_kernels.triton.survey import SURVEYED, survey_split
+from vattn_kernels.triton.survey import SURVEYED, survey_row
 
 
 @triton.jit
@@ -46,7 +47,11 @@ def attend_fwd_kernel(
     """First round: one split a program, sink and window last; that program surveys too."""
     begin_next(DEPENDENT)
     i_row, i_split = tl.program_id(0) // (SPLITS + 1), tl.program_id(0) % (SPLITS + 1)
-    await_signals(p_listed + i_row * SIGNALS + tl.minimum(i_split, SPLITS - 1), 1, DEPENDENT)
+    p_own_signal = p_listed + i_row * SIGNALS
+    if i_split < SPLITS:
+        await_signals(p_own_signal + i_split, 1, DEPENDENT)
+    else:
+        await_each(p_own_signal, tl.arange(0, SURVEYED) % SPLITS, SURVEYED, DEPENDENT)
     if tl.load(p_mode + i_row) == SAMPLED:
         attend_list(
             i_row, i_split, SPLITS, p_q, p_k, p_v, p_kv_indices, p_seq_lens, p_entries, p_counts, p_outs, p_scalars,
@@ -54,12 +59,14 @@ def attend_fwd_kernel(
             HKV, G, WIDTH, D, DP, BN, SPLITS, MOST, TARGET, WIDE,
         )  # fmt: skip
         # Sink and window are soonest done.
-        if (i_split == SPLITS) & (not UNIFORM):
-            survey_split(
-                tl.arange(0, SURVEYED), i_row, SPLITS - 1, SPLITS, p_codes, p_norms, p_fields, p_query, p_bias,
-                p_log_scale, p_scale, p_entries, p_counts, p_asked, p_valid, p_v, sm_scale, row_stride, code_head,
-                norm_head, capacity, HKV, G, D, R, GROUPS, WORDS, TARGET != DENOMINATOR, MOST, DP4A, SELECTOR,
-            )  # fmt: skip
+        if not UNIFORM:
+            if i_split == SPLITS:
+                n = tl.load(p_seq_lens + i_row // HKV).to(tl.int32)
+                survey_row(
+                    tl.arange(0, SURVEYED), i_row, n, p_codes, p_norms, p_fields, p_query, p_bias, p_log_scale, p_scale,
+                    p_entries, p_counts, p_asked, p_valid, p_v, sm_scale, row_stride, code_head, norm_head, capacity,
+                    HKV, G, D, R, GROUPS, WORDS, TARGET != DENOMINATOR, SPLITS, MOST, DP4A, SELECTOR,
+                )  # fmt: skip
     signal(p_attended + i_row, DEPENDENT)
 
 

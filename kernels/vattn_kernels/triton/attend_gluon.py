@@ -24,13 +24,14 @@ from vattn_kernels.triton.layout import (
     SAMPLED,
     SPREAD,
     SQUARE,
+    await_each,
     await_signals,
     begin_next,
     probabilities_of,
     sampled_range,
     signal,
 )
-from vattn_kernels.triton.survey import SURVEYED, survey_split
+from vattn_kernels.triton.survey import SURVEYED, survey_row
 
 # Tokens of a tile: the tensor cores' inner dimension.
 TILE = gl.constexpr(16)
@@ -99,7 +100,12 @@ def attend_lists_fwd_kernel(
     q = gl.load(p_q + (i_row * G + o_q % G)[:, None] * D + d_q[None, :], mask=(o_q < 2 * G)[:, None], other=0.0)
     o_t = gl.arange(0, TILE, layout=lanes)
     # All above is loaded while `select` still runs, which does not write it.
-    await_signals(p_listed + i_row * SIGNALS + gl.minimum(i_split, SPLITS - 1), 1, DEPENDENT)
+    p_own_signal = p_listed + i_row * SIGNALS
+    if listed:
+        await_signals(p_own_signal + i_split, 1, DEPENDENT)
+    else:
+        # One or two a lane: no lane is left out, whose answer would have to come from another.
+        await_each(p_own_signal, gl.arange(0, SURVEYED, layout=lanes) % SPLITS, SURVEYED, DEPENDENT)
     # Splits begin at different lists, whose tokens lie in different parts of the cache.
     i_first = gl.where(listed, i_split % LISTS, 0)
     # Where the first tile mostly lies, on its way with the counts that tell.
@@ -210,10 +216,11 @@ def attend_lists_fwd_kernel(
     o_s = gl.arange(0, ROWS, layout=gl.SliceLayout(0, mma))
     gl.store(p_own + SQUARE * WIDTH + o_s, gl.sum(square, 0))
     # Sink and window are soonest done.
-    if (i_split == SPLITS) & (not UNIFORM):
-        survey_split(
-            gl.arange(0, SURVEYED, layout=lanes), i_row, SPLITS - 1, SPLITS, p_codes, p_norms, p_fields, p_query,
-            p_bias, p_log_scale, p_scale, p_entries, p_counts, p_asked, p_valid, p_v, sm_scale, row_stride, code_head,
-            norm_head, capacity, HKV, G, D, R, GROUPS, WORDS, TARGET != DENOMINATOR, MOST, DP4A, SELECTOR,
-        )  # fmt: skip
+    if not UNIFORM:
+        if i_split == SPLITS:
+            survey_row(
+                gl.arange(0, SURVEYED, layout=lanes), i_row, n, p_codes, p_norms, p_fields, p_query, p_bias,
+                p_log_scale, p_scale, p_entries, p_counts, p_asked, p_valid, p_v, sm_scale, row_stride, code_head,
+                norm_head, capacity, HKV, G, D, R, GROUPS, WORDS, TARGET != DENOMINATOR, SPLITS, MOST, DP4A, SELECTOR,
+            )  # fmt: skip
     signal(p_attended + i_row, DEPENDENT)

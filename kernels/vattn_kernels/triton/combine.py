@@ -130,8 +130,8 @@ def combine_fwd_kernel(
 @triton.jit
 def combine_round(
     rows, last, splits, p_outs, p_scalars, p_heads, p_seq_lens, p_mode, p_counts, p_log_scale, p_fixed, p_reads,
-    p_asked, p_arrivals, p_plan, p_params, p_state, p_state_rows, p_budget_edges, p_error_edges, p_out, p_stats, p_counters,
-    v_scale, sink, window, cap, at_context, at_read, at_outcome, at_budget, at_error,
+    p_asked, p_arrivals, p_plan, p_params, p_state, p_state_rows, p_budget_edges, p_error_edges, p_out, p_stats,
+    p_counters, v_scale, sink, window, cap, at_context, at_read, at_outcome, at_budget, at_error,
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     SPLITS: tl.constexpr, MOST: tl.constexpr, STATE: tl.constexpr, TARGET: tl.constexpr,
     EXACT: tl.constexpr, TABLE: tl.constexpr, POINTS: tl.constexpr, PER_UNIT: tl.constexpr,
@@ -147,9 +147,9 @@ def combine_round(
         if (mode >= DENSE) if EXACT else (mode == SAMPLED):
             combine_head(
                 item, mode, splits, last, budget_edges, error_edges, p_outs, p_scalars, p_heads, p_seq_lens, p_mode,
-                p_counts, p_log_scale, p_fixed, p_reads, p_asked, p_arrivals, p_plan, p_params, p_state, p_state_rows, p_out,
-                p_stats, p_counters, v_scale, sink, window, cap, at_context, at_read, at_outcome, at_budget, at_error,
-                HKV, G, GP, WIDTH, D, DP, SPLITS, MOST, STATE, TARGET, EXACT, TABLE, POINTS, PER_UNIT,
+                p_counts, p_log_scale, p_fixed, p_reads, p_asked, p_arrivals, p_plan, p_params, p_state, p_state_rows,
+                p_out, p_stats, p_counters, v_scale, sink, window, cap, at_context, at_read, at_outcome, at_budget,
+                at_error, HKV, G, GP, WIDTH, D, DP, SPLITS, MOST, STATE, TARGET, EXACT, TABLE, POINTS, PER_UNIT,
                 COUNTERS_P, UNIFORM,
             )  # fmt: skip
         item += tl.num_programs(0)
@@ -158,8 +158,8 @@ def combine_round(
 @triton.jit
 def combine_head(
     item, mode, splits, last, budget_edges, error_edges, p_outs, p_scalars, p_heads, p_seq_lens, p_mode, p_counts,
-    p_log_scale, p_fixed, p_reads, p_asked, p_arrivals, p_plan, p_params, p_state, p_state_rows, p_out, p_stats, p_counters,
-    v_scale, sink, window, cap, at_context, at_read, at_outcome, at_budget, at_error,
+    p_log_scale, p_fixed, p_reads, p_asked, p_arrivals, p_plan, p_params, p_state, p_state_rows, p_out, p_stats,
+    p_counters, v_scale, sink, window, cap, at_context, at_read, at_outcome, at_budget, at_error,
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     SPLITS: tl.constexpr, MOST: tl.constexpr, STATE: tl.constexpr, TARGET: tl.constexpr,
     EXACT: tl.constexpr, TABLE: tl.constexpr, POINTS: tl.constexpr, PER_UNIT: tl.constexpr, COUNTERS_P: tl.constexpr,
@@ -198,7 +198,7 @@ def combine_head(
                 tl.load(p_results + 1, mask=m_g, other=-1e9, cache_modifier=".cg"),
                 tl.load(p_results + 2, mask=m_g, other=0.0, cache_modifier=".cg"),
                 tl.load(p_results + 3, mask=m_g, other=0.0, cache_modifier=".cg"),
-                p_mode, p_log_scale, p_params, p_state, budget_edges, error_edges, p_stats, p_counters,
+                p_mode, p_log_scale, p_asked, p_params, p_state, budget_edges, error_edges, p_stats, p_counters,
                 sink, window, cap, last, at_context, at_read, at_outcome, at_budget, at_error,
                 HKV, G, GP, STATE, EXACT, TABLE, COUNTERS_P, UNIFORM,
             )  # fmt: skip
@@ -369,7 +369,7 @@ def merge_head(
 
 @triton.jit
 def settle_group(
-    i_row, mode, known, epsilon, widths, guards, starts, residuals, p_mode, p_log_scale, p_params, p_state,
+    i_row, mode, known, epsilon, widths, guards, starts, residuals, p_mode, p_log_scale, p_asked, p_params, p_state,
     budget_edges, error_edges, p_stats, p_counters,
     sink, window, cap, last, at_context, at_read, at_outcome, at_budget, at_error,
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, STATE: tl.constexpr, EXACT: tl.constexpr,
@@ -379,8 +379,8 @@ def settle_group(
 
     ``last`` is what may follow: another draw, exact attention, or nothing.
 
-    The next step's scale lies above what this one needed, never below the guard or what a head asks at least, and within
-    the cap.
+    The next step's scale lies above what this one needed, never below the guard or the least a head asks for, and
+    within the cap.
     """
     n, request, top_k, used, fixed, counts, reads, asked = known
     low, high = sampled_range(n, sink, window)
@@ -404,18 +404,22 @@ def settle_group(
     following = starts
     again = False
     if not EXACT:
+        # The first round surveyed shares, and left for this one the tokens that they come to.
+        own = asked * tl.where(last == MAY_RETRY, expected, 1.0)
         growth = tl.where(widths <= epsilon, 0.0, tl.minimum(needs + RETRY_AIM, MOST_GROWTH))
         growth = tl.maximum(growth, tl.where((used < guards - SLACK) & (budget < total), guards - used, 0.0))
         growth = tl.where(m_g, growth, 0.0)
         if last < LAST:
             again = (tl.max(growth, 0) > 0.0) & (limit > 0.02)
-            tl.store(p_log_scale + head, tl.where(again, used + tl.minimum(growth, limit), used), mask=m_g)
+            growth = tl.where(again, tl.minimum(growth, limit), 0.0)
+            tl.store(p_log_scale + head, used + growth, mask=m_g)
+            tl.store(p_asked + head, own * tl.exp(growth), mask=m_g)
         change = needs + AIM
         # Far above its need a scale comes down by half the way, less one.
         change = tl.maximum(change, tl.minimum(0.5 * (change + 1.0), -DECAY))
         following = tl.maximum(used + tl.minimum(change, MOST_GROWTH), guards)
         # What a head lacks it gets at once, and the cap makes room for it.
-        share = tl.maximum(asked, LEAST_SHARE) * (G * SHARES)
+        share = tl.maximum(own / expected, LEAST_SHARE) * (G * SHARES)
         lacks = tl.maximum(-tl.log(share), 0.0)
         gained = tl.sum(tl.where(m_g, tl.maximum(1.0 - share, 0.0), 0.0), 0) / (G * SHARES)
         following = tl.where(lacks > 0.0, tl.maximum(following, used + lacks), following)

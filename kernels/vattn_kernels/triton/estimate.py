@@ -162,7 +162,7 @@ def scores_of_slots(
     at = row.to(tl.int64) * row_stride
     square = at.to(tl.float32) * 0.0
     products = ()
-    for g in tl.static_range(G):
+    for _ in tl.static_range(G):
         products = products + (square,)
     for d in range(2 * D if SELECTOR == QUEST else D):
         number = tl.load(p_rows + at + d).to(tl.float32)

@@ -12,7 +12,6 @@ from vattn_kernels.triton.attend import attend_everything, attend_list
 from vattn_kernels.triton.combine import LAST, MAY_READ_ALL, combine_round
 from vattn_kernels.triton.layout import DENOMINATOR, DENSE, SAMPLED, await_last, begin_next
 from vattn_kernels.triton.select import select_split
-from vattn_kernels.triton.survey import SURVEYED, survey_split
 
 
 @triton.jit
@@ -58,8 +57,8 @@ def await_all(p_barrier):
 def finish_fwd_kernel(
     p_q, p_k, p_v, p_kv_indices, p_seq_lens, p_mode, p_entries, p_counts, p_outs, p_scalars,
     p_codes, p_norms, p_fields, p_query, p_bias, p_scale, p_used, p_barrier,
-    p_heads, p_log_scale, p_fixed, p_reads, p_asked, p_arrivals, p_params, p_state, p_state_rows, p_budget_edges, p_error_edges,
-    p_out, p_stats, p_counters,
+    p_heads, p_log_scale, p_fixed, p_reads, p_asked, p_arrivals, p_params, p_state, p_state_rows, p_budget_edges,
+    p_error_edges, p_out, p_stats, p_counters,
     sm_scale, v_scale, sink, window, seed, layer, rows, items, kv_stride, k_stride, code_head, norm_head, capacity,
     cap, at_context, at_read, at_outcome, at_budget, at_error, p_valid, row_stride, p_plan,
     HKV: tl.constexpr, G: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr,
@@ -101,14 +100,6 @@ def finish_fwd_kernel(
                         p_outs, p_scalars, sm_scale, sink, window, kv_stride, k_stride, capacity,
                         HKV, G, WIDTH, D, DP, BN, SPLITS, MOST, TARGET, WIDE,
                     )  # fmt: skip
-                    # Of all programs only this one has waited for lists, its own.
-                    if i_split == splits - 1:
-                        survey_split(
-                            tl.arange(0, SURVEYED), i_row, i_split, splits, p_codes, p_norms, p_fields, p_query,
-                            p_bias, p_log_scale, p_scale, p_entries, p_counts, p_asked, p_valid, p_v, sm_scale,
-                            row_stride, code_head, norm_head, capacity,
-                            HKV, G, D, R, GROUPS, WORDS, TARGET != DENOMINATOR, MOST, DP4A, SELECTOR,
-                        )  # fmt: skip
                 item += tl.num_programs(0)
             await_all(p_barrier)
             combine_round(
@@ -138,8 +129,8 @@ def finish_fwd_kernel(
             await_all(p_barrier)
             combine_round(
                 rows, LAST, splits, p_outs, p_scalars, p_heads, p_seq_lens, p_mode, p_counts, p_log_scale, p_fixed,
-                p_reads, p_asked, p_arrivals, p_plan, p_params, p_state, p_state_rows, p_budget_edges, p_error_edges, p_out,
-                p_stats, p_counters,
+                p_reads, p_asked, p_arrivals, p_plan, p_params, p_state, p_state_rows, p_budget_edges, p_error_edges,
+                p_out, p_stats, p_counters,
                 v_scale, sink, window, cap, at_context, at_read, at_outcome, at_budget, at_error,
                 HKV, G, GP, WIDTH, D, DP, SPLITS, MOST, STATE, TARGET, True, TABLE, POINTS, PER_UNIT,
                 BUDGET_EDGES, BUDGET_EDGES_P, ERROR_EDGES, ERROR_EDGES_P, COUNTERS_P, UNIFORM,

@@ -261,7 +261,8 @@ class Workspace:
     barrier : torch.Tensor
         int32 ``[2]``, see `vattn_kernels.triton.finish.await_all`; the first is 0 between launches.
     asked : torch.Tensor
-        float32 ``[rows * group]``, share of the expected reads that a head's own scores ask for, see `survey`.
+        float32 ``[rows * group]``, what a head's own scores ask for: of the first round's expected reads the share, see
+        `survey`, and once that is settled so many tokens, at the scale of a second.
     counts, reads : torch.Tensor
         int32 and float32 ``[rows, MOST_LISTS]``, tokens selected and their expected number, by list.
     outs, scalars : torch.Tensor
@@ -481,5 +482,14 @@ def await_signals(p_signals, number, DEPENDENT: tl.constexpr):
     """
     if DEPENDENT:
         while tl.atomic_add(p_signals, 0, sem="acquire") < number:
+            pass
+        tl.debug_barrier()
+
+
+@triton.jit
+def await_each(p_signals, o_n, number, DEPENDENT: tl.constexpr):
+    """`await_signals` for programs that count to 1 at an address each, ``p_signals + o_n`` ``[number]``."""
+    if DEPENDENT:
+        while tl.sum(tl.atomic_add(p_signals + o_n, o_n * 0, sem="acquire"), 0) < number:
             pass
         tl.debug_barrier()

@@ -33,6 +33,8 @@ from vattn_kernels import triton as gpu
 from vattn_kernels.reference import rng
 from vattn_kernels.reference import sketch as reference
 from vattn_kernels.triton import layout
+from vattn_kernels.triton.combine import SHARES
+from vattn_kernels.triton.survey import SURVEYED
 
 LAUNCH_ARGUMENTS = {"grid", "warmup", *inspect.signature(CUDAOptions).parameters}
 HEADS = [(4, 2), (3, 1), (2, 2), (5, 1)]
@@ -77,18 +79,39 @@ class Step(DecodeCase):
             1 << (self.head_dim - 1).bit_length(),
         )  # fmt: skip
 
-    def lists(self, request, head):
-        """Slots and inclusion probabilities that the last call selected for a row."""
+    def each_list(self, request, head):
+        """Slots and inclusion probabilities of each list that the last call made of a row."""
         work, rows = self.workspace(), self.batch * self.num_kv_heads
         row, capacity = request * self.num_kv_heads + head, layout.capacity(rows, self.context)
         lists = layout.LISTS.value * layout.splits_of(rows)
-        span, slots, pi = capacity // lists, [], []
         for s in range(lists):
-            at = row * capacity + s * span
-            count = int(work.counts[row, s])
-            slots.append(work.entries[at : at + count, 0])
-            pi.append(work.entries[at : at + count, 1].view(torch.float32))
-        return torch.cat(slots).long(), torch.cat(pi).double()
+            at = row * capacity + s * (capacity // lists)
+            entries = work.entries[at : at + int(work.counts[row, s])]
+            yield entries[:, 0].long(), entries[:, 1].view(torch.float32).double()
+
+    def lists(self, request, head):
+        """Slots and inclusion probabilities that the last call selected for a row."""
+        slots, pi = zip(*self.each_list(request, head), strict=True)
+        return torch.cat(slots), torch.cat(pi)
+
+    def asked(self, request, head):
+        """Share of the reads that each head of a row asks for, by the last call's survey, if it drew once."""
+        work, row = self.workspace(), request * self.num_kv_heads + head
+        group, lists = self.num_qo_heads // self.num_kv_heads, len(list(self.each_list(request, head)))
+        return (work.asked[row * group : (row + 1) * group] / work.reads[row, :lists].sum()).double()
+
+    def surveyed(self, request, head, own):
+        """The same from its lists, if ``own`` gives each head's probabilities of slots ``[group, n]`` in float64."""
+        lists = list(self.each_list(request, head))
+        u = rng.uniform(torch.arange(SURVEYED.value), self.context)
+        asked = tokens = 0
+        for i, x in enumerate(u.tolist()):
+            slots, pi = lists[i * len(lists) // len(u)]
+            if slots.numel():
+                place = int(x * slots.numel())
+                asked = asked + slots.numel() * own(slots[place : place + 1])[:, 0] / pi[place]
+                tokens += slots.numel()
+        return asked / tokens
 
 
 def with_fp8_cache(dtype, k_scale, v_scale, **options):
@@ -242,8 +265,8 @@ def test_tokens_are_drawn_with_the_probability_of_their_score(bits, seed):
             t = q @ case.side[4][head].double()[:, :coded]
             kappa = 0.5 * step["sm_scale"] ** 2 * t.square().sum() / (group * (1 << (coded - 1).bit_length()))
             error, norm = (reference.norm_of(side[1][:, i]) for i in (0, 1))
-            score = (estimated + 4.0 - fixed).amax(0).exp() * (kappa * error**2).exp() * norm
-            pi = (score + step["floor"] * 100.0 / inner.numel()).clamp(max=1)
+            scores = (estimated + 4.0 - fixed).exp() * (kappa * error**2).exp() * norm
+            pi = (scores.amax(0) + step["floor"] * 100.0 / inner.numel()).clamp(max=1)
             key = rng.stream_key(step["seed"], step["layer_id"], head, case.context)
             u = rng.uniform(torch.arange(SINK, case.context - WINDOW), key)
             chosen, drawn_pi = case.lists(request, head)
@@ -255,6 +278,50 @@ def test_tokens_are_drawn_with_the_probability_of_their_score(bits, seed):
             sure = (u < 0.88 * pi) | (pi >= 1)
             assert sure[index].sum() == sure.sum()
             assert not ((u > 1.13 * pi)[index]).any()
+            own = scores.clamp(max=1)
+            surveyed = case.surveyed(request, head, lambda slots, where=where, own=own: own[:, [where[int(slots[0])]]])
+            assert (case.asked(request, head) / surveyed).log().abs().max() < 0.12
+            assert 1 - step["floor"] < float(surveyed.sum()) < group and surveyed.min() < 0.9 * surveyed.max()
+
+
+def without_one_head(epsilon, cap, log_scale):
+    """A step whose second head's scores lie 40 nats lower, as where a scale is relative to a mass that codes miss."""
+    settings = {"cap": cap}
+    case = Step(batch=1, context=1000, num_qo_heads=3, num_kv_heads=1, epsilon=epsilon, settings=settings)
+    case.learnt(log_scale)
+    case.state[..., 1, layout.STATE_SCALE.value] -= 40.0
+    return case
+
+
+def test_a_head_whose_codes_miss_what_it_attends_to_gets_its_share_at_once():
+    case = without_one_head(1e-6, 0.2, 4.0)
+    least, share = 1 / (3 * SHARES.value), 0.2 * (case.context - SINK - WINDOW)
+    case.run()
+    asked = case.asked(0, 0)
+    assert asked[1] < 1e-6 * least < least < min(asked[0], asked[2])
+    scales = case.state[case.state_rows[0], :, layout.STATE_SCALE.value]
+    assert float(scales[1] - scales[0]) == pytest.approx(-40.0 + float((least / asked[1]).log()), abs=1e-3)
+    assert scales[0] == scales[2]
+    for _ in range(4):
+        _, stats, _ = case.run()
+    asked = case.asked(0, 0)
+    assert 0.5 * least < asked[1] < 2 * least < min(asked[0], asked[2])
+    # The cap made room for it.
+    assert 0.75 * share < stats[0, 0, 1] < 1.25 * share
+
+
+def test_a_second_draw_goes_by_what_the_first_surveyed():
+    """Which asked for less than the second does, by what scales grew between them."""
+    case = without_one_head(0.05, 0.9, 0.0)
+    _, stats, _ = case.run()
+    row = case.state[case.state_rows[0]]
+    work = case.workspace()
+    used = work.log_scale[:3] + work.fixed[:3]
+    assert (used > torch.tensor([0.1, -39.0, 0.1])).all() and (stats[..., 0] < 0.9).all()
+    least = row[0, layout.STATE_READS.value] / (3 * SHARES.value)
+    lacks = (least / work.asked[:3]).log().clamp(min=0)
+    # The guard, which knows what was read, asks for little more.
+    assert lacks[1] - 1e-3 < row[1, layout.STATE_SCALE.value] - used[1] < lacks[1] + 2
 
 
 @pytest.mark.parametrize("target", ops.TARGETS)

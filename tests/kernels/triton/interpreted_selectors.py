@@ -50,12 +50,13 @@ def agrees(case, log_scale, tolerance=1e-3):
             logits, slots = case.logits(request, head)
             inner = slots[SINK : case.context - WINDOW]
             fixed = torch.cat([logits[:, :SINK], logits[:, case.context - WINDOW :]], 1).logsumexp(1, keepdim=True)
-            score = (case.estimated(request, head, inner) + log_scale - fixed).amax(0).exp()
+            own = (case.estimated(request, head, inner) + log_scale - fixed).exp()
             if step["selector"] not in quantiles.COARSE_SELECTORS and step["target"] != "denominator":
-                score *= case.v_cache[inner, head].double().norm(dim=-1)
-            pi = (score + step["floor"] * 100.0 / inner.numel()).clamp(max=1)
+                own *= case.v_cache[inner, head].double().norm(dim=-1)
+            own = own.clamp(max=1)
             if case.side[2] is not None:
-                pi[case.side[2][inner] == 0] = 1
+                own[:, case.side[2][inner] == 0] = 1
+            pi = (own.amax(0) + step["floor"] * 100.0 / inner.numel()).clamp(max=1)
             key = rng.stream_key(step["seed"], step["layer_id"], head, case.context)
             u = rng.uniform(torch.arange(SINK, case.context - WINDOW), key)
             chosen, drawn_pi = case.lists(request, head)
@@ -66,6 +67,8 @@ def agrees(case, log_scale, tolerance=1e-3):
             sure = (u < (1 - tolerance) * pi) | (pi >= 1)
             assert sure[index].sum() == sure.sum()
             assert not ((u > (1 + tolerance) * pi)[index]).any()
+            surveyed = case.surveyed(request, head, lambda slots, where=where, own=own: own[:, [where[int(slots[0])]]])
+            assert (case.asked(request, head) / surveyed).log().abs().max() < tolerance
             assert case.workspace().reads[
                 request * case.num_kv_heads + head, : 4 * gpu.layout.splits_of(case.batch * case.num_kv_heads)
             ].sum() == pytest.approx(float(pi.sum()), rel=tolerance)
