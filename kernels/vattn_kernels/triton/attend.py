@@ -47,11 +47,9 @@ def attend_fwd_kernel(
     """First round: one split a program, sink and window last; that program surveys too."""
     begin_next(DEPENDENT)
     i_row, i_split = tl.program_id(0) // (SPLITS + 1), tl.program_id(0) % (SPLITS + 1)
-    p_own_signal = p_listed + i_row * SIGNALS
-    if i_split < SPLITS:
-        await_signals(p_own_signal + i_split, 1, DEPENDENT)
-    else:
-        await_each(p_own_signal, tl.arange(0, SURVEYED) % SPLITS, SURVEYED, DEPENDENT)
+    await_signals(p_listed + i_row * SIGNALS + tl.minimum(i_split, SPLITS - 1), 1, DEPENDENT)
+    if i_split == SPLITS:
+        await_each(p_listed + i_row * SIGNALS, tl.arange(0, SURVEYED) % SPLITS, SURVEYED, DEPENDENT)
     if tl.load(p_mode + i_row) == SAMPLED:
         attend_list(
             i_row, i_split, SPLITS, p_q, p_k, p_v, p_kv_indices, p_seq_lens, p_entries, p_counts, p_outs, p_scalars,

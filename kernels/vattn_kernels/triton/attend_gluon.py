@@ -100,12 +100,11 @@ def attend_lists_fwd_kernel(
     q = gl.load(p_q + (i_row * G + o_q % G)[:, None] * D + d_q[None, :], mask=(o_q < 2 * G)[:, None], other=0.0)
     o_t = gl.arange(0, TILE, layout=lanes)
     # All above is loaded while `select` still runs, which does not write it.
-    p_own_signal = p_listed + i_row * SIGNALS
-    if listed:
-        await_signals(p_own_signal + i_split, 1, DEPENDENT)
-    else:
+    await_signals(p_listed + i_row * SIGNALS + gl.minimum(i_split, SPLITS - 1), 1, DEPENDENT)
+    if not listed:
         # One or two a lane: no lane is left out, whose answer would have to come from another.
-        await_each(p_own_signal, gl.arange(0, SURVEYED, layout=lanes) % SPLITS, SURVEYED, DEPENDENT)
+        each_split = gl.arange(0, SURVEYED, layout=lanes) % SPLITS
+        await_each(p_listed + i_row * SIGNALS, each_split, SURVEYED, DEPENDENT)
     # Splits begin at different lists, whose tokens lie in different parts of the cache.
     i_first = gl.where(listed, i_split % LISTS, 0)
     # Where the first tile mostly lies, on its way with the counts that tell.
