@@ -232,7 +232,7 @@ def decode(
         )  # fmt: skip
         surveyed = side.row_stride, side.head_stride, side.norm_stride, capacity
         constants = {"SPLITS": splits, "TARGET": target_id, "UNIFORM": is_uniform, "DP4A": q.is_cuda}
-        constants |= sketch | choice | signals
+        constants |= {"SURVEYED": layout.surveyed(group)} | sketch | choice | signals
         if layout.gluon_serves(q.device) and is_narrow:
             attend_lists_fwd_kernel[(rows * (splits + 1),)](
                 *given, kv_stride, *surveyed, HKV=num_kv_heads, G=group, WIDTH=width, D=head_dim, **constants,

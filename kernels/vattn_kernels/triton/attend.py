@@ -23,7 +23,7 @@ from vattn_kernels.triton.layout import (
     sampled_range,
     signal,
 )
-from vattn_kernels.triton.survey import SURVEYED, survey_row
+from vattn_kernels.triton.survey import survey_row
 
 
 @triton.jit
@@ -42,14 +42,14 @@ def attend_fwd_kernel(
     HKV: tl.constexpr, G: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr,
     SPLITS: tl.constexpr, MOST: tl.constexpr, TARGET: tl.constexpr, WIDE: tl.constexpr,
     R: tl.constexpr, GROUPS: tl.constexpr, WORDS: tl.constexpr, DP4A: tl.constexpr, SELECTOR: tl.constexpr,
-    UNIFORM: tl.constexpr, SIGNALS: tl.constexpr, DEPENDENT: tl.constexpr,
+    UNIFORM: tl.constexpr, SURVEYED: tl.constexpr, SIGNALS: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """First round: one split a program, sink and window last; that program surveys too."""
     begin_next(DEPENDENT)
     i_row, i_split = tl.program_id(0) // (SPLITS + 1), tl.program_id(0) % (SPLITS + 1)
     await_signals(p_listed + i_row * SIGNALS + tl.minimum(i_split, SPLITS - 1), 1, DEPENDENT)
     if i_split == SPLITS:
-        await_each(p_listed + i_row * SIGNALS, tl.arange(0, SURVEYED) % SPLITS, SURVEYED, DEPENDENT)
+        await_each(p_listed + i_row * SIGNALS, tl.arange(0, SIGNALS) % SPLITS, SIGNALS, DEPENDENT)
     if tl.load(p_mode + i_row) == SAMPLED:
         attend_list(
             i_row, i_split, SPLITS, p_q, p_k, p_v, p_kv_indices, p_seq_lens, p_entries, p_counts, p_outs, p_scalars,
@@ -63,7 +63,7 @@ def attend_fwd_kernel(
                 survey_row(
                     tl.arange(0, SURVEYED), i_row, n, p_codes, p_norms, p_fields, p_query, p_bias, p_log_scale, p_scale,
                     p_entries, p_counts, p_asked, p_valid, p_v, sm_scale, row_stride, code_head, norm_head, capacity,
-                    HKV, G, D, R, GROUPS, WORDS, TARGET != DENOMINATOR, SPLITS, MOST, DP4A, SELECTOR,
+                    HKV, G, D, R, GROUPS, WORDS, TARGET != DENOMINATOR, SPLITS, MOST, DP4A, SELECTOR, SURVEYED,
                 )  # fmt: skip
     signal(p_attended + i_row, DEPENDENT)
 

@@ -31,7 +31,7 @@ from vattn_kernels.triton.layout import (
     sampled_range,
     signal,
 )
-from vattn_kernels.triton.survey import SURVEYED, survey_row
+from vattn_kernels.triton.survey import survey_row
 
 # Tokens of a tile: the tensor cores' inner dimension.
 TILE = gl.constexpr(16)
@@ -66,7 +66,8 @@ def attend_lists_fwd_kernel(
     sm_scale, sink, window, kv_stride, row_stride, code_head, norm_head, capacity,
     HKV: gl.constexpr, G: gl.constexpr, WIDTH: gl.constexpr, D: gl.constexpr, SPLITS: gl.constexpr,
     MOST: gl.constexpr, TARGET: gl.constexpr, R: gl.constexpr, GROUPS: gl.constexpr, WORDS: gl.constexpr,
-    DP4A: gl.constexpr, SELECTOR: gl.constexpr, UNIFORM: gl.constexpr, SIGNALS: gl.constexpr, DEPENDENT: gl.constexpr,
+    DP4A: gl.constexpr, SELECTOR: gl.constexpr, UNIFORM: gl.constexpr, SURVEYED: gl.constexpr,
+    SIGNALS: gl.constexpr, DEPENDENT: gl.constexpr,
 ):  # fmt: skip
     """One split a program: its lists, or, behind the last split, sink and window; that program surveys too.
 
@@ -103,8 +104,8 @@ def attend_lists_fwd_kernel(
     await_signals(p_listed + i_row * SIGNALS + gl.minimum(i_split, SPLITS - 1), 1, DEPENDENT)
     if not listed:
         # One or two a lane: no lane is left out, whose answer would have to come from another.
-        each_split = gl.arange(0, SURVEYED, layout=lanes) % SPLITS
-        await_each(p_listed + i_row * SIGNALS, each_split, SURVEYED, DEPENDENT)
+        each_split = gl.arange(0, SIGNALS, layout=lanes) % SPLITS
+        await_each(p_listed + i_row * SIGNALS, each_split, SIGNALS, DEPENDENT)
     # Splits begin at different lists, whose tokens lie in different parts of the cache.
     i_first = gl.where(listed, i_split % LISTS, 0)
     # Where the first tile mostly lies, on its way with the counts that tell.
@@ -220,6 +221,7 @@ def attend_lists_fwd_kernel(
             survey_row(
                 gl.arange(0, SURVEYED, layout=lanes), i_row, n, p_codes, p_norms, p_fields, p_query, p_bias,
                 p_log_scale, p_scale, p_entries, p_counts, p_asked, p_valid, p_v, sm_scale, row_stride, code_head,
-                norm_head, capacity, HKV, G, D, R, GROUPS, WORDS, TARGET != DENOMINATOR, SPLITS, MOST, DP4A, SELECTOR,
+                norm_head, capacity,
+                HKV, G, D, R, GROUPS, WORDS, TARGET != DENOMINATOR, SPLITS, MOST, DP4A, SELECTOR, SURVEYED,
             )  # fmt: skip
     signal(p_attended + i_row, DEPENDENT)

@@ -59,7 +59,7 @@ MOST_GROWTH = tl.constexpr(3.0)
 # By its own scores each of G heads asks for at least 1 / (G SHARES) of what its group reads: below that its codes may
 # miss what it attends to, of which no half-width tells, kernels/benchmarks/RESULTS.md. LEAST_SHARE bounds a logarithm.
 SHARES = tl.constexpr(4)
-LEAST_SHARE = tl.constexpr(1e-26)
+LEAST_SHARE = tl.constexpr(1e-9)
 # What may follow a round.
 MAY_RETRY = tl.constexpr(0)
 MAY_READ_ALL = tl.constexpr(1)
@@ -380,7 +380,7 @@ def settle_group(
     ``last`` is what may follow: another draw, exact attention, or nothing.
 
     The next step's scale lies above what this one needed, never below the guard or the least a head asks for, and
-    within the cap.
+    within the cap as far as scores and the survey of this step tell.
     """
     n, request, top_k, used, fixed, counts, reads, asked = known
     low, high = sampled_range(n, sink, window)
@@ -418,10 +418,10 @@ def settle_group(
         # Far above its need a scale comes down by half the way, less one.
         change = tl.maximum(change, tl.minimum(0.5 * (change + 1.0), -DECAY))
         following = tl.maximum(used + tl.minimum(change, MOST_GROWTH), guards)
-        # What a head lacks it gets at once, and the cap makes room for it.
+        # What a head lacks it gets, and the cap makes room for it; by chance a survey sees nothing of some head.
         share = tl.maximum(own / expected, LEAST_SHARE) * (G * SHARES)
-        lacks = tl.maximum(-tl.log(share), 0.0)
-        gained = tl.sum(tl.where(m_g, tl.maximum(1.0 - share, 0.0), 0.0), 0) / (G * SHARES)
+        lacks = tl.minimum(tl.maximum(-tl.log(share), 0.0), MOST_GROWTH)
+        gained = tl.sum(tl.where(m_g, share * (tl.exp(lacks) - 1.0), 0.0), 0) / (G * SHARES)
         following = tl.where(lacks > 0.0, tl.maximum(following, used + lacks), following)
         following = tl.minimum(following, used + lacks + (limit - tl.log(1.0 + gained)))
     elif not UNIFORM:

@@ -118,6 +118,11 @@ LAUNCH: Final = Launch()
 MOST_CODES: Final = 4 * GROUPS_PER_WORD * 4
 
 
+def surveyed(group: int) -> int:
+    """Tokens of a row that tell what its heads ask for: eight of a head that asks for the least, see `combine`."""
+    return max(64, 32 << (group - 1).bit_length())
+
+
 def gluon_serves(device: torch.device) -> bool:
     """Whether Gluon kernels serve the first round where they can; Triton interprets none.
 

@@ -14,9 +14,6 @@ from vattn_kernels.triton.estimate import HASH, ORACLE, SIGN, SKETCH, scores_of_
 from vattn_kernels.triton.layout import CODING, ENTRY, LISTS, LOG2E, NUM_SCALES, UNIT, probabilities_of
 from vattn_kernels.triton.select import load_queries, load_side, octaves_of_heads, power_of_two, uniform
 
-# Tokens of a row that are surveyed, of all its lists in turn.
-SURVEYED = tl.constexpr(64)
-
 
 @triton.jit
 def survey_row(
@@ -24,11 +21,13 @@ def survey_row(
     p_valid, p_v, sm_scale, row_stride, code_head, norm_head, capacity,
     HKV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, R: tl.constexpr, GROUPS: tl.constexpr, WORDS: tl.constexpr,
     WITH_VALUES: tl.constexpr, SPLITS: tl.constexpr, MOST: tl.constexpr, DP4A: tl.constexpr, SELECTOR: tl.constexpr,
+    SURVEYED: tl.constexpr,
 ):  # fmt: skip
     """Store the mean of ``min(1, c_h s_hi) / pi_i`` over listed tokens for each head of a row whose lists are complete.
 
     A token is listed with probability ``pi_i``, so this estimates ``sum_i min(1, c_h s_hi) / sum_i pi_i``, and no term
-    exceeds 1. A list stands for as many tokens as it holds, whichever of its entries is taken.
+    exceeds 1. Lists are taken in turn, or by chance where there are more than ``SURVEYED``, and an entry of each by
+    chance; a list stands for as many tokens as it holds.
 
     Parameters
     ----------
@@ -39,6 +38,9 @@ def survey_row(
     """
     h = i_row % HKV
     i_list = o_n * (SPLITS * LISTS) // SURVEYED
+    if SPLITS * LISTS > SURVEYED:
+        each: tl.constexpr = SPLITS * LISTS // SURVEYED
+        i_list += (uniform(o_n + SURVEYED, n.to(tl.uint32)) * each).to(tl.int32)
     count = tl.load(p_counts + i_row * MOST + i_list)
     place = tl.minimum((uniform(o_n, n.to(tl.uint32)) * count.to(tl.float32)).to(tl.int32), count - 1)
     is_there = count > 0

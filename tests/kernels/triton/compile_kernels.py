@@ -92,6 +92,7 @@ def shapes(arch: int, dtype: str, cache: str, head_dim: int, group: int, words: 
         "ERROR_EDGES": 10, "ERROR_EDGES_P": 16, "COUNTERS_P": 64,
     }  # fmt: skip
     attend = {"BN": launch.attend_block, "WIDE": dtype == "fp16"}
+    survey = {"UNIFORM": False, "SURVEYED": layout.surveyed(group)}
     yield prepare_fwd_kernel, launch.prepare_warps, common | {
         "GP": max(16, padded), "R": head_dim, "C": coded, "CODES": 4 * groups, "F": launch.prepare_block,
         "WIDTH": STATE_WIDTH, "MOST_AGE": MOST_AGE, "SELECTOR": 0, "UNIFORM": False,
@@ -103,9 +104,9 @@ def shapes(arch: int, dtype: str, cache: str, head_dim: int, group: int, words: 
     else:
         yield select_fwd_kernel, warps, merge | sketch
     if layout.one_warp_attends(DTYPES[cache], head_dim, group):
-        yield attend_lists_fwd_kernel, 1, merge | sketch | {"UNIFORM": False}
+        yield attend_lists_fwd_kernel, 1, merge | sketch | survey
     else:
-        yield attend_fwd_kernel, warps, merge | sketch | attend | {"UNIFORM": False}
+        yield attend_fwd_kernel, warps, merge | sketch | attend | survey
     yield combine_fwd_kernel, 1, merge
     yield finish_fwd_kernel, warps, merge | sketch | attend | few | {
         "EXACT_BN": layout.exact_block(power), "STAGES": launch.exact_stages, "CAPPED": False, "UNIFORM": False,

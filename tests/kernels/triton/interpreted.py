@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 import sys
 from pathlib import Path
 
@@ -33,8 +34,7 @@ from vattn_kernels import triton as gpu
 from vattn_kernels.reference import rng
 from vattn_kernels.reference import sketch as reference
 from vattn_kernels.triton import layout
-from vattn_kernels.triton.combine import SHARES
-from vattn_kernels.triton.survey import SURVEYED
+from vattn_kernels.triton.combine import MOST_GROWTH, SHARES
 
 LAUNCH_ARGUMENTS = {"grid", "warmup", *inspect.signature(CUDAOptions).parameters}
 HEADS = [(4, 2), (3, 1), (2, 2), (5, 1)]
@@ -94,16 +94,22 @@ class Step(DecodeCase):
         slots, pi = zip(*self.each_list(request, head), strict=True)
         return torch.cat(slots), torch.cat(pi)
 
+    def expected(self, request, head):
+        """Tokens that a row's lists are expected to hold."""
+        row, lists = request * self.num_kv_heads + head, len(list(self.each_list(request, head)))
+        return float(self.workspace().reads[row, :lists].sum())
+
     def asked(self, request, head):
         """Share of the reads that each head of a row asks for, by the last call's survey, if it drew once."""
-        work, row = self.workspace(), request * self.num_kv_heads + head
-        group, lists = self.num_qo_heads // self.num_kv_heads, len(list(self.each_list(request, head)))
-        return (work.asked[row * group : (row + 1) * group] / work.reads[row, :lists].sum()).double()
+        row, group = request * self.num_kv_heads + head, self.num_qo_heads // self.num_kv_heads
+        asked = self.workspace().asked[row * group : (row + 1) * group].double()
+        return asked / self.expected(request, head)
 
     def surveyed(self, request, head, own):
         """The same from its lists, if ``own`` gives each head's probabilities of slots ``[group, n]`` in float64."""
         lists = list(self.each_list(request, head))
-        u = rng.uniform(torch.arange(SURVEYED.value), self.context)
+        tokens = torch.arange(layout.surveyed(self.num_qo_heads // self.num_kv_heads))
+        u = rng.uniform(tokens, self.context)
         asked = tokens = 0
         for i, x in enumerate(u.tolist()):
             slots, pi = lists[i * len(lists) // len(u)]
@@ -293,35 +299,64 @@ def without_one_head(epsilon, cap, log_scale):
     return case
 
 
-def test_a_head_whose_codes_miss_what_it_attends_to_gets_its_share_at_once():
+def test_a_head_whose_codes_miss_what_it_attends_to_comes_to_its_share():
     case = without_one_head(1e-6, 0.2, 4.0)
-    least, share = 1 / (3 * SHARES.value), 0.2 * (case.context - SINK - WINDOW)
+    least, most = 1 / (3 * SHARES.value), 0.2 * (case.context - SINK - WINDOW)
     case.run()
-    asked = case.asked(0, 0)
+    asked, reads = case.asked(0, 0), case.expected(0, 0)
     assert asked[1] < 1e-6 * least < least < min(asked[0], asked[2])
-    scales = case.state[case.state_rows[0], :, layout.STATE_SCALE.value]
-    assert float(scales[1] - scales[0]) == pytest.approx(-40.0 + float((least / asked[1]).log()), abs=1e-3)
-    assert scales[0] == scales[2]
-    for _ in range(4):
+    # A survey may see nothing of a head by chance, so that a step raises it no further than any other need does.
+    gained = float(asked[1]) * (math.exp(MOST_GROWTH.value) - 1)
+    moved = case.state[case.state_rows[0], :, layout.STATE_SCALE.value] - torch.tensor([4.0, -36.0, 4.0])
+    limit = math.log(most / reads / (1 + gained))
+    torch.testing.assert_close(moved, torch.tensor([limit, limit + MOST_GROWTH.value, limit]), rtol=0, atol=1e-3)
+    for _ in range(16):
         _, stats, _ = case.run()
     asked = case.asked(0, 0)
-    assert 0.5 * least < asked[1] < 2 * least < min(asked[0], asked[2])
+    assert 0.5 * least < asked[1] < 3 * least and least < min(asked[0], asked[2])
     # The cap made room for it.
-    assert 0.75 * share < stats[0, 0, 1] < 1.25 * share
+    assert 0.75 * most < stats[0, 0, 1] < 1.25 * most
+
+
+def test_the_cap_makes_room_for_what_a_head_lacks():
+    case = without_one_head(1e-6, 0.2, 4.0)
+    # So far below the least share that one step closes it.
+    case.state[..., 1, layout.STATE_SCALE.value] += 34.0
+    case.run()
+    least, most = 1 / (3 * SHARES.value), 0.2 * (case.context - SINK - WINDOW)
+    asked, reads = case.asked(0, 0), case.expected(0, 0)
+    lacks = math.log(least / float(asked[1]))
+    assert 0.5 < lacks < MOST_GROWTH.value
+    limit = math.log(most / reads / (1 + least - float(asked[1])))
+    moved = case.state[case.state_rows[0], :, layout.STATE_SCALE.value] - torch.tensor([4.0, -2.0, 4.0])
+    torch.testing.assert_close(moved, torch.tensor([limit, limit + lacks, limit]), rtol=0, atol=1e-3)
 
 
 def test_a_second_draw_goes_by_what_the_first_surveyed():
     """Which asked for less than the second does, by what scales grew between them."""
-    case = without_one_head(0.05, 0.9, 0.0)
-    _, stats, _ = case.run()
-    row = case.state[case.state_rows[0]]
-    work = case.workspace()
-    used = work.log_scale[:3] + work.fixed[:3]
-    assert (used > torch.tensor([0.1, -39.0, 0.1])).all() and (stats[..., 0] < 0.9).all()
+    # The one's cap leaves nothing for another draw.
+    first, case = without_one_head(0.9, 1e-3, 0.0), without_one_head(0.05, 0.9, 0.0)
+    begun = case.state[case.state_rows[0]].clone()
+    first.run()
+    alone = first.workspace().asked[:3].clone()
+    case.run()
+    work, row = case.workspace(), case.state[case.state_rows[0]]
+    grown = work.log_scale[:3] + work.fixed[:3] - begun[:, layout.STATE_SCALE.value]
+    assert (grown > 0.1).all()
+    torch.testing.assert_close(work.asked[:3], alone * grown.exp(), rtol=1e-3, atol=0)
     least = row[0, layout.STATE_READS.value] / (3 * SHARES.value)
-    lacks = (least / work.asked[:3]).log().clamp(min=0)
-    # The guard, which knows what was read, asks for little more.
-    assert lacks[1] - 1e-3 < row[1, layout.STATE_SCALE.value] - used[1] < lacks[1] + 2
+    lacks = (least / work.asked[:3]).log().clamp(min=0, max=MOST_GROWTH.value)
+    assert lacks[1] == MOST_GROWTH.value
+    assert row[1, layout.STATE_SCALE.value] >= begun[1, layout.STATE_SCALE.value] + grown[1] + lacks[1] - 1e-3
+
+
+def test_where_nothing_is_listed_no_head_lacks():
+    case = Step(context=600, num_qo_heads=2, num_kv_heads=1, epsilon=0.9, settings={"cap": 1e-3, "floor": 1e-9})
+    case.learnt(-90.0)
+    case.state[..., layout.STATE_READS.value] = 0.0
+    case.run()
+    assert not case.workspace().counts[:2].any()
+    assert (case.workspace().asked[:4] == 1).all()
 
 
 @pytest.mark.parametrize("target", ops.TARGETS)

@@ -117,6 +117,60 @@ def test_page_bounds_are_the_references(new):
     assert (truth[1] != ours[1]).double().mean() < 0.02
 
 
+def owned(group, context, owner):
+    """A step of heads that attend to tokens of their own, 20 nats above the others."""
+    case = Step(
+        batch=1, context=context, num_qo_heads=group, num_kv_heads=1,
+        settings={"selector": "oracle", "floor": 0.01, "target": "denominator"},
+    )  # fmt: skip
+    logits = torch.randn(context, group, generator=torch.Generator().manual_seed(0)) - 20.0
+    logits[torch.arange(context), owner] += 20.0
+    logits[[*range(SINK), *range(context - WINDOW, context)]] += 10.0
+    keys = torch.zeros(context, 1, case.head_dim)
+    keys[:, 0, :group] = logits
+    case.k_cache[case.kv_indices[0].long()] = keys
+    case.q = torch.eye(group, case.head_dim)[None] * case.head_dim**0.5
+    return case
+
+
+def test_a_survey_leaves_no_list_out_where_there_are_more_than_it_asks(monkeypatch):
+    """Each list holds every fourth run of 32 tokens: one head's lie all in the second ones."""
+    monkeypatch.setattr(gpu.layout.LAUNCH, "programs", 64)
+    context = SINK + WINDOW + 16 * gpu.layout.BLOCK
+    position = torch.arange(context) - SINK
+    owner = (position // gpu.layout.RUN.value % gpu.layout.LISTS.value == 1).long()
+    case = owned(2, context, owner)
+    assert gpu.layout.LISTS.value * gpu.layout.splits_of(1) > gpu.layout.surveyed(2)
+    # One draw, of which nothing is left to make another.
+    case.step["cap"] = 1e-3
+    asked = []
+    for n in range(context - 6, context):
+        case.learnt(12.0)
+        case.state[..., gpu.layout.STATE_CONTEXT.value] = n - 1
+        case.seq_lens[:] = n
+        case.run()
+        asked.append(case.asked(0, 0))
+    mean = torch.stack(asked).mean(0)
+    # A quarter of the tokens; in six surveys of 64 a standard error is .022.
+    assert abs(float(mean[1]) - 0.25) < 0.1 and abs(float(mean[0]) - 0.75) < 0.1
+
+
+def test_sixteen_heads_that_attend_to_tokens_of_their_own_keep_to_a_cap():
+    """None is raised for want of its tokens among those surveyed."""
+    context, steps = 4096, 12
+    owner = torch.randint(16, (context,), generator=torch.Generator().manual_seed(1))
+    case = owned(16, context, owner)
+    case.epsilon, case.step["cap"] = 1e-4, 0.05
+    densities = []
+    for step in range(steps):
+        n = context - steps + step
+        case.seq_lens[:], case.step["seed"] = n, step
+        _, stats, _ = case.run()
+        densities.append(float(stats[0, 0, 1]) / (n - SINK - WINDOW))
+    assert densities[0] == 0
+    assert max(densities[3:]) < 0.07, densities
+
+
 @pytest.mark.parametrize("bits", [32, 128])
 @pytest.mark.parametrize(("kind", "selector"), [(Step, "sign"), (Step, "hash"), (Shared, "hash"), (Deep, "hash")])
 def test_signatures_of_every_size_are_read(kind, selector, bits):

@@ -43,7 +43,7 @@ MOST_SPILLED = {
 # At the widest shape these may take all registers, spill so many bytes a thread, and share so many KiB.
 WIDEST = (256, 16)
 MOST_OF_THE_WIDEST = {
-    "prepare_fwd_kernel": (208, 64), "select_fwd_kernel": (200, 10), "attend_fwd_kernel": (600, 52),
+    "prepare_fwd_kernel": (208, 64), "select_fwd_kernel": (200, 10), "attend_fwd_kernel": (512, 52),
     "combine_fwd_kernel": (320, 2), "finish_fwd_kernel": (584, 85), "update_fwd_kernel": (960, 65),
     "budget_fwd_kernel": (368, 2), "bound_pages_fwd_kernel": (8, 4), "sign_queries_fwd_kernel": (8, 64),
     "sign_keys_fwd_kernel": (48, 64), "rank_fwd_kernel": (8, 10),
