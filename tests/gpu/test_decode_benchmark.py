@@ -33,8 +33,8 @@ def test_a_stated_error_is_a_bound_where_codes_miss_what_heads_attend_to(needles
     """At most delta of the heads err by more than they state, in four draws of all of them.
 
     A rate of .09 is found with power .94 even if heads of a group, and all draws, err as one: 128 trials, where a rate
-    of .02, as measured, fails by a chance of .01. Scales relative to a head's exact mass gave .10 and .12 at these
-    caps.
+    of .02 fails by a chance of .02. Scales relative to a head's exact mass gave .10 and .12 at these caps, which that
+    finds, and .04 at epsilon .05, which it does not.
     """
     monkeypatch.setattr(decode_gpu, "CHECKED_LAYERS", 8)
     assert needles.layers == 8

@@ -379,8 +379,8 @@ def settle_group(
 
     ``last`` is what may follow: another draw, exact attention, or nothing.
 
-    The next step's scale lies above what this one needed, never below the guard or the least a head asks for, and
-    within the cap as far as scores and the survey of this step tell.
+    The next step's scale lies above what this one needed and the guard, or where a head asks for less than its least
+    share as far towards that as MOST_GROWTH goes; within the cap as far as this step's scores and survey tell.
     """
     n, request, top_k, used, fixed, counts, reads, asked = known
     low, high = sampled_range(n, sink, window)

@@ -2,7 +2,7 @@
 
 Every kernel's grid and every buffer's size follow from the batch and the widest page table, so a step can be captured
 in a CUDA graph. ``row`` is one (request, KV head); a ``split`` of a row takes every n-th block of its tokens, each warp
-into a list of its own, and attends to these lists; one more split attends to sink and window.
+into a list of its own, and attends to these lists; one more split attends to sink and window and surveys the lists.
 """
 
 from __future__ import annotations
@@ -266,8 +266,8 @@ class Workspace:
     barrier : torch.Tensor
         int32 ``[2]``, see `vattn_kernels.triton.finish.await_all`; the first is 0 between launches.
     asked : torch.Tensor
-        float32 ``[rows * group]``, what a head's own scores ask for: of the first round's expected reads the share, see
-        `survey`, and once that is settled so many tokens, at the scale of a second.
+        float32 ``[rows * group]``, share of the first round's expected reads that a head's own scores ask for, see
+        `survey`; once the round is settled, how many tokens that is at a second round's scale.
     counts, reads : torch.Tensor
         int32 and float32 ``[rows, MOST_LISTS]``, tokens selected and their expected number, by list.
     outs, scalars : torch.Tensor

@@ -65,6 +65,8 @@ VARIANTS = {
     "audit": ({"AUDIT": True}, (finish_fwd_kernel,)),
 }
 MAIN, PLAIN = ("bf16", "bf16", 128, 4, 2), ("bf16", "bf16", 128, 8, 4)
+# Whose survey has the most scores a thread where nothing spills.
+WIDE_GROUP = ("bf16", "bf16", 128, 16, 2)
 WITHOUT_TENSOR_CORES = {select_fwd_kernel, attend_fwd_kernel}
 # Selectors whose rows are of the cache's type.
 ROWS_OF_NUMBERS = {"oracle", "quest"}
@@ -131,6 +133,8 @@ def shapes_of_selectors(arch: int, dtype: str, cache: str, head_dim: int, group:
     }
     _, merge = given[combine_fwd_kernel]
     warps, finish = given[finish_fwd_kernel]
+    attend_kernel = attend_lists_fwd_kernel if attend_lists_fwd_kernel in given else attend_fwd_kernel
+    attend_warps, attend = given[attend_kernel]
     for i, selector in enumerate(SELECTORS[1:], 1):
         # One signature a query head, by nets of three layers as HashAttention's authors have them.
         net = {"FIRST": 128, "SECOND": 128} if selector == "hash" else {"FIRST": 0, "SECOND": 0}
@@ -145,7 +149,11 @@ def shapes_of_selectors(arch: int, dtype: str, cache: str, head_dim: int, group:
         yield selector, prepare_fwd_kernel, prepare_warps, prepare | none | {"R": 1, "C": 16, "CODES": 4, "SELECTOR": i}
         yield selector, select_fwd_kernel, warps, merge | {"DP4A": True} | own
         yield selector, rank_fwd_kernel, warps, merge | {"DP4A": True} | own
-        yield selector, finish_fwd_kernel, warps, {n: c for n, c in finish.items() if n != "p_valid"} | own
+        for kernel, own_warps, constants in (
+            (attend_kernel, attend_warps, attend),
+            (finish_fwd_kernel, warps, finish),
+        ):
+            yield selector, kernel, own_warps, {n: c for n, c in constants.items() if n != "p_valid"} | own
         if selector == "quest":
             vector = {"D": head_dim, "DP": prepare["DP"]}
             yield selector, mark_slots_fwd_kernel, 4, vector | {"BT": 16}
@@ -211,7 +219,7 @@ def type_of(name: str, kernel, dtype: str, cache: str, selector: str) -> str:
 def main() -> None:
     models = (
         MAIN, ("bf16", "bf16", 64, 3, 2), ("fp16", "fp16", 96, 1, 4),
-        ("bf16", "bf16", 256, 16, 2), PLAIN, ("bf16", "bf16", 128, 16, 2),
+        ("bf16", "bf16", 256, 16, 2), PLAIN, WIDE_GROUP,
         ("bf16", "fp8e5", 128, 4, 2), ("bf16", "fp8e4nv", 128, 4, 2), ("fp16", "fp8e4nv", 96, 1, 4),
         ("fp16", "fp16", 256, 16, 4), ("bf16", "fp8e4nv", 256, 16, 4),
     )  # fmt: skip
@@ -230,6 +238,9 @@ def main() -> None:
                     for selector, _, kernel, _, given in kernels
                     if kernel in (combine_fwd_kernel, budget_fwd_kernel)
                 ]
+            if model == WIDE_GROUP:
+                selected = shapes_of_selectors(arch, *model)
+                kernels += [(selector, None, *k) for selector, *k in selected if k[0] is attend_fwd_kernel]
             if model in (MAIN, PLAIN):
                 kernels += [("sketch", *kernel) for kernel in shapes_of_variants(arch, *model)]
             for selector, variant, kernel, warps, given in kernels:
