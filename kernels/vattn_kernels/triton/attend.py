@@ -49,6 +49,7 @@ def attend_fwd_kernel(
     i_row, i_split = tl.program_id(0) // (SPLITS + 1), tl.program_id(0) % (SPLITS + 1)
     await_signals(p_listed + i_row * SIGNALS + tl.minimum(i_split, SPLITS - 1), 1, DEPENDENT)
     if i_split == SPLITS:
+        # Not before the last split is listed, as so many would take what `select` needs of the second-level cache.
         await_each(p_listed + i_row * SIGNALS, tl.arange(0, SIGNALS) % SPLITS, SIGNALS, DEPENDENT)
     if tl.load(p_mode + i_row) == SAMPLED:
         attend_list(
@@ -56,7 +57,7 @@ def attend_fwd_kernel(
             sm_scale, sink, window, kv_stride, k_stride, capacity,
             HKV, G, WIDTH, D, DP, BN, SPLITS, MOST, TARGET, WIDE,
         )  # fmt: skip
-        # Sink and window are soonest done.
+        # Sink and window are soonest done. Apart, as Triton leaves out only what a constant alone rules out.
         if not UNIFORM:
             if i_split == SPLITS:
                 n = tl.load(p_seq_lens + i_row // HKV).to(tl.int32)

@@ -103,7 +103,8 @@ def attend_lists_fwd_kernel(
     # All above is loaded while `select` still runs, which does not write it.
     await_signals(p_listed + i_row * SIGNALS + gl.minimum(i_split, SPLITS - 1), 1, DEPENDENT)
     if not listed:
-        # One or two a lane: no lane is left out, whose answer would have to come from another.
+        # Not before the last split is listed, as so many would take what `select` needs of the second-level cache; and
+        # two a lane, as one left out would need its answer from another.
         each_split = gl.arange(0, SIGNALS, layout=lanes) % SPLITS
         await_each(p_listed + i_row * SIGNALS, each_split, SIGNALS, DEPENDENT)
     # Splits begin at different lists, whose tokens lie in different parts of the cache.
@@ -215,7 +216,7 @@ def attend_lists_fwd_kernel(
     gl.store(p_own + SPREAD * WIDTH + o_w, gl.sum(spread, 1))
     o_s = gl.arange(0, ROWS, layout=gl.SliceLayout(0, mma))
     gl.store(p_own + SQUARE * WIDTH + o_s, gl.sum(square, 0))
-    # Sink and window are soonest done.
+    # Sink and window are soonest done. Apart, as Triton leaves out only what a constant alone rules out.
     if not UNIFORM:
         if i_split == SPLITS:
             survey_row(

@@ -29,6 +29,7 @@ from vattn_kernels.triton.layout import (
     OUTPUT,
     RESIDUAL_MASS,
     SAMPLED,
+    SHARES,
     SPREAD,
     SQUARE,
     STATE_CONTEXT,
@@ -56,9 +57,7 @@ AIM = tl.constexpr(0.6)
 DECAY = tl.constexpr(0.15)
 RETRY_AIM = tl.constexpr(0.15)
 MOST_GROWTH = tl.constexpr(3.0)
-# By its own scores each of G heads asks for at least 1 / (G SHARES) of what its group reads: below that its codes may
-# miss what it attends to, of which no half-width tells, kernels/benchmarks/RESULTS.md. LEAST_SHARE bounds a logarithm.
-SHARES = tl.constexpr(4)
+# Bounds the logarithm of what a head asks for.
 LEAST_SHARE = tl.constexpr(1e-9)
 # What may follow a round.
 MAY_RETRY = tl.constexpr(0)

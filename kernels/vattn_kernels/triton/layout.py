@@ -73,6 +73,10 @@ NUM_PLANS: Final = tl.constexpr(8)
 
 CODE_BITS: Final = tl.constexpr(LANE_BITS)
 
+# By its own scores each of G heads asks for at least 1 / (G SHARES) of what its group reads: below that its codes may
+# miss what it attends to, of which no half-width tells, kernels/benchmarks/RESULTS.md.
+SHARES: Final = tl.constexpr(4)
+
 # A block of tokens by warp: each of the LISTS warps takes REPEATS runs of RUN tokens, one a lane, into its own list.
 REPEATS: Final = tl.constexpr(4)
 LISTS: Final = tl.constexpr(4)
@@ -119,8 +123,8 @@ MOST_CODES: Final = 4 * GROUPS_PER_WORD * 4
 
 
 def surveyed(group: int) -> int:
-    """Tokens of a row that tell what its heads ask for: eight of a head that asks for the least, see `combine`."""
-    return max(64, 32 << (group - 1).bit_length())
+    """Tokens of a row that tell what its heads ask for, a power of two: eight of a head that asks for the least."""
+    return max(64, 8 * SHARES.value << (group - 1).bit_length())
 
 
 def gluon_serves(device: torch.device) -> bool:

@@ -215,9 +215,7 @@ def score_codes(
 ):  # fmt: skip
     """Octaves of the group's largest score beyond the first head's level, and what half the variance missed adds."""
     accs = products(low_pair, high_pair, shifts, masks, levels, queries, G, GROUPS, WORDS, DP4A)
-    best = accs[0]
-    for g in tl.static_range(1, G):
-        best = tl.maximum(best, accs[g])
+    best = largest(accs, G)
     return unit2 * (best - levels[0]).to(tl.float32), octaves_missed(norm, coding, DP4A)
 
 

@@ -34,7 +34,7 @@ from vattn_kernels import triton as gpu
 from vattn_kernels.reference import rng
 from vattn_kernels.reference import sketch as reference
 from vattn_kernels.triton import layout
-from vattn_kernels.triton.combine import MOST_GROWTH, SHARES
+from vattn_kernels.triton.combine import MOST_GROWTH
 
 LAUNCH_ARGUMENTS = {"grid", "warmup", *inspect.signature(CUDAOptions).parameters}
 HEADS = [(4, 2), (3, 1), (2, 2), (5, 1)]
@@ -108,11 +108,11 @@ class Step(DecodeCase):
     def surveyed(self, request, head, own):
         """The same from its lists, if ``own`` gives each head's probabilities of slots ``[group, n]`` in float64."""
         lists = list(self.each_list(request, head))
-        tokens = torch.arange(layout.surveyed(self.num_qo_heads // self.num_kv_heads))
-        u = rng.uniform(tokens, self.context)
+        number = layout.surveyed(self.num_qo_heads // self.num_kv_heads)
+        u = rng.uniform(torch.arange(number), self.context)
         asked = tokens = 0
         for i, x in enumerate(u.tolist()):
-            slots, pi = lists[i * len(lists) // len(u)]
+            slots, pi = lists[i * len(lists) // number]
             if slots.numel():
                 place = int(x * slots.numel())
                 asked = asked + slots.numel() * own(slots[place : place + 1])[:, 0] / pi[place]
@@ -301,7 +301,7 @@ def without_one_head(epsilon, cap, log_scale):
 
 def test_a_head_whose_codes_miss_what_it_attends_to_comes_to_its_share():
     case = without_one_head(1e-6, 0.2, 4.0)
-    least, most = 1 / (3 * SHARES.value), 0.2 * (case.context - SINK - WINDOW)
+    least, most = 1 / (3 * layout.SHARES.value), 0.2 * (case.context - SINK - WINDOW)
     case.run()
     asked, reads = case.asked(0, 0), case.expected(0, 0)
     assert asked[1] < 1e-6 * least < least < min(asked[0], asked[2])
@@ -323,7 +323,7 @@ def test_the_cap_makes_room_for_what_a_head_lacks():
     # So far below the least share that one step closes it.
     case.state[..., 1, layout.STATE_SCALE.value] += 34.0
     case.run()
-    least, most = 1 / (3 * SHARES.value), 0.2 * (case.context - SINK - WINDOW)
+    least, most = 1 / (3 * layout.SHARES.value), 0.2 * (case.context - SINK - WINDOW)
     asked, reads = case.asked(0, 0), case.expected(0, 0)
     lacks = math.log(least / float(asked[1]))
     assert 0.5 < lacks < MOST_GROWTH.value
@@ -344,7 +344,7 @@ def test_a_second_draw_goes_by_what_the_first_surveyed():
     grown = work.log_scale[:3] + work.fixed[:3] - begun[:, layout.STATE_SCALE.value]
     assert (grown > 0.1).all()
     torch.testing.assert_close(work.asked[:3], alone * grown.exp(), rtol=1e-3, atol=0)
-    least = row[0, layout.STATE_READS.value] / (3 * SHARES.value)
+    least = row[0, layout.STATE_READS.value] / (3 * layout.SHARES.value)
     lacks = (least / work.asked[:3]).log().clamp(min=0, max=MOST_GROWTH.value)
     assert lacks[1] == MOST_GROWTH.value
     assert row[1, layout.STATE_SCALE.value] >= begun[1, layout.STATE_SCALE.value] + grown[1] + lacks[1] - 1e-3
