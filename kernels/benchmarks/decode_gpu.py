@@ -53,11 +53,13 @@ COUNTERS = CounterLayout(1)
 DENSE_TOLERANCE = 1e-2
 # Of bf16 outputs, which a relative error of a whole head feels by its root mean square.
 ROUNDING = 5e-3
-# What is checked of a sample, in so many layers: in how many heads the error may exceed what the step states, more than
-# DELTA as heads of a group share their draws; how many times what it states a KV head may err on average; what it may
-# state: an output of zeros keeps 1, so a head beyond the last knows nothing; and how much of the error of a draw that
-# knows no scores it may have: on a CPU right steps had .03 to .25 of it, steps by other tokens' codes .45 and more.
-CHECKED_LAYERS, MOST_BEYOND, MOST_TIMES, MOST_STATED, MOST_OF_UNSCORED = 4, 2 * DELTA, 3.0, 0.99, 1 / 3
+# Requests times layers that are checked, where a case has as many: one missed needle is much of fewer heads' error.
+CHECKED = 8
+# What is checked of a sample: in how many heads the error may exceed what the step states, more than DELTA as heads of
+# a group share their draws; how many times what it states a KV head may err on average; what it may state: an output of
+# zeros keeps 1, so a head beyond the last knows nothing; and how much of the error of a draw that knows no scores it
+# may have: on a CPU right steps had .03 to .25 of it, steps by other tokens' codes .45 and more.
+MOST_BEYOND, MOST_TIMES, MOST_STATED, MOST_OF_UNSCORED = 2 * DELTA, 3.0, 0.99, 1 / 3
 # A step certifies in float32.
 CERTIFIED = EPSILON * (1 + 1e-3)
 # Shapes and densities of which steps are also timed that end after each launch.
@@ -307,6 +309,13 @@ def copy_bandwidth() -> float:
     return 2 * source.nbytes / (time_us(lambda layer: torch.add(source, 1.0, out=target), 1) * 1e-6)
 
 
+def to_check(case: Case) -> tuple[int, list[int]]:
+    """How many layers are checked, and which requests of each: the first, the last, and more where layers are few."""
+    layers = min(case.layers, math.ceil(CHECKED / min(case.batch, 2)))
+    requests = min(case.batch, math.ceil(CHECKED / layers))
+    return layers, [round(at) for at in torch.linspace(0, case.batch - 1, requests).tolist()]
+
+
 def checked(
     case: Case, run: Callable[[int], torch.Tensor], name: str, is_sampled: bool, is_certified: bool = False
 ) -> dict[str, float]:
@@ -316,14 +325,15 @@ def checked(
     little better than a draw that knows no scores, and, where `EPSILON` is to hold, by any head that states more.
     """
     errors, stated, unscored, is_finite = [], [], [], True
-    for layer in range(min(case.layers, CHECKED_LAYERS)):
+    layers, requests = to_check(case)
+    for layer in range(layers):
         case.out.fill_(float("nan"))
         case.stats.fill_(float("nan"))
         out = run(layer)
         widths = case.stats[..., ops.STATS.index("half_width")].double()
         widths = widths if is_sampled else torch.zeros_like(widths)
         is_finite &= bool(torch.isfinite(out).all() and torch.isfinite(widths).all())
-        for request in {0, case.batch - 1}:
+        for request in requests:
             error, uniform = case.errors(layer, request, out)
             errors.append(error)
             unscored.append(uniform)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import decode_gpu
 import pytest
 import torch
-from decode_gpu import CHECKED_LAYERS, DELTA, EPSILON, UNREACHABLE, Case, WrongOutputError, checked
+from decode_gpu import DELTA, EPSILON, UNREACHABLE, Case, WrongOutputError, checked, to_check
 from gpu_case import by_head
 
 from vattn_kernels import ops
@@ -36,8 +36,8 @@ def test_a_stated_error_is_a_bound_where_codes_miss_what_heads_attend_to(needles
     of .02 fails by a chance of .02. Scales relative to a head's exact mass gave .10 and .12 at these caps, which that
     finds, and .04 at epsilon .05, which it does not.
     """
-    monkeypatch.setattr(decode_gpu, "CHECKED_LAYERS", 8)
-    assert needles.layers == 8
+    monkeypatch.setattr(decode_gpu, "CHECKED", 16)
+    assert needles.layers == 8 and to_check(needles) == (8, [0, 1])
     needles.settle(epsilon, cap)
     beyond = []
     for seed in range(4):
@@ -72,7 +72,7 @@ def test_a_sample_that_states_too_much_is_refused(case):
 
 
 def test_a_right_sample_that_states_nothing_is_refused(case):
-    right = [case.decode(layer, cap=0.1).clone() for layer in range(CHECKED_LAYERS)]
+    right = [case.decode(layer, cap=0.1).clone() for layer in range(to_check(case)[0])]
     with pytest.raises(WrongOutputError, match="ours at 2x4096"):
         checked(case, right.__getitem__, "ours", is_sampled=True)
 

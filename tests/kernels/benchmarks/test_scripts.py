@@ -68,6 +68,33 @@ class Sampled:
         return decode_gpu.checked(self, lambda layer: self.decode(**spoilt), "ours", True, is_certified)
 
 
+@pytest.mark.parametrize(
+    ("batch", "layers", "found"),
+    [
+        (1, 354, (8, [0])),
+        (1, 3, (3, [0])),
+        (2, 4, (4, [0, 1])),
+        (16, 354, (4, [0, 15])),
+        (4, 3, (3, [0, 2, 3])),
+        (64, 1, (1, list(range(0, 64, 9)))),
+        (4, 1, (1, [0, 1, 2, 3])),
+    ],
+)
+def test_as_many_heads_are_checked_of_few_layers(batch, layers, found, monkeypatch):
+    """A head that misses a needle in the last layer's last request is told, and refuses nothing."""
+    monkeypatch.setattr(Sampled, "batch", batch)
+    monkeypatch.setattr(Sampled, "layers", layers)
+    case = Sampled()
+    assert decode_gpu.to_check(case) == found
+
+    def run(layer):
+        out = case.decode()
+        out[-1, 7] *= 1.5 if layer == found[0] - 1 else 1
+        return out
+
+    assert decode_gpu.checked(case, run, "ours", True)["beyond"] == 1 / (32 * found[0] * len(found[1]))
+
+
 def heads(which, factor):
     """Multiplies the outputs of some heads."""
     return lambda out: out.index_copy(1, torch.tensor(which), factor * out[:, which])
