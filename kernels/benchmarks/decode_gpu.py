@@ -53,7 +53,8 @@ COUNTERS = CounterLayout(1)
 DENSE_TOLERANCE = 1e-2
 # Of bf16 outputs, which a relative error of a whole head feels by its root mean square.
 ROUNDING = 5e-3
-# Requests times layers that are checked, where a case has as many: one missed needle is much of fewer heads' error.
+# Requests times layers that are checked, where a case has as many: one missed needle is much of fewer heads' error. So
+# one request of a layer weighs an eighth: it is refused where all its heads are wrong, not where half of them are.
 CHECKED = 8
 # What is checked of a sample: in how many heads the error may exceed what the step states, more than DELTA as heads of
 # a group share their draws; how many times what it states a KV head may err on average; what it may state: an output of

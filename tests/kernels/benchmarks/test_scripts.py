@@ -68,9 +68,8 @@ class Sampled:
         return decode_gpu.checked(self, lambda layer: self.decode(**spoilt), "ours", True, is_certified)
 
 
-@pytest.mark.parametrize(
-    ("batch", "layers", "found"),
-    [
+@pytest.fixture(
+    params=[
         (1, 354, (8, [0])),
         (1, 3, (3, [0])),
         (2, 4, (4, [0, 1])),
@@ -79,20 +78,52 @@ class Sampled:
         (64, 1, (1, list(range(0, 64, 9)))),
         (4, 1, (1, [0, 1, 2, 3])),
     ],
+    ids=lambda given: f"{given[0]}-requests-{given[1]}-layers",
 )
-def test_as_many_heads_are_checked_of_few_layers(batch, layers, found, monkeypatch):
-    """A head that misses a needle in the last layer's last request is told, and refuses nothing."""
+def checked_in_last(request, monkeypatch):
+    """Checks a case whose last request, the only one that states .1, is spoilt in the last layer that is checked."""
+    batch, layers, found = request.param
     monkeypatch.setattr(Sampled, "batch", batch)
     monkeypatch.setattr(Sampled, "layers", layers)
     case = Sampled()
     assert decode_gpu.to_check(case) == found
 
-    def run(layer):
-        out = case.decode()
-        out[-1, 7] *= 1.5 if layer == found[0] - 1 else 1
+    def check(spoil):
+        def run(layer):
+            out = case.decode()
+            case.stats[-1, :, ops.STATS.index("half_width")] = 0.1
+            out[-1] *= 1.06
+            return spoil(out) if layer == found[0] - 1 else out
+
+        return decode_gpu.checked(case, run, "ours", True)["beyond"] * 32 * found[0] * len(found[1])
+
+    return check
+
+
+def last(which, factor):
+    """Multiplies the outputs of some heads of the last request."""
+
+    def spoil(out):
+        out[-1, which] *= factor
         return out
 
-    assert decode_gpu.checked(case, run, "ours", True)["beyond"] == 1 / (32 * found[0] * len(found[1]))
+    return spoil
+
+
+def test_a_head_that_misses_a_needle_is_told_and_refuses_nothing(checked_in_last):
+    assert checked_in_last(last([], 1.0)) == 0
+    assert checked_in_last(last([7], 1.3)) == 1
+
+
+def test_one_request_of_one_layer_that_is_wrong_is_refused(checked_in_last):
+    with pytest.raises(decode_gpu.WrongOutputError, match="of heads beyond"):
+        checked_in_last(last(list(range(32)), 1.1))
+
+
+def test_no_request_may_be_nan(checked_in_last):
+    """Those that are not checked by their errors either."""
+    with pytest.raises(decode_gpu.WrongOutputError, match="errors of up to"):
+        checked_in_last(lambda out: out.index_fill(0, torch.tensor([min(1, len(out) - 1)]), float("nan")))
 
 
 def heads(which, factor):
