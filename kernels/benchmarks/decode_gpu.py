@@ -76,6 +76,14 @@ class WrongOutputError(RuntimeError):
     """An output that fails its check, and so is not timed."""
 
 
+def empty_side_data(layers: int, slots: int) -> list[torch.Tensor]:
+    """Codes, norms and valid bytes, ``[layers, slots, ...]``, a head's slots one after another."""
+    codes = torch.zeros(layers, KV_HEADS, slots, BITS // 32, dtype=torch.int32, device="cuda")
+    norms = torch.zeros(layers, KV_HEADS, slots, 2, dtype=torch.uint8, device="cuda")
+    valid = torch.zeros(layers, slots, dtype=torch.uint8, device="cuda")
+    return [codes.transpose(1, 2), norms.transpose(1, 2), valid]
+
+
 class Case:
     """Layers of random K and V with a decaying spectrum, heavy-tailed scores and needles, and their side data."""
 
@@ -113,8 +121,8 @@ class Case:
             self.k.append(k.bfloat16())
             self.v.append((normal(slots, KV_HEADS, HEAD_DIM) + 1).bfloat16())
             if not self.side:
-                tables = self.tables(queries(DEFAULTS.calibration_tokens), self.k[-1])
-            self.side.append(self.sketched(tables, self.k[-1], self.v[-1]))
+                self.sketch = self.tables(queries(DEFAULTS.calibration_tokens), self.k[-1])
+            self.side.append(self.sketched(self.sketch, self.k[-1], self.v[-1]))
             self.state.append(torch.zeros(batch, QO_HEADS, ops.STATE_WIDTH, device="cuda"))
         self.rows = torch.arange(batch, device="cuda")
         self.covered = torch.tensor([2**31 - 1], dtype=torch.int32, device="cuda")
@@ -140,13 +148,10 @@ class Case:
     @staticmethod
     def sketched(t: sketch.SketchTables, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Side data of every slot and the tables that made them."""
-        slots = k.shape[0]
-        codes = torch.zeros(KV_HEADS, slots, BITS // 32, dtype=torch.int32, device="cuda").transpose(0, 1)
-        norms = torch.zeros(KV_HEADS, slots, 2, dtype=torch.uint8, device="cuda").transpose(0, 1)
-        valid = torch.zeros(slots, dtype=torch.uint8, device="cuda")
-        every = torch.arange(slots, device="cuda")
-        ops.encode(k, v, every, t.mean[0], t.key_basis[0], t.steps[0], t.fields[0], codes, norms, valid)
-        return codes, norms, valid, t.mean[0], t.query_basis[0], t.steps[0], t.fields[0]
+        side = [tensor[0] for tensor in empty_side_data(1, k.shape[0])]
+        every = torch.arange(k.shape[0], device="cuda")
+        ops.encode(k, v, every, t.mean[0], t.key_basis[0], t.steps[0], t.fields[0], *side)
+        return *side, t.mean[0], t.query_basis[0], t.steps[0], t.fields[0]
 
     def decode(self, layer: int, **settings: Any) -> torch.Tensor:
         """One step of one layer by our op."""
@@ -276,6 +281,26 @@ def stages_us(run: Callable[[int], Any], layers: int) -> dict[str, float]:
     return dict(total)
 
 
+def update_us(case: Case) -> float:
+    """Time of a layer in which the side data of each request's last token are made, by a launch for a model's layers.
+
+    Raises
+    ------
+    WrongOutputError
+        If they are not those that `Case.sketched` made of the same token among all others.
+    """
+    layers, slots, t = LAYERS_OF_A_MODEL, case.kv_indices[:, -1].long(), case.sketch
+    k, v = ([pool[layer % case.layers] for layer in range(layers)] for pool in (case.k, case.v))
+    tables = [x.expand(layers, *x.shape[1:]).contiguous() for x in (t.mean, t.key_basis, t.steps, t.fields)]
+    side = empty_side_data(layers, len(k[0]))
+    ops.encode_layers(k, v, slots, *tables, *side)
+    for layer in range(layers):
+        expected = case.side[layer % case.layers][: len(side)]
+        if not all(torch.equal(made[layer, slots], kept[slots]) for made, kept in zip(side, expected, strict=True)):
+            raise WrongOutputError(f"side data of layer {layer} differ from those of the same tokens in a whole pool")
+    return time_us(lambda _: ops.encode_layers(k, v, slots, *tables, *side), 1) / layers
+
+
 class NoLaunch:
     """Stands for a kernel, and launches nothing."""
 
@@ -372,7 +397,7 @@ def copy_us(batch: int, context: int, token_bytes: float, bandwidth: float) -> f
 def bench(
     batch: int, context: int, order: str, densities: tuple[float, ...], bandwidth: float
 ) -> tuple[list[dict[str, Any]], int]:
-    """Rows of one shape, and how many samples failed their check and have none."""
+    """Rows of one shape, and how many outputs failed their check and have none."""
     case = Case(batch, context, order)
     dense: dict[str, float] = {}
     makers: dict[str, Callable[[Case], Callable[[int], torch.Tensor]]] = {
@@ -397,7 +422,7 @@ def bench(
     }  # fmt: skip
 
     def row(density: float, stage: str, us: float, **more: Any) -> dict[str, Any]:
-        figures = {"density": round(density, 4), "stage": stage, "us": round(us, 1), "ratio": round(best / us, 2)}
+        figures = {"density": round(density, 4), "stage": stage, "us": round(us, 2), "ratio": round(best / us, 2)}
         return common | figures | more
 
     rows = [row(1.0, f"dense:{n}", t) for n, t in dense.items()]
@@ -405,6 +430,13 @@ def bench(
     everything = stages_us(makers["ours"](case), case.layers)
     shown = " ".join(f"{n} {t:.1f}" for n, t in everything.items())
     print(f"  reading everything: {others / dense['ours']:.2f}x the best other dense; {shown}", flush=True)
+    try:
+        update = update_us(case)
+        print(f"  side data of a new token, once a step and in no total: {update:.2f} us a layer", flush=True)
+        rows.append(row(1.0, "update", update))
+    except WrongOutputError as wrong:
+        print(f"  not timed: {wrong}", flush=True)
+        refused += 1
     for density in (*densities, None) if densities else ():
         cap, epsilon = (1.0, EPSILON) if density is None else (density, UNREACHABLE)
         label = f"epsilon {EPSILON}" if density is None else f"cap {density}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import decode_gpu
 import pytest
 import torch
-from decode_gpu import DELTA, EPSILON, UNREACHABLE, Case, WrongOutputError, checked, to_check
+from decode_gpu import DELTA, EPSILON, UNREACHABLE, Case, WrongOutputError, checked, to_check, update_us
 from gpu_case import by_head
 
 from vattn_kernels import ops
@@ -92,6 +92,19 @@ def test_a_scale_that_is_off_by_some_percent_is_refused(case):
     case.settle(UNREACHABLE, 0.5)
     with pytest.raises(WrongOutputError, match="ours at 2x4096"):
         checked(case, lambda layer: 1.03 * case.decode(layer, cap=0.5), "ours", is_sampled=True)
+
+
+@pytest.mark.parametrize("batch", [1, 4, 16, 64])
+def test_side_data_are_timed_if_they_are_those_of_a_whole_pool(batch, monkeypatch):
+    monkeypatch.setattr(decode_gpu, "BYTES_TO_ROTATE", 1 << 20)
+    case = Case(batch, 500, "interleaved")
+    assert update_us(case) > 0
+    spoilt = [tensor.clone() for tensor in case.side[1]]
+    # What coding the last request's last token loses, of one head.
+    spoilt[1][case.kv_indices[-1, -1], -1, 0] ^= 1
+    case.side[1] = spoilt
+    with pytest.raises(WrongOutputError, match="side data of layer 1 differ"):
+        update_us(case)
 
 
 def test_scores_by_other_tokens_codes_are_refused(case, monkeypatch):
