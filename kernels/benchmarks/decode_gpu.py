@@ -26,6 +26,8 @@ from vattn_kernels import ops, params, sketch
 from vattn_kernels.triton import layout
 from vattn_sgl.arguments import shape, share, writable
 from vattn_sgl.config import Settings
+from vattn_sgl.selectors.base import CacheGeometry
+from vattn_sgl.selectors.sketch import SketchSelector
 from vattn_telemetry.counters import CounterLayout
 
 QO_HEADS, KV_HEADS, HEAD_DIM, BITS = 32, 8, 128, 64
@@ -77,11 +79,9 @@ class WrongOutputError(RuntimeError):
 
 
 def empty_side_data(layers: int, slots: int) -> list[torch.Tensor]:
-    """Codes, norms and valid bytes, ``[layers, slots, ...]``, a head's slots one after another."""
-    codes = torch.zeros(layers, KV_HEADS, slots, BITS // 32, dtype=torch.int32, device="cuda")
-    norms = torch.zeros(layers, KV_HEADS, slots, 2, dtype=torch.uint8, device="cuda")
-    valid = torch.zeros(layers, slots, dtype=torch.uint8, device="cuda")
-    return [codes.transpose(1, 2), norms.transpose(1, 2), valid]
+    """Codes, norms and valid bytes of a pool as a server has them, ``[layers, slots, ...]``."""
+    geometry = CacheGeometry(layers, slots, KV_HEADS, HEAD_DIM, torch.device("cuda"))
+    return [tensor.allocate(geometry) for tensor in SketchSelector.layout(DEFAULTS, geometry)]
 
 
 class Case:
@@ -282,19 +282,16 @@ def stages_us(run: Callable[[int], Any], layers: int) -> dict[str, float]:
 
 
 def update_us(case: Case) -> float:
-    """Time of a layer in which the side data of each request's last token are made, by a launch for a model's layers.
+    """Microseconds a layer of making the side data of each request's last token, by one launch for a model's layers.
 
-    Raises
-    ------
-    WrongOutputError
-        If they are not those that `Case.sketched` made of the same token among all others.
+    Refused where they are not those that `Case.sketched` made of the same tokens among all others.
     """
     layers, slots, t = LAYERS_OF_A_MODEL, case.kv_indices[:, -1].long(), case.sketch
     k, v = ([pool[layer % case.layers] for layer in range(layers)] for pool in (case.k, case.v))
-    tables = [x.expand(layers, *x.shape[1:]).contiguous() for x in (t.mean, t.key_basis, t.steps, t.fields)]
-    # A server's step leaves none of them in the cache.
-    copies = math.ceil(BYTES_TO_ROTATE / sum(x.nbytes for x in tables))
-    models = [[x.clone() for x in tables] for _ in range(copies)]
+    tables = t.mean, t.key_basis, t.steps, t.fields
+    # A server finds none of them in the cache, nor most new tokens' K and V, which are here.
+    copies = math.ceil(BYTES_TO_ROTATE / (layers * sum(x.nbytes for x in tables)))
+    models = [[x.expand(layers, *x.shape[1:]).contiguous() for x in tables] for _ in range(copies)]
     side = empty_side_data(layers, len(k[0]))
 
     def run(model: int) -> None:
@@ -439,7 +436,7 @@ def bench(
     print(f"  reading everything: {others / dense['ours']:.2f}x the best other dense; {shown}", flush=True)
     try:
         update = update_us(case)
-        print(f"  side data of a new token, once a step and in no total: {update:.2f} us a layer", flush=True)
+        print(f"  side data of new tokens, one launch a step and in no total: {update:.2f} us a layer", flush=True)
         rows.append(row(1.0, "update", update))
     except WrongOutputError as wrong:
         print(f"  not timed: {wrong}", flush=True)
@@ -492,7 +489,7 @@ def main() -> int:
     rows: list[dict[str, Any]] = []
     refused = 0
     for batch, context in options.shapes:
-        # Of what the server reads whole only that is timed.
+        # What the server reads whole is timed at no density.
         densities = () if (batch, context) in SHORT_SHAPES else tuple(options.densities)
         orders = {"in order": densities}
         if (batch, context) == (16, 32768):

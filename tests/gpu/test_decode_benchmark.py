@@ -99,12 +99,14 @@ def test_side_data_are_timed_if_they_are_those_of_a_whole_pool(batch, monkeypatc
     monkeypatch.setattr(decode_gpu, "BYTES_TO_ROTATE", 1 << 20)
     case = Case(batch, 500, "interleaved")
     assert update_us(case) > 0
-    spoilt = [tensor.clone() for tensor in case.side[1]]
-    # What coding the last request's last token loses, of one head.
-    spoilt[1][case.kv_indices[-1, -1], -1, 0] ^= 1
-    case.side[1] = spoilt
-    with pytest.raises(WrongOutputError, match="side data of layer 1 differ"):
-        update_us(case)
+    right, last = case.side[1], case.kv_indices[-1, -1]
+    # Codes, norms and valid byte of the last request's last token, of the last head where each has its own.
+    for which in range(3):
+        spoilt = [tensor.clone() for tensor in right]
+        spoilt[which][(last, *[-1] * (spoilt[which].ndim - 1))] ^= 1
+        case.side[1] = spoilt
+        with pytest.raises(WrongOutputError, match="side data of layer 1 differ"):
+            update_us(case)
 
 
 def test_scores_by_other_tokens_codes_are_refused(case, monkeypatch):
